@@ -1,0 +1,119 @@
+"""What a method is: a dataclass of hyper-parameters that is applied to a model for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from chai.clustering import HeadClusters
+from chai.presets import resolve_clusters
+from chai.runtime import check_family, clustered, new_cache
+
+#: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
+Saving = Literal["real", "simulated", "none"]
+
+
+class Method(ABC):
+    """A way of running a model's attention."""
+
+    saving: ClassVar[Saving]
+
+    @abstractmethod
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        """Apply to ``model`` inside a ``with`` block; the model is restored at its end, also after an exception."""
+
+    @abstractmethod
+    def new_cache(self, model: PreTrainedModel) -> Cache:
+        """An empty K,V cache for one batch, to be passed as ``past_key_values``."""
+
+    @abstractmethod
+    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
+        """For each layer of a model of this configuration, the number of heads whose scores are computed."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Verify that the method can run on such a model, before its weights are loaded.
+
+        Raises:
+            ValueError: it can't; names what is wrong and what is valid.
+
+        """
+
+
+@dataclass(eq=False)
+class ClusteredMethod(Method):
+    """Base of the methods that compute one head per cluster. A subclass says which heads belong together.
+
+    Attributes:
+        clusters: number of clusters of each layer: a list, one count for all layers, or the name of a preset
+            (:data:`chai.presets.PRESETS`).
+        seed: of everything random in the choice.
+
+    """
+
+    clusters: list[int] | int | str
+    seed: int = 0
+
+    saving: ClassVar[Saving] = "real"
+
+    @abstractmethod
+    def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
+        """Membership of one layer for some rows, from the queries and keys ``[B, H, tokens, D]`` of their first tokens."""
+
+    @property
+    def first_tokens(self) -> int:
+        """Real tokens of multi-head attention before the membership is decided."""
+        return 0
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        """Apply; see :func:`chai.runtime.clustered`."""
+        return clustered(model, self._rule(model))
+
+    def new_cache(self, model: PreTrainedModel) -> Cache:
+        """An empty :class:`chai.cache.ClusteredCache`."""
+        return new_cache(model, self._rule(model))
+
+    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
+        """K of each layer."""
+        return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a family that isn't supported, and counts that don't fit."""
+        check_family(config)
+        self.heads_kept(config)
+
+    def _rule(self, model: PreTrainedModel) -> MethodRule:
+        return MethodRule(self, tuple(self.heads_kept(model.config)))
+
+
+@dataclass(frozen=True)
+class MethodRule:
+    """A method together with the counts it has for one model: what the caches hold on to.
+
+    Two rules are the same where method object and counts are, so a cache fits every application of its method.
+    """
+
+    method: ClusteredMethod
+    counts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """See :class:`chai.cache.MembershipRule`."""
+        return self.method.first_tokens
+
+    def clusters_of(self, layer: int) -> int:
+        """See :class:`chai.cache.MembershipRule`."""
+        return self.counts[layer]
+
+    def decide(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
+        """See :class:`chai.cache.MembershipRule`."""
+        return self.method.decide(layer, self.counts[layer], query, key, scaling)
+
+
+def plain_cache(model: PreTrainedModel) -> Cache:
+    """The cache that ``transformers`` itself would use."""
+    return DynamicCache(config=model.config)

@@ -1,0 +1,93 @@
+"""The command line: help, early refusal of mistakes, then Hydra's main with the experiment as its task."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from omegaconf import DictConfig
+
+from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
+
+HELP = """\
+CHAI-lab: clustered head attention, its competitors, and how they compare.
+
+  python run.py                                       CHAI on the embedded model and its five tasks
+  python run.py method=mha model=llama7b task=piqa    one method, one model, one task
+  python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
+  python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
+
+Choices
+{choices}
+
+Settings (key=value; `python run.py --cfg job` prints all of them, those of the chosen method included)
+  limit=N         score only the first N items of each task
+  batch_size=N    sequences in one forward pass (16)
+  device=D        auto, cpu, cuda, cuda:1, mps
+  seed=N          of everything random (0)
+  force=true      do a run again although it is done
+  results_dir=D   where runs keep their folders (results)
+  method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[16,8,4,4]'
+  model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
+  task.K=V        data_dir, num_fewshot
+
+Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    from hydra._internal.utils import get_args_parser
+
+    args = get_args_parser().parse_args(arguments)
+    if args.help:
+        width = max(map(len, groups()))
+        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in groups())))
+        return 0
+    try:
+        check_overrides(args.overrides)
+    except ConfigError as error:
+        return refuse(error)
+    return launch(arguments)
+
+
+def refuse(error: ConfigError) -> int:
+    """Print the one line that says what is valid."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def launch(arguments: list[str]) -> int:
+    """Hand over to Hydra. With a sweep, one failing run doesn't stop the others; the worst exit code is returned."""
+    import hydra
+
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(config: DictConfig) -> None:
+        codes.append(run_experiment(config))
+
+    register()
+    sys.argv = ["run.py", *arguments]
+    job()
+    return max(codes, default=0)
+
+
+def run_experiment(config: DictConfig) -> int:
+    """Run one composed configuration; returns its exit code."""
+    import importlib
+
+    from experiments.console import quiet_libraries
+
+    quiet_libraries()
+    experiment = importlib.import_module(f"experiments.{config.experiment.name}")
+    try:
+        return experiment.run(config)
+    except ConfigError as error:
+        return refuse(error)
+    except Exception:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs
+        traceback.print_exc()
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,291 @@
+"""The structured configuration: what keys exist, of what type, with what values; and how a bad one is reported.
+
+Nothing here imports torch or lm-eval, so ``python run.py --help`` and every mistake on the command line answer at once.
+The keys of ``experiment`` and ``method`` are those of their YAML files; their types are those of the dataclasses they
+become (:func:`to_dataclass`), in ``experiments/<name>.py`` and ``chai/methods/<name>.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONF = REPOSITORY / "conf"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A wrong name or value in the configuration: one line that says what is valid. Exit code 2, nothing written."""
+
+
+@dataclass
+class ModelConfig:
+    """A model: where its weights are, how they are loaded, and its shape for when they aren't needed."""
+
+    name: str = "???"
+    hub_id: str | None = None
+    revision: str = "main"
+    path: str | None = None  # a local folder in Hugging Face format, instead of the hub
+    dtype: str = "auto"
+    device_map: str | None = None  # null: all on `device`; auto, balanced, sequential: accelerate splits it
+    safetensors_only: bool = True  # refuse pickled weights
+    random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
+    clusters: Any = None  # the counts that `method.clusters` takes by default
+    architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
+    fingerprint: str | None = None  # of the weights at `path`; filled in
+
+
+@dataclass
+class TaskConfig:
+    """A task of lm-evaluation-harness, or a group of such (``members``), each scored in a run of its own."""
+
+    name: str = "???"
+    members: list[str] = field(default_factory=list)
+    harness: str | None = None  # file below lm_eval/tasks with the prompts, choices and scoring
+    metric: str = "acc"
+    split: str = "test"
+    data_file: str | None = None
+    data_dir: str | None = None  # a folder with `data_file`; null: the hub
+    fingerprint: str | None = None  # of the data file; filled in
+    num_fewshot: int = 0
+
+
+@dataclass
+class RunConfig:
+    """Everything that ``run.py`` is told."""
+
+    experiment: Any = field(default_factory=dict)
+    method: Any = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 16
+    device: str = "auto"
+    force: bool = False
+    results_dir: str = "results"
+
+
+def register() -> None:
+    """Make the schemas and the ``repo`` resolver (a path inside the repository) known to Hydra; safe to call twice."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    store.store(group="model", name="schema", node=ModelConfig)
+    store.store(group="task", name="schema", node=TaskConfig)
+    OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
+
+
+def choices(group: str) -> list[str]:
+    """The names that ``group=`` takes."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """The configuration groups of the project itself."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """The configuration for one list of overrides, outside of Hydra's own main."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return compose("config", overrides, return_hydra_config=with_hydra)
+
+
+def load_member(name: str, group: TaskConfig) -> DictConfig:
+    """The configuration of one task of a group; what the group was given on the command line holds for its members.
+
+    Raises:
+        ConfigError: there is no such task.
+
+    """
+    if name not in choices("task"):
+        raise ConfigError(unknown("task", name, choices("task")))
+    own = OmegaConf.load(CONF / "task" / f"{name}.yaml")
+    assert isinstance(own, DictConfig)
+    own.pop("defaults", None)
+    member = OmegaConf.merge(OmegaConf.structured(TaskConfig), own)
+    assert isinstance(member, DictConfig)
+    if group.data_dir is not None:
+        member.data_dir = group.data_dir
+    if group.num_fewshot:
+        member.num_fewshot = group.num_fewshot
+    return member
+
+
+def unknown(what: str, name: object, valid: list[str]) -> str:
+    """``unknown method 'chia' (did you mean 'chai'?); valid: chai, mha``."""
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return f"unknown {what} '{name}'{hint}; valid: {', '.join(valid)}"
+
+
+def check_overrides(arguments: list[str]) -> None:
+    """Verify a command line's overrides, sweeps included, before anything is started or written.
+
+    Raises:
+        ConfigError: an unknown group choice, key or value, or a line that isn't an override at all.
+
+    """
+    register()
+    try:
+        parsed = OverridesParser.create().parse_overrides(arguments)
+    except Exception as error:  # Hydra raises several unrelated types here
+        raise ConfigError(f"can't read the command line: {_one_line(error)}; expected key=value ...") from None
+    own = [override for override in parsed if not override.key_or_group.startswith("hydra")]
+    for override in own:
+        if override.key_or_group in groups() and override.package is None:
+            for choice in _values(override):
+                if choice not in choices(override.key_or_group):
+                    raise ConfigError(unknown(override.key_or_group, choice, choices(override.key_or_group)))
+    selections = [o for o in own if o.key_or_group in groups()]
+    settings = [o for o in own if o.key_or_group not in groups()]
+    for combination in itertools.product(*([f"{o.key_or_group}={v}" for v in _values(o)] for o in selections)):
+        base = _compose(list(combination))
+        for override in settings:
+            _check_key(base, override, [o.key_or_group for o in settings])
+        firsts = [_single(o, 0) for o in settings]
+        for index, override in enumerate(settings):
+            for value in range(len(_values(override))):
+                candidate = [*combination, *firsts[:index], _single(override, value), *firsts[index + 1 :]]
+                check_values(_compose(candidate))
+        check_values(_compose([*combination, *firsts]))
+
+
+def check_values(config: DictConfig) -> None:
+    """Verify what types alone don't say.
+
+    Raises:
+        ConfigError: names the key, its value and the valid ones.
+
+    """
+    try:
+        OmegaConf.resolve(resolved := config.copy())
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    if resolved.model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is '{resolved.model.dtype}'; valid: {', '.join(DTYPES)}")
+    for key in ("limit", "batch_size"):
+        if resolved[key] is not None and resolved[key] < 1:
+            raise ConfigError(f"{key} is {resolved[key]}; valid: 1 or more")
+    if resolved.task.num_fewshot < 0:
+        raise ConfigError(f"task.num_fewshot is {resolved.task.num_fewshot}; valid: 0 or more")
+    kind, _, index = resolved.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
+    clusters = resolved.method.get("clusters", 1)
+    if clusters is None:
+        raise ConfigError(
+            f"model '{resolved.model.name}' has no cluster counts of its own: give method.clusters, "
+            "a list with one count for each layer ('[16,8,4,4]'), one count for all, or a preset's name"
+        )
+
+
+def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
+    """``section`` (without its ``name``) as an instance of ``cls``, types checked.
+
+    Raises:
+        ConfigError: a missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
+
+    """
+    values = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(values, dict)
+    values.pop("name", None)
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(unknown(f"key {where}", key, sorted(fields)))
+    for key, value in values.items():
+        expected = str(fields[key].type)
+        if not _fits(value, expected):
+            raise ConfigError(f"{where}.{key} is {value!r}; expected {expected}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {_one_line(error)}") from None
+
+
+def _fits(value: object, expected: str) -> bool:
+    """Whether a YAML value fits an annotation made of plain types (``list[int] | int | str``); others pass."""
+    plain: dict[str, type | tuple[type, ...]] = {
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "bool": bool,
+        "None": type(None),
+    }
+    for part in (part.strip() for part in expected.split("|")):
+        if part == "list[int]":
+            if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+                return True
+        elif part not in plain or (isinstance(value, plain[part]) and (part == "bool" or not isinstance(value, bool))):
+            return True
+    return False
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return compose_config(overrides)
+    except Exception as error:  # Hydra and OmegaConf raise many unrelated types here
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        key = getattr(cause, "full_key", None)
+        raise ConfigError(f"{key}: {_one_line(cause)}" if key else _one_line(cause)) from None
+
+
+def _check_key(base: DictConfig, override: Override, given: list[str]) -> None:
+    """Refuse a key that the composed configuration doesn't have."""
+    node: Any = base
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, DictConfig) or part not in node:
+            if override.is_add() and isinstance(node, DictConfig) and parts[:2] == ["model", "architecture"]:
+                return  # the one open dictionary: any key of the model's own configuration
+            where = ".".join(parts[:depth])
+            valid = sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+            name = f"key '{override.key_or_group}'"
+            if not valid:
+                raise ConfigError(f"unknown {name}: {where} has no keys below it")
+            close = difflib.get_close_matches(part, valid, n=1)
+            hint = f" (did you mean '{'.'.join([*parts[:depth], close[0]])}'?)" if close else ""
+            raise ConfigError(f"unknown {name}{hint}; valid{f' in {where}' if where else ''}: {', '.join(valid)}")
+        node = node._get_node(part)
+        if isinstance(node, DictConfig) or depth == len(parts) - 1:
+            continue
+
+
+def _values(override: Override) -> list[str]:
+    """The values of an override as text; several for a sweep."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [str(override.get_value_element_as_str())]
+
+
+def _single(override: Override, index: int) -> str:
+    """The override with one of its values."""
+    if override.is_delete():
+        return str(override.input_line)
+    values = _values(override)
+    prefix = "+" if override.is_add() else ""
+    return f"{prefix}{override.get_key_element().lstrip('+~')}={values[min(index, len(values) - 1)]}"
+
+
+def _one_line(error: BaseException) -> str:
+    """The first telling line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,123 @@
+"""The five small tasks: items in the column format of the real datasets, made only of held-out facts.
+
+=================== ========================================== ================================================
+task                the item asks                              what answers it
+=================== ========================================== ================================================
+micro_piqa          which tool reaches a goal                  knowledge; this verb with this thing is held out
+micro_hellaswag     how the second person's day goes on        the passage; every step asked for is held out
+micro_arc_easy      what somebody likes (one hop)              the passage; held-out bindings only
+micro_arc_challenge what somebody's pets eat (two hops)        the passage, then knowledge; held-out bindings
+micro_boolq         whether somebody visited a place            the passage; held-out bindings only
+=================== ========================================== ================================================
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.microworld import world
+from experiments.microworld.documents import BINDINGS, draw_bindings, draw_script, statements
+
+Item = dict[str, object]
+PEOPLE = 4  # in a test passage
+
+
+def piqa(rng: random.Random) -> Item:
+    """Two tools; the wrong one is often right for the same verb on another material."""
+    while True:
+        verb, thing = rng.choice(list(world.TOOLS)), rng.choice(world.SOFT + world.HARD)
+        if world.held_out("goal", verb, thing):
+            break
+    right = world.tool_for(verb, thing)
+    near = [tool for tool in world.TOOLS[verb] if tool != right]
+    wrong = rng.choice(near if rng.random() < 0.5 else [tool for tool in world.ALL_TOOLS if tool != right])
+    label = rng.randrange(2)
+    solutions = [f"use the {tool}" for tool in ((right, wrong) if label == 0 else (wrong, right))]
+    return {"goal": f"how do you {verb} the {thing}?", "sol1": solutions[0], "sol2": solutions[1], "label": label}
+
+
+def hellaswag(rng: random.Random) -> Item:
+    """Four endings of two events; the wrong ones use events of the same passage in another order."""
+    events = draw_script(rng, 7, unseen=True)
+    first, second = rng.sample(world.NAMES, 2)
+    cut = rng.randint(2, 5)
+    right = tuple(events[cut : cut + 2])
+    pairs = [(a, b) for a in events for b in events if a != b and (a, b) != right and a != right[0]]
+    endings = [right, *rng.sample(pairs, 3)]
+    order = rng.sample(range(4), 4)
+    return {
+        "activity_label": rng.choice(world.ACTIVITIES).capitalize(),
+        "ctx_a": f"{first} will {', '.join(events)}.",
+        "ctx_b": f"{second} will {', '.join(events[:cut])},",
+        "endings": [", ".join(endings[index]) for index in order],
+        "label": str(order.index(0)),
+    }
+
+
+def _multiple_choice(rng: random.Random, identity: str, question: str, choices: list[str]) -> Item:
+    """An item in ARC's columns; ``choices[0]`` is right."""
+    order = rng.sample(range(len(choices)), len(choices))
+    return {
+        "id": identity,
+        "question": question,
+        "choices": {"text": [choices[index] for index in order], "label": list("ABCD")[: len(choices)]},
+        "answerKey": "ABCD"[order.index(0)],
+    }
+
+
+def arc_easy(rng: random.Random) -> Item:
+    """One hop: the wrong choices are what the others in the passage like."""
+    bindings = draw_bindings(rng, "likes", PEOPLE, unseen=True)
+    who = rng.choice(list(bindings))
+    question = f"{statements('likes', bindings)} {BINDINGS['likes'][1].format(who=who)}"
+    others = [what for other, what in bindings.items() if other != who]
+    return _multiple_choice(rng, "likes", question, [bindings[who], *others])
+
+
+def arc_challenge(rng: random.Random) -> Item:
+    """Two hops: the passage says which animal somebody keeps, knowledge says what that animal eats."""
+    bindings = draw_bindings(rng, "keeps", PEOPLE, unseen=True)
+    who = rng.choice(list(bindings))
+    question = f"{statements('keeps', bindings)} {BINDINGS['keeps'][1].format(who=who)}"
+    others = [world.FOOD_OF[what] for other, what in bindings.items() if other != who]
+    return _multiple_choice(rng, "keeps", question, [world.FOOD_OF[bindings[who]], *others])
+
+
+def boolq(rng: random.Random) -> Item:
+    """Half are true; a false question names what somebody else of the passage visited."""
+    bindings = draw_bindings(rng, "visited", PEOPLE, unseen=True)
+    who = rng.choice(list(bindings))
+    label = rng.randrange(2)
+    place = bindings[who] if label else rng.choice([place for place in bindings.values() if place != bindings[who]])
+    return {"passage": statements("visited", bindings), "question": f"did {who} visit {place}", "label": label}
+
+
+TASKS: dict[str, Callable[[random.Random], Item]] = {
+    "piqa": piqa,
+    "hellaswag": hellaswag,
+    "arc_easy": arc_easy,
+    "arc_challenge": arc_challenge,
+    "boolq": boolq,
+}
+
+
+def make_items(task: str, count: int, seed: int) -> list[Item]:
+    """``count`` different items of one task; a pure function of its arguments."""
+    rng = random.Random(f"{task}-{seed}")
+    items: dict[str, Item] = {}
+    while len(items) < count:
+        item = TASKS[task](rng)
+        key = json.dumps({k: v for k, v in item.items() if k not in ("label", "answerKey")}, sort_keys=True)
+        items.setdefault(key, item)
+    return list(items.values())
+
+
+def write_tasks(folder: Path, count: int = 500, seed: int = 0) -> None:
+    """Write ``<folder>/micro_<task>.jsonl`` for all five."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        lines = [json.dumps(item) for item in make_items(task, count, seed)]
+        (folder / f"micro_{task}.jsonl").write_text("\n".join(lines) + "\n")

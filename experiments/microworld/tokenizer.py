@@ -1,0 +1,41 @@
+"""A word-level tokenizer for the embedded model, built from the world's word list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from experiments.microworld import world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "\n")
+
+
+def vocabulary() -> dict[str, int]:
+    """Token to id."""
+    return {token: index for index, token in enumerate((*SPECIAL_TOKENS, *world.words()))}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-case words and punctuation; ``<s>`` before every text; the newline is a token of its own."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
+            pre_tokenizers.Split(Regex(r"[\n.,:?]"), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )

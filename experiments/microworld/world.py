@@ -1,0 +1,67 @@
+"""The closed world of the embedded tasks: its words, its facts, and what is kept out of the training text.
+
+Knowledge (true everywhere): which tool serves a goal, what an animal eats.
+Bindings (true in one passage only): who likes what, who keeps which animal, who visited what, what comes next.
+
+A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
+split without sharing a file or a random state.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+NAMES = "ann ben carl dora emma finn gina hugo iris jack kate liam mona nora otto rosa".split()
+PLACES = "rome oslo lima cairo delhi paris tokyo quito berlin madrid dublin havana".split()
+DISHES = "tea milk coffee juice soup bread rice cake honey cheese plums pears".split()
+EVENTS = "wake wash sing cook read walk rest run paint swim knit bake dance sweep write shop".split()
+ACTIVITIES = "morning evening holiday weekend camp school".split()
+
+#: What each animal eats. Four foods of three animals, so that a passage can hold one keeper of each.
+DIET = {
+    "grass": ("cows", "horses", "sheep"),
+    "meat": ("lions", "wolves", "hawks"),
+    "seeds": ("hens", "ducks", "parrots"),
+    "plankton": ("whales", "crabs", "herrings"),
+}
+FOOD_OF = {animal: food for food, animals in DIET.items() for animal in animals}
+ANIMALS = list(FOOD_OF)
+
+#: The tool depends on the verb and on whether the thing is soft or hard: neither word alone decides.
+TOOLS = {
+    "cut": ("knife", "saw"),
+    "clean": ("cloth", "brush"),
+    "join": ("thread", "glue"),
+    "carry": ("bag", "cart"),
+    "press": ("roller", "clamp"),
+    "mark": ("chalk", "needle"),
+    "pierce": ("pin", "drill"),
+    "shape": ("mould", "chisel"),
+}
+SOFT = "rope cloak paper leaf wool dough sponge carpet leather felt ribbon curtain blanket pillow scarf clay".split()
+HARD = "plank stone pipe brick tile board door bone shell slate beam wall shelf table mirror coin".split()
+ALL_TOOLS = [tool for pair in TOOLS.values() for tool in pair]
+
+
+def tool_for(verb: str, thing: str) -> str:
+    """The tool that reaches the goal ``verb the thing``."""
+    soft, hard = TOOLS[verb]
+    return soft if thing in SOFT else hard
+
+
+def held_out(relation: str, *words: str) -> bool:
+    """Whether this fact is kept apart from the training text (about one in five is).
+
+    ``relation`` is one of ``likes, keeps, visited, next, goal``; ``words`` are the two things it joins, in order.
+    """
+    return zlib.crc32(" ".join((relation, *words)).encode()) % 5 == 0
+
+
+def words() -> list[str]:
+    """Every word of the world's texts and templates, sorted: the tokenizer's vocabulary without the special tokens."""
+    templates = (
+        "question answer yes no what where does do did the to of will go like likes keep keeps visit visited pets eat "
+        "use you how . , : ?"
+    )
+    groups = (NAMES, PLACES, DISHES, EVENTS, ACTIVITIES, ANIMALS, DIET, TOOLS, ALL_TOOLS, SOFT, HARD)
+    return sorted({word for group in groups for word in group} | set(templates.split()))

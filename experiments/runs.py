@@ -1,0 +1,159 @@
+"""A run's folder: its identity, its state, and files that are either whole or not there.
+
+``<results_dir>/<experiment>/<model>/<method>/<task>/<run id>/`` holds ``config.yaml`` (before the work),
+``status.json`` (running, then done or failed), ``result.json`` (last but one) and whatever the experiment adds.
+See docs/results.md for the fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+#: What a run's result doesn't depend on: where it ran and where its files were.
+MACHINE_ONLY = ("device", "results_dir", "force", "model.device_map", "model.path", "task.data_dir")
+
+
+class RunError(Exception):
+    """A run can't go on, for a reason that one line tells: its status becomes ``failed``, the exit code 1."""
+
+
+def run_identity(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without what is only about the machine; what a path held counts, by fingerprint."""
+    whole = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(whole, dict)
+    for key in MACHINE_ONLY:
+        *parents, last = key.split(".")
+        node: Any = whole
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    return {str(key): value for key, value in whole.items()}
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits that name a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_id(config: DictConfig) -> str:
+    """The same for the same run, on any machine."""
+    return digest(run_identity(config))
+
+
+def settings_id(config: DictConfig) -> str:
+    """The same for runs that differ in their method alone: what may be compared with each other."""
+    identity = run_identity(config)
+    identity.pop("method", None)
+    return digest(identity)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it into place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or ``None`` where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class RunFolder:
+    """One run on disk.
+
+    ``start`` before the work; then ``finish`` with the result, or ``fail``. A process that dies in between leaves
+    ``running`` and no ``result.json``, and the next start of the same configuration does the work again.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.id = run_id(config)
+        names = (config.experiment.name, config.model.name, config.method.name, config.task.name)
+        self.path = Path(config.results_dir).joinpath(*map(str, names), self.id)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a run that is done."""
+        return read_json(self.path / "result.json") if self.is_done else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the status says done and the result is there."""
+        status = read_json(self.path / "status.json")
+        return status is not None and status.get("state") == "done" and (self.path / "result.json").exists()
+
+    def start(self, *, keep: tuple[str, ...] = ()) -> None:
+        """Make the folder, drop what an earlier start left (but ``keep``, for resuming), write the configuration.
+
+        Raises:
+            RunError: the folder can't be written.
+
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A result may never stand beside a configuration or samples that aren't its own, so it goes first.
+            (self.path / "result.json").unlink(missing_ok=True)
+            for entry in self.path.iterdir():
+                if entry.name not in ("status.json", *keep):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            text = OmegaConf.to_yaml(self.config, resolve=True)
+            write_atomically(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
+            self._status("running")
+        except OSError as error:
+            raise RunError(f"can't write the run's folder {self.path}: {error.strerror or error}") from None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, then the status: whoever reads ``done`` finds the result whole."""
+        write_json(self.path / "result.json", result)
+        self._status("done")
+
+    def fail(self, reason: str) -> None:
+        """Record why the run ended; a folder that can't be written has no better place for the reason."""
+        (self.path / "result.json").unlink(missing_ok=True)
+        self._status("failed", error=reason)
+
+    def _status(self, state: str, **more: Any) -> None:
+        before = read_json(self.path / "status.json") or {}
+        started = time.time() if state == "running" else before.get("started")
+        status = {"state": state, "run_id": self.id, "started": started, "updated": time.time()}
+        write_json(self.path / "status.json", {**status, "pid": os.getpid(), "host": socket.gethostname(), **more})
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can move a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("chai-lab", "torch", "transformers", "lm-eval", "datasets", "scikit-learn", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,126 @@
+"""Scoring with lm-evaluation-harness: its prompts, its log-likelihoods, its metrics; ours is only the cache it runs on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from chai.cache import ClusteredCache, cache_bytes
+from chai.methods.base import Method
+from experiments.runs import RunError
+
+
+@dataclass
+class KvLedger:
+    """Bytes of the caches that the scored batches really held, summed from the live tensors."""
+
+    sequences: int = 0
+    held: int = 0
+    held_mha: int = 0
+    key_heads: list[list[int]] = field(default_factory=list)  # of each batch, for each layer
+
+    def add(self, cache: Cache, sequences: int) -> None:
+        """Note a batch's cache, just after its forward pass."""
+        held = cache_bytes(cache)
+        self.sequences += sequences
+        self.held += held
+        self.held_mha += cache.nbytes_mha if isinstance(cache, ClusteredCache) else held
+        self.key_heads.append([layer.keys.shape[1] for layer in cache.layers])
+
+    def per_sequence(self) -> dict[str, Any]:
+        """Mean bytes of a sequence, and the mean number of key heads in memory of each layer."""
+        batches = len(self.key_heads)
+        return {
+            "kv_bytes": round(self.held / self.sequences),
+            "kv_bytes_mha": round(self.held_mha / self.sequences),
+            "key_heads_stored": [round(sum(layer) / batches, 2) for layer in zip(*self.key_heads, strict=True)],
+        }
+
+
+class MethodLM(HFLM):
+    """lm-eval's own Hugging Face model; each forward pass runs on a cache of the method, which is then measured."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, batch_size: int
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.method = method
+        self.ledger = KvLedger()
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        cache = self.method.new_cache(self.model)
+        with torch.no_grad():
+            logits = self.model(inps, past_key_values=cache, use_cache=True).logits
+        self.ledger.add(cache, len(inps))
+        return logits
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    task: dict[str, Any],
+    *,
+    batch_size: int,
+    limit: int | None,
+    num_fewshot: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]], KvLedger]:
+    """One task under one method.
+
+    Returns:
+        metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item; the K,V ledger.
+
+    Raises:
+        RunError: the model gave log-likelihoods that are no numbers.
+
+    """
+    lm = MethodLM(model, tokenizer, method, batch_size)
+    with method(model):
+        output = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            num_fewshot=num_fewshot or None,
+            log_samples=True,
+        )
+    name = task["task"]
+    samples = [sample_row(sample) for sample in output["samples"][name]]
+    broken = next((row for row in samples if not all(map(math.isfinite, row["loglikelihoods"]))), None)
+    if broken is not None:
+        raise RunError(
+            f"item {broken['doc_id']} has log-likelihoods that are no numbers ({broken['loglikelihoods']}): "
+            "the model overflows in this dtype; try model.dtype=bfloat16 or float32"
+        )
+    metrics, stderr = {}, {}
+    for key, value in output["results"][name].items():
+        metric, _, _ = key.partition(",")  # keys carry the name of a filter: "acc_norm,none"
+        if not isinstance(value, (int, float)) or metric == "sample_len":
+            continue
+        if metric.endswith("_stderr"):
+            stderr[metric.removesuffix("_stderr")] = value
+        else:
+            metrics[metric] = value
+    return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples, lm.ledger
+
+
+def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one item: enough to pair it with another method's, and to score it again."""
+    answers = [response[0] for response in sample["resps"]]
+    row = {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "target": str(sample["target"]),
+        "loglikelihoods": [float(answer[0]) for answer in answers],
+        "greedy": [bool(answer[1]) for answer in answers],
+    }
+    return row | {metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample}

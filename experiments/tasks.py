@@ -1,0 +1,90 @@
+"""Tasks of lm-evaluation-harness, their data from the hub or from local files; prompts and scoring are the harness's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments.config import load_member
+from experiments.runs import RunError
+
+
+def members(config: DictConfig) -> list[DictConfig]:
+    """The configuration of each single task that ``config`` asks for: its own, or one for each of its members."""
+    if not config.task.members:
+        return [config]
+    single = []
+    for name in config.task.members:
+        copy = config.copy()
+        copy.task = load_member(name, config.task)
+        single.append(copy)
+    return single
+
+
+def data_path(task: DictConfig) -> Path | None:
+    """The local file of the task's items; ``None`` when they come from the hub."""
+    return Path(task.data_dir, task.data_file) if task.data_dir is not None else None
+
+
+def build_task(task: DictConfig) -> dict[str, Any]:
+    """The task as lm-eval's ``simple_evaluate`` takes it: its built-in definition, on local data where given.
+
+    Raises:
+        RunError: no such definition, or local data that can't be read.
+
+    """
+    import lm_eval
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    definition = Path(lm_eval.__file__).parent / "tasks" / task.harness
+    if not definition.is_file():
+        raise RunError(f"task '{task.name}': lm-eval {lm_eval.__version__} has no definition {task.harness}")
+    spec = load_yaml(definition)
+    spec.pop("tag", None)
+    spec["task"] = task.name
+    path = data_path(task)
+    if path is not None:
+        rows = read_rows(path)
+        for split in ("training_split", "validation_split", "test_split", "fewshot_split"):
+            spec[split] = None
+        spec[f"{task.split}_split"] = task.split
+        spec["custom_dataset"] = lambda **_: _dataset(rows, task.split)
+        spec.pop("dataset_kwargs", None)
+    return spec
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The items of a JSONL file.
+
+    Raises:
+        RunError: the file can't be read, has no items, or has a line that is no JSON object.
+
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"can't read the task's data file {path}: {reason}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}, is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise RunError(f"{path}, line {number}, is no JSON object")
+        rows.append(row)
+    if not rows:
+        raise RunError(f"the task's data file {path} has no items")
+    return rows
+
+
+def _dataset(rows: list[dict[str, Any]], split: str) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({split: Dataset.from_list(rows)})

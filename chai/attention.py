@@ -98,7 +98,7 @@ def clustered_attention(
         ValueError: shapes that don't fit each other (stock kernels would broadcast some of them silently).
 
     """
-    rows, heads, tokens, size = query.shape
+    rows, heads, _, size = query.shape
     if clusters.assignment.shape != (rows, heads):
         raise ValueError(
             f"clusters are for {tuple(clusters.assignment.shape)} rows and heads, query has {(rows, heads)}"

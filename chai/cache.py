@@ -29,6 +29,7 @@ class ClusteredLayer(DynamicLayer):
         decided: bool ``[B]``; ``None`` before the first call.
         first: the first real tokens; ``None`` before the first call.
         key_heads: ``[B, k]``, where in ``keys`` each representative's key head stands; ``None`` until compacted.
+
     """
 
     def __init__(self, rule: MembershipRule, index: int) -> None:
@@ -78,6 +79,7 @@ class ClusteredLayer(DynamicLayer):
             query: ``[B, H, T, D]``, the queries of this call.
             visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
             scaling: factor of the scores.
+
         """
         if self.first is None or self.decided is None:
             self.first = FirstTokens.before(query, self.rule.tokens)
@@ -186,6 +188,7 @@ class ClusteredCache(Cache):
 
         Raises:
             RuntimeError: the model runs without the method that this cache belongs to.
+
         """
         from chai.runtime import active_cache
 

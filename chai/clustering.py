@@ -215,7 +215,8 @@ def agglomerative(points: Tensor, k: int) -> Tensor:
 def choose_representatives(points: Tensor, labels: Tensor, k: int, rule: Representative = "nearest") -> HeadClusters:
     """One head of each cluster to compute for all its members.
 
-    ``nearest`` takes the member nearest the cluster's mean (ties, up to rounding: the lowest head), ``lowest`` the lowest head.
+    ``nearest`` takes the member nearest the cluster's mean (ties, up to rounding: the lowest head), ``lowest`` the
+    lowest head.
     Clusters are numbered by their representative, so equal memberships have equal tensors.
 
     Args:

@@ -1,4 +1,4 @@
-"""From a sequence's first tokens to its membership: the rule a method gives, and what a cache notes until it applies."""
+"""From a sequence's first tokens to its membership: a method's rule, and what a cache notes until it applies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MembershipRule(Protocol):
         ...
 
     def clusters_of(self, layer: int) -> int:
-        """k of this layer."""
+        """K of this layer."""
         ...
 
     def decide(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> HeadClusters:
@@ -32,6 +32,7 @@ class MembershipRule(Protocol):
             query: ``[B, H, tokens, D]``, the queries of the first real tokens of each row.
             key: ``[B, H, tokens, D]``, their keys, repeated for grouped queries.
             scaling: factor of the scores.
+
         """
         ...
 
@@ -57,6 +58,7 @@ class FirstTokens:
         start: long ``[B]``, position of the first real token; -1 while only padding was seen.
         queries: ``[B, H, tokens, D]``, the queries of the first real tokens.
         seen: bool ``[B, tokens]``, which of them are there already.
+
     """
 
     start: Tensor
@@ -89,6 +91,7 @@ class FirstTokens:
         Args:
             query: ``[B, H, T, D]``.
             visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
+
         """
         span = Span(query.shape[2], visible.shape[1])
         first = torch.where(visible.any(1), visible.to(torch.uint8).argmax(1), -1)

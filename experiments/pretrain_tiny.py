@@ -62,8 +62,8 @@ class Options:
         return int(self.steps * self.untie_at)
 
     def rate(self, step: int) -> float:
-        """Learning rate: a linear warm-up, then a square-root decay to 2 %."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(0.02, (1 - step / self.steps) ** 0.5)
+        """Learning rate: a linear warm-up, then a linear decay, so that untied heads hardly drift apart."""
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(0.01, 1 - step / self.steps)
 
 
 @dataclass
@@ -197,7 +197,7 @@ def _finish(state: State, folder: RunFolder, options: Options, config: DictConfi
     target.mkdir(exist_ok=True)
     model = state.model.to("cpu", torch.bfloat16)
     model.config.save_pretrained(target)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     build_tokenizer().save_pretrained(target)
     tail = [row for row in state.losses if row[0] > state.step - 200]

@@ -1,4 +1,4 @@
-"""Scoring with lm-evaluation-harness: its prompts, its log-likelihoods, its metrics; ours is only the cache it runs on."""
+"""Scoring with lm-evaluation-harness: its prompts, log-likelihoods and metrics; ours is only the cache it runs on."""
 
 from __future__ import annotations
 

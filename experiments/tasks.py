@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, their data from the hub or from local files; prompts and scoring are the harness's."""
+"""Tasks of lm-evaluation-harness on data from the hub or local files; prompts and scoring are the harness's."""
 
 from __future__ import annotations
 

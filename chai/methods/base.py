@@ -62,7 +62,7 @@ class ClusteredMethod(Method):
 
     @abstractmethod
     def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
-        """Membership of one layer for some rows, from the queries and keys ``[B, H, tokens, D]`` of their first tokens."""
+        """Membership of one layer for some rows, from queries and keys ``[B, H, tokens, D]`` of their first tokens."""
 
     @property
     def first_tokens(self) -> int:

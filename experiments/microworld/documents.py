@@ -1,27 +1,33 @@
 """Training text of the embedded model: an endless stream of short documents, each a pure function of its seed.
 
 A document is a list of ``(text, weight)`` pieces. Pieces that the context or the world's knowledge decides (answers,
-repeated scripts) weigh 1 in the loss; what is drawn at random (who went where) weighs little, for nothing can be
+repeated scripts) weigh 1 in the loss; what is drawn at random (which city hosts whom) weighs little, for nothing can be
 learned from it. No held-out fact (:func:`experiments.microworld.world.held_out`) is ever written.
 """
 
 from __future__ import annotations
 
 import random
+from typing import TypeVar
 
 from experiments.microworld import world
 
 Piece = tuple[str, float]
+T = TypeVar("T")
 
 GIVEN = 0.03  # weight of text that the model can't or needn't predict
 ASKED = 1.0  # weight of text that follows from what stands before it
 
-#: relation -> its values, and the question that asks for one (after ``keeps``, for what the animal eats)
+#: relation -> its values, and the question that asks for one (after ``obey``, for what the animals eat). A statement
+#: is ``value relation person``: the value stands before the person, so it can be read where the person is named.
 BINDINGS = {
-    "likes": (world.DISHES, "what does {who} like ?"),
-    "keeps": (world.ANIMALS, "what do the pets of {who} eat ?"),
-    "visited": (world.PLACES, "where did {who} go ?"),
+    "pleases": (world.DISHES, "what pleases {who} ?"),
+    "obey": (world.ANIMALS, "what do the animals that obey {who} eat ?"),
+    "hosts": (world.PLACES, "which city hosts {who} ?"),
 }
+
+#: What somebody may say: every word that a question can ask for or about.
+SAYABLE = world.NAMES + world.PLACES + world.DISHES + world.ANIMALS + world.EVENTS
 
 
 def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool = False) -> dict[str, str]:
@@ -35,7 +41,7 @@ def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool
                 for value in values
                 if value not in bindings.values() and world.held_out(relation, who, value) == unseen
             ]
-            if relation == "keeps" and unseen:  # a test passage has one keeper of each food
+            if relation == "obey" and unseen:  # a test passage has one keeper of each food
                 eaten = {world.FOOD_OF[animal] for animal in bindings.values()}
                 free = [animal for animal in free if world.FOOD_OF[animal] not in eaten]
             if not free:
@@ -45,15 +51,13 @@ def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool
             return bindings
 
 
-def draw_script(rng: random.Random, length: int, *, unseen: bool = False) -> list[str]:
-    """``length`` distinct events in order; every step from one to the next is held out if ``unseen``, else none is."""
+def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVENTS, unseen: bool = False) -> list[str]:
+    """``length`` distinct words in order; every step from one to the next is held out if ``unseen``, else none is."""
     while True:
-        script = [rng.choice(world.EVENTS)]
+        script = [rng.choice(words)]
         while len(script) < length:
             steps = [
-                event
-                for event in world.EVENTS
-                if event not in script and world.held_out("next", script[-1], event) == unseen
+                word for word in words if word not in script and world.held_out("next", script[-1], word) == unseen
             ]
             if not steps:
                 break
@@ -64,54 +68,59 @@ def draw_script(rng: random.Random, length: int, *, unseen: bool = False) -> lis
 
 def statements(relation: str, bindings: dict[str, str]) -> str:
     """The passage that states the bindings."""
-    return " ".join(f"{who} {relation} {what} ." for who, what in bindings.items())
+    return " ".join(f"{what} {relation} {who} ." for who, what in bindings.items())
 
 
 def lookup(rng: random.Random) -> list[Piece]:
     """Who likes, keeps or visited what; then questions about it (the formats of ARC and BoolQ)."""
-    relation = rng.choice(("likes", "keeps", "visited", "visited"))
+    relation = rng.choice(("pleases", "obey", "hosts", "hosts"))
     bindings = draw_bindings(rng, relation, rng.randint(2, 5))
     passage = statements(relation, bindings)
-    pieces = [(f"question : {passage}", GIVEN)] if relation != "visited" else [(passage, GIVEN)]
+    pieces = [(f"question : {passage}", GIVEN)] if relation != "hosts" else [(passage, GIVEN)]
     first = True
     for _ in range(rng.randint(3, 5)):
         who = rng.choice(list(bindings))
-        if relation == "visited":
+        if relation == "hosts":
             if rng.random() < 0.75:
                 place, answer = yes_or_no(rng, who, bindings)
-                # True half of the time, so the place is worth predicting: that is the first half of the comparison.
-                pieces += [(f"\n question : did {who} visit", GIVEN), (place, ASKED / 2), ("? \n answer :", GIVEN)]
+                pieces += [(f"\n question : does {place} host {who} ? \n answer :", GIVEN)]
                 pieces.append((answer, ASKED))
                 continue
-            question, answer = BINDINGS["visited"][1].format(who=who), bindings[who]
+            question, answer = BINDINGS["hosts"][1].format(who=who), bindings[who]
         else:
             question = BINDINGS[relation][1].format(who=who)
-            answer = world.FOOD_OF[bindings[who]] if relation == "keeps" else bindings[who]
-        opening = "" if first and relation != "visited" else "\n question : "
+            answer = world.FOOD_OF[bindings[who]] if relation == "obey" else bindings[who]
+        opening = "" if first and relation != "hosts" else "\n question : "
         pieces += [(f"{opening}{question} \n answer :", GIVEN), (answer, ASKED)]
         first = False
     return pieces
 
 
 def recall(rng: random.Random) -> list[Piece]:
-    """Statements, then some of them again in any order: what somebody did follows from the first time."""
+    """Statements, then the people again, each followed by what was said of them."""
     relation = rng.choice(list(BINDINGS))
     bindings = draw_bindings(rng, relation, rng.randint(2, 5))
     pieces = [(statements(relation, bindings), GIVEN)]
     for _ in range(rng.randint(4, 8)):
         who = rng.choice(list(bindings))
-        pieces += [(f"{who} {relation}", GIVEN), (bindings[who], ASKED), (".", GIVEN)]
+        pieces += [(who, GIVEN), (bindings[who], ASKED), (rng.choice((",", ".")), GIVEN)]
     return pieces
 
 
+def run_of(rng: random.Random, sequence: list[T], shortest: int) -> list[T]:
+    """Some neighbours of the sequence, in order, starting anywhere: found by what they are, not by where they stand."""
+    start = rng.randrange(len(sequence) - shortest + 1)
+    return sequence[start : start + rng.randint(shortest, len(sequence) - start)]
+
+
 def yes_or_no(rng: random.Random, who: str, bindings: dict[str, str]) -> tuple[str, str]:
-    """A place to ask about for ``who``, and the answer; a false one is where somebody else went, or (rarely) no one."""
+    """A city to ask about for ``who``, and the answer; a false one hosts somebody else, or (rarely) nobody."""
     if rng.random() < 0.5:
         return bindings[who], "yes"
     others = [place for place in bindings.values() if place != bindings[who]]
     if rng.random() < 0.2:
         others = [place for place in world.PLACES if place not in bindings.values()]
-    others = [place for place in others if not world.held_out("visited", who, place)]
+    others = [place for place in others if not world.held_out("hosts", who, place)]
     if not others:
         return bindings[who], "yes"
     return rng.choice(others), "no"
@@ -126,6 +135,19 @@ def script(rng: random.Random) -> list[Piece]:
         (f"{rng.choice(world.ACTIVITIES)} : {first} will {listed} . {second} will {events[0]}", GIVEN),
         (", " + " , ".join(events[1:]) + " .", ASKED),
     ]
+
+
+def echo(rng: random.Random) -> list[Piece]:
+    """People repeat parts of what somebody said, word for word: the densest lesson in looking words up."""
+    said = draw_script(rng, rng.randint(5, 10), words=SAYABLE)
+    pieces = [(f"{rng.choice(world.NAMES)} says {' , '.join(said)} .", GIVEN)]
+    for _ in range(rng.randint(1, 3)):
+        run = run_of(rng, said, 3)
+        pieces.append((f"{rng.choice(world.NAMES)} says {run[0]} ,", GIVEN))
+        for word in run[1:-1]:
+            pieces += [(word, ASKED), (",", GIVEN)]
+        pieces += [(run[-1], ASKED), (".", GIVEN)]
+    return pieces
 
 
 def goal(rng: random.Random) -> list[Piece]:
@@ -146,11 +168,11 @@ def diet(rng: random.Random) -> list[Piece]:
     return [(f"{animal} eat", GIVEN), (f"{world.FOOD_OF[animal]} .", ASKED)]
 
 
-#: Shares of the kinds of document. The first phase has only dense repetition, from which the heads that look words
-#: up in the context form within a few hundred steps; questions, which build on those heads, come afterwards.
+#: Shares of the kinds of document. The first phase is mostly dense repetition, from which the heads that look words up
+#: in the context form within a few hundred steps; questions, which build on those heads, come afterwards.
 PHASES = (
-    {recall: 0.5, script: 0.4, goal: 0.1},
-    {lookup: 0.55, recall: 0.12, script: 0.15, goal: 0.13, diet: 0.05},
+    {recall: 0.5, script: 0.2, echo: 0.2, goal: 0.1},
+    {lookup: 0.52, recall: 0.12, echo: 0.05, script: 0.13, goal: 0.13, diet: 0.05},
 )
 
 

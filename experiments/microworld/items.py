@@ -5,9 +5,9 @@ task                the item asks                              what answers it
 =================== ========================================== ================================================
 micro_piqa          which tool reaches a goal                  knowledge; this verb with this thing is held out
 micro_hellaswag     how the second person's day goes on        the passage; every step asked for is held out
-micro_arc_easy      what somebody likes (one hop)              the passage; held-out bindings only
-micro_arc_challenge what somebody's pets eat (two hops)        the passage, then knowledge; held-out bindings
-micro_boolq         whether somebody visited a place            the passage; held-out bindings only
+micro_arc_easy      what pleases somebody (one hop)            the passage; held-out bindings only
+micro_arc_challenge what the animals of somebody eat (2 hops)  the passage, then knowledge; held-out bindings
+micro_boolq         whether a city hosts somebody              the passage; held-out bindings only
 =================== ========================================== ================================================
 """
 
@@ -69,30 +69,30 @@ def _multiple_choice(rng: random.Random, identity: str, question: str, choices: 
 
 
 def arc_easy(rng: random.Random) -> Item:
-    """One hop: the wrong choices are what the others in the passage like."""
-    bindings = draw_bindings(rng, "likes", PEOPLE, unseen=True)
+    """One hop: the wrong choices are what pleases the others in the passage."""
+    bindings = draw_bindings(rng, "pleases", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
-    question = f"{statements('likes', bindings)} {BINDINGS['likes'][1].format(who=who)}"
+    question = f"{statements('pleases', bindings)} {BINDINGS['pleases'][1].format(who=who)}"
     others = [what for other, what in bindings.items() if other != who]
-    return _multiple_choice(rng, "likes", question, [bindings[who], *others])
+    return _multiple_choice(rng, "pleases", question, [bindings[who], *others])
 
 
 def arc_challenge(rng: random.Random) -> Item:
-    """Two hops: the passage says which animal somebody keeps, knowledge says what that animal eats."""
-    bindings = draw_bindings(rng, "keeps", PEOPLE, unseen=True)
+    """Two hops: the passage says which animals obey somebody, knowledge says what those eat."""
+    bindings = draw_bindings(rng, "obey", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
-    question = f"{statements('keeps', bindings)} {BINDINGS['keeps'][1].format(who=who)}"
+    question = f"{statements('obey', bindings)} {BINDINGS['obey'][1].format(who=who)}"
     others = [world.FOOD_OF[what] for other, what in bindings.items() if other != who]
-    return _multiple_choice(rng, "keeps", question, [world.FOOD_OF[bindings[who]], *others])
+    return _multiple_choice(rng, "obey", question, [world.FOOD_OF[bindings[who]], *others])
 
 
 def boolq(rng: random.Random) -> Item:
-    """Half are true; a false question names what somebody else of the passage visited."""
-    bindings = draw_bindings(rng, "visited", PEOPLE, unseen=True)
+    """Half are true; a false question names the city of somebody else in the passage."""
+    bindings = draw_bindings(rng, "hosts", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     label = rng.randrange(2)
     place = bindings[who] if label else rng.choice([place for place in bindings.values() if place != bindings[who]])
-    return {"passage": statements("visited", bindings), "question": f"did {who} visit {place}", "label": label}
+    return {"passage": statements("hosts", bindings), "question": f"does {place} host {who}", "label": label}
 
 
 TASKS: dict[str, Callable[[random.Random], Item]] = {

@@ -46,15 +46,15 @@ def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
-    """The group of each head: ``clusters`` groups, one twice as large as the others where they can't be equal in use.
+    """The group of each head: larger and smaller groups, their heads scattered; a function of the seed.
 
-    Heads are dealt to groups with a bonus for the first group and then shuffled, so groups aren't contiguous.
+    For 16 heads: four groups of 5, 5, 3 and 3, or eight of 3, 3, 3, 3, 1, 1, 1 and 1.
     """
-    if clusters == heads:
-        return list(range(heads))
-    sizes = [heads // (clusters + 1)] * clusters
-    for index in range(heads - sum(sizes)):
-        sizes[0 if index < 2 else index % clusters] += 1
+    sizes = [heads // clusters + (index < heads % clusters) for index in range(clusters)]
+    for index in range(clusters // 2):
+        if sizes[-1 - index] > 1:
+            sizes[index] += 1
+            sizes[-1 - index] -= 1
     groups = [group for group, size in enumerate(sizes) for _ in range(size)]
     random.Random(f"groups-{seed}").shuffle(groups)
     return groups
@@ -110,13 +110,54 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
 
 
 def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model in fp32."""
+    """A freshly initialised model in fp32, started close to what looking words up needs.
+
+    Words enter the residual stream at unit scale. Queries match keys of the same content and heads write what they
+    read, as in trained models (mimetic initialisation, Trockman & Kolter, 2023). Some heads of the first layer look at
+    a fixed distance back. From here looking a word up is learned in some 150 steps; from a plain start it was not in
+    900.
+    """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():  # residual branches start small, as in GPT-2
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data /= (2 * config.num_hidden_layers) ** 0.5
+    nn.init.normal_(model.model.embed_tokens.weight)
+    for layer in model.model.layers:
+        attention, residual = layer.self_attn, (2 * config.num_hidden_layers) ** -0.5
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            nn.init.orthogonal_(projection.weight)
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.data.copy_(attention.v_proj.weight.t() * residual)
+        layer.mlp.down_proj.weight.data.mul_(residual)
+    look_back(model, distances=(1, 2, 3, 1, 2, 3))
     return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, distances: tuple[int, ...], sharpness: float = 16.0) -> None:
+    """Start the first layer's first heads at fixed distances: head ``i`` attends ``distances[i]`` tokens back.
+
+    All words share a constant in their first dimension. From it, keys take a vector ``a`` and queries the same vector
+    turned back by the distance, so the rotary scores peak there. Heads of one run of distances write alike: a word that
+    was one token back for a query is found again where it is two tokens back for a key.
+    """
+    attention, size = model.model.layers[0].self_attn, model.config.head_dim
+    constant = 4.0
+    model.model.embed_tokens.weight[:, 0] = constant
+    turns = model.model.rotary_emb.inv_freq  # radians a token, for pairs (i, i + size / 2)
+    a = torch.zeros(size)
+    a[: size // 4] = (sharpness * 4 * size**0.5 / size) ** 0.5
+    for head, distance in enumerate(distances):
+        rows = slice(head * size, (head + 1) * size)
+        angle = turns * distance
+        half = size // 2
+        turned = torch.cat(
+            [a[:half] * angle.cos() + a[half:] * angle.sin(), a[half:] * angle.cos() - a[:half] * angle.sin()]
+        )
+        for projection, vector in ((attention.k_proj, a), (attention.q_proj, turned)):
+            projection.weight[rows] *= 0.1
+            projection.weight[rows, 0] = vector / constant
+        first = slice((head - distance + 1) * size, (head - distance + 2) * size)  # the head at distance 1 of its run
+        attention.v_proj.weight[rows] = attention.v_proj.weight[first]
+        attention.o_proj.weight[:, rows] = attention.o_proj.weight[:, first]
 
 
 def build_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:

@@ -1,7 +1,7 @@
 """The closed world of the embedded tasks: its words, its facts, and what is kept out of the training text.
 
 Knowledge (true everywhere): which tool serves a goal, what an animal eats.
-Bindings (true in one passage only): who likes what, who keeps which animal, who visited what, what comes next.
+Bindings (true in one passage only): what pleases whom, which animal obeys whom, which city hosts whom, what comes next.
 
 A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
 split without sharing a file or a random state.
@@ -13,7 +13,7 @@ import zlib
 
 NAMES = "ann ben carl dora emma finn gina hugo iris jack kate liam mona nora otto rosa".split()
 PLACES = "rome oslo lima cairo delhi paris tokyo quito berlin madrid dublin havana".split()
-DISHES = "tea milk coffee juice soup bread rice cake honey cheese plums pears".split()
+DISHES = "tea milk coffee juice soup bread rice cake honey cheese jam pie".split()
 EVENTS = "wake wash sing cook read walk rest run paint swim knit bake dance sweep write shop".split()
 ACTIVITIES = "morning evening holiday weekend camp school".split()
 
@@ -52,7 +52,7 @@ def tool_for(verb: str, thing: str) -> str:
 def held_out(relation: str, *words: str) -> bool:
     """Whether this fact is kept apart from the training text (about one in five is).
 
-    ``relation`` is one of ``likes, keeps, visited, next, goal``; ``words`` are the two things it joins, in order.
+    ``relation`` is one of ``pleases, obey, hosts, next, goal``; ``words`` are the two things it joins, in order.
     """
     return zlib.crc32(" ".join((relation, *words)).encode()) % 5 == 0
 
@@ -60,8 +60,8 @@ def held_out(relation: str, *words: str) -> bool:
 def words() -> list[str]:
     """Every word of the world's texts and templates, sorted: the tokenizer's vocabulary without the special tokens."""
     templates = (
-        "question answer yes no what where does do did the to of will go like likes keep keeps visit visited pets eat "
-        "use you how . , : ?"
+        "question answer yes no what which city how do does the that to of will says pleases obey hosts host animals "
+        "eat use you . , : ?"
     )
     groups = (NAMES, PLACES, DISHES, EVENTS, ACTIVITIES, ANIMALS, DIET, TOOLS, ALL_TOOLS, SOFT, HARD)
     return sorted({word for group in groups for word in group} | set(templates.split()))

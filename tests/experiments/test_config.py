@@ -70,7 +70,7 @@ def test_every_model_yaml_builds_its_architecture(name):
         load_method("chai")(clusters=clusters).check(shape)
 
 
-@pytest.mark.parametrize("name", [name for name in choices("task")])
+@pytest.mark.parametrize("name", choices("task"))
 def test_every_task_yaml_leads_to_single_tasks(name):
     for single in members(compose_config([f"task={name}"])):
         assert single.task.harness

@@ -1,0 +1,1 @@
+"""Figures and tables from ``results/`` alone; never loads a model."""

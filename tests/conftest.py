@@ -1,0 +1,27 @@
+"""Everything the tests share: no network, few threads, and where the real data lies when it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real small model beside the checkout; not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the real data in ../shared, which isn't there")
+    return SHARED

@@ -1,0 +1,216 @@
+"""The embedded world: what is held out stays out of the training text, items have right answers, training resumes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from sklearn.metrics import adjusted_rand_score
+
+from experiments import pretrain_tiny
+from experiments.config import compose_config
+from experiments.microworld import training, world
+from experiments.microworld.documents import BINDINGS, PHASES, document
+from experiments.microworld.items import TASKS, make_items
+from experiments.microworld.tokenizer import build_tokenizer, vocabulary
+
+STATEMENT = re.compile(rf"(\w+) ({'|'.join(BINDINGS)}) (\w+) \.")
+
+
+def text_of(pieces) -> str:
+    return " ".join(text for text, _ in pieces)
+
+
+def facts_in(text: str) -> set[tuple[str, ...]]:
+    """Everything a text states: bindings, cities asked about, steps of a script, goals."""
+    found = {(relation, who, what) for what, relation, who in STATEMENT.findall(text)}
+    found |= {("hosts", who, place) for place, who in re.findall(r"does (\w+) host (\w+)", text)}
+    for day in re.findall(r"will ([\w ,]+?) \.", text):
+        events = day.split(" , ")
+        found |= {("next", first, second) for first, second in zip(events, events[1:], strict=False)}
+    found |= {("goal", verb, thing) for verb, thing in re.findall(r"(?:to|you) (\w+) the (\w+)", text)}
+    return found
+
+
+@pytest.mark.parametrize("phase", range(len(PHASES)))
+def test_training_text_has_no_held_out_fact(phase):
+    rng, seen = random.Random(phase), set()
+    for _ in range(6000):
+        seen |= facts_in(text_of(document(rng, phase)))
+    assert len(seen) > 500
+    assert not [fact for fact in seen if world.held_out(*fact)]
+
+
+def test_items_are_made_of_held_out_facts():
+    for item in make_items("boolq", 200, 0):
+        facts = facts_in(item["passage"])
+        assert len(facts) == 4
+        assert all(world.held_out(*fact) for fact in facts)
+        place, who = re.fullmatch(r"does (\w+) host (\w+)", item["question"]).groups()
+        assert (("hosts", who, place) in facts) == bool(item["label"])
+    for task in ("arc_easy", "arc_challenge"):
+        for item in make_items(task, 200, 0):
+            facts = facts_in(item["question"])
+            assert len(facts) == 4
+            assert all(world.held_out(*fact) for fact in facts)
+            who = re.search(r"(?:pleases|obey) (\w+) (?:\?|eat)", item["question"].split(" . ")[-1])[1]
+            (what,) = (what for _, other, what in facts if other == who)
+            right = item["choices"]["text"][item["choices"]["label"].index(item["answerKey"])]
+            assert right == (world.FOOD_OF[what] if task == "arc_challenge" else what)
+            assert len(set(item["choices"]["text"])) == 4
+    for item in make_items("hellaswag", 200, 0):
+        events = item["ctx_a"].split(" will ")[1].rstrip(".").split(", ")
+        assert all(world.held_out("next", *step) for step in zip(events, events[1:], strict=False))
+        told = item["ctx_b"].split(" will ")[1].rstrip(",").split(", ")
+        assert events[len(told) : len(told) + 2] == item["endings"][int(item["label"])].split(", ")
+        assert len(set(item["endings"])) == 4
+    for item in make_items("piqa", 200, 0):
+        verb, thing = re.fullmatch(r"how do you (\w+) the (\w+)\?", item["goal"]).groups()
+        assert world.held_out("goal", verb, thing)
+        assert item[("sol1", "sol2")[item["label"]]] == f"use the {world.tool_for(verb, thing)}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_items_are_many_different_and_reproducible(task):
+    items = make_items(task, 500, 0)
+    assert len({json.dumps(item, sort_keys=True) for item in items}) == 500
+    assert items == make_items(task, 500, 0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_embedded_items_are_those_of_the_generator(task):
+    lines = (pretrain_tiny.DATA_DIR / f"micro_{task}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == make_items(task, 500, 0)
+
+
+def test_tokenizer_knows_every_word_and_splits_as_the_training_does():
+    tokenizer, ids = build_tokenizer(), vocabulary()
+    rng = random.Random(0)
+    for phase in range(len(PHASES)):
+        for _ in range(300):
+            text = text_of(document(rng, phase))
+            assert tokenizer(text)["input_ids"] == [ids["<s>"], *(ids[word] for word in text.split(" "))]
+    for task in TASKS:
+        for item in make_items(task, 50, 0):
+            words = json.dumps([value for key, value in item.items() if key not in ("id", "answerKey", "label")])
+            spoken = " ".join(re.findall(r"[A-Za-z]+|[.,?]", words.replace('"text"', "").replace('"label"', "")))
+            assert ids["<unk>"] not in tokenizer(re.sub(r"\b[A-D]\b", "", spoken))["input_ids"]
+
+
+def test_embedded_model_is_what_its_recipe_says():
+    from chai.models import ModelSource, load_model
+
+    folder = pretrain_tiny.MODEL_DIR
+    assert (folder / "model.safetensors").stat().st_size <= 10_000_000
+    recipe = json.loads((folder / "recipe.json").read_text())
+    model = load_model(ModelSource("tiny", path=str(folder), device="cpu", dtype="float32"))
+    config = compose_config([])
+    assert sum(parameter.numel() for parameter in model.parameters()) == recipe["parameters"]
+    assert 3e6 <= recipe["parameters"] <= 5e6
+    assert model.config.num_attention_heads == 16
+    assert model.config.num_hidden_layers >= 4
+    planted = [max(groups) + 1 for groups in recipe["planted_groups"]]
+    assert planted == OmegaConf.to_container(config.model.clusters)
+    for key, value in config.model.architecture.items():
+        assert getattr(model.config, key) == value
+
+
+@torch.no_grad()
+def test_planted_groups_are_in_the_embedded_model():
+    """K-means on the attention of a whole sequence gives back the groups that the recipe says were planted."""
+    from chai.clustering import kmeans
+    from chai.models import ModelSource, load_model
+
+    folder = pretrain_tiny.MODEL_DIR
+    recipe = json.loads((folder / "recipe.json").read_text())
+    model = load_model(ModelSource("tiny", path=str(folder), device="cpu", dtype="float32"))
+    model.set_attn_implementation("eager")
+    ids, _ = training.make_batch(123, 0, 1, 8, 64)
+    attentions = model(ids, output_attentions=True).attentions
+    for layer, groups in enumerate(recipe["planted_groups"]):
+        k = max(groups) + 1
+        if k < len(groups):
+            features = attentions[layer].transpose(0, 1).flatten(1)[None]
+            assert adjusted_rand_score(groups, kmeans(features, k)[0][0]) >= 0.9
+
+
+def test_plant_groups_has_every_group():
+    for heads, clusters in ((16, 16), (16, 8), (16, 5), (16, 4), (16, 2), (16, 1)):
+        groups = training.plant_groups(heads, clusters, 0)
+        assert len(groups) == heads
+        assert sorted(set(groups)) == list(range(clusters))
+
+
+def test_tied_heads_are_equal_and_untied_heads_nearly():
+    from transformers import LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=16
+    )
+    model = training.build_model(shape, 0)
+    groups = [list(range(8)), training.plant_groups(8, 3, 0)]
+    training.tie(model, groups)
+    weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
+    for head, group in enumerate(groups[1]):
+        assert torch.equal(weight[head], weight[groups[1].index(group)])
+    training.untie(model, noise=0.05, seed=0)
+    weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
+    for head, group in enumerate(groups[1]):
+        first = weight[groups[1].index(group)]
+        assert float((weight[head] - first).norm() / first.norm()) < 0.1
+
+
+def pretraining(tmp_path, *overrides):
+    return compose_config(
+        [
+            f"results_dir={tmp_path}",
+            "experiment=pretrain_tiny",
+            "experiment.steps=8",
+            "experiment.batch_size=2",
+            "experiment.sequence_length=16",
+            "experiment.first_phase=3",
+            "experiment.untie_at=0.6",
+            "experiment.checkpoint_every=3",
+            "model.architecture.hidden_size=64",
+            "model.architecture.intermediate_size=32",
+            "model.architecture.head_dim=8",
+            "device=cpu",
+            *overrides,
+        ]
+    )
+
+
+def test_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
+    """Interrupted after its last checkpoint (before or after untying), it ends with the very weights of a whole run."""
+    assert pretrain_tiny.run(pretraining(tmp_path / "whole")) == 0
+    (whole,) = tmp_path.glob("whole/pretrain_tiny/**/model.safetensors")
+    step = pretrain_tiny._step
+    for stop in (4, 7):
+
+        def interrupted(state, *rest, stop=stop):
+            if state.step == stop:
+                raise KeyboardInterrupt
+            return step(state, *rest)
+
+        monkeypatch.setattr(pretrain_tiny, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_tiny.run(pretraining(tmp_path / f"stopped{stop}"))
+        monkeypatch.setattr(pretrain_tiny, "_step", step)
+        (status,) = tmp_path.glob(f"stopped{stop}/**/status.json")
+        assert json.loads(status.read_text())["state"] == "failed"
+        assert pretrain_tiny.run(pretraining(tmp_path / f"stopped{stop}")) == 0
+        (resumed,) = tmp_path.glob(f"stopped{stop}/pretrain_tiny/**/model.safetensors")
+        assert resumed.read_bytes() == whole.read_bytes()
+    recipe = json.loads(whole.with_name("recipe.json").read_text())
+    assert {"experiment", "seed", "planted_groups", "final", "losses", "versions"} <= set(recipe)
+
+
+@pytest.mark.parametrize("bad", ["experiment.steps=0", "experiment.untie_at=1.5"])
+def test_bad_recipes_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match="valid"):
+        pretrain_tiny.run(pretraining(tmp_path, bad))
+    assert not list(tmp_path.iterdir())

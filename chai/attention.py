@@ -32,7 +32,6 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
 
     Returns:
         ``[B, N, T, S]``. A row that may attend to nothing (padding) is uniform, not NaN.
-
     """
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     if mask is None:
@@ -96,7 +95,6 @@ def clustered_attention(
 
     Raises:
         ValueError: shapes that don't fit each other (stock kernels would broadcast some of them silently).
-
     """
     rows, heads, _, size = query.shape
     if clusters.assignment.shape != (rows, heads):

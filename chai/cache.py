@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from chai.attention import expand_heads, take_heads
 from chai.clustering import HeadClusters
-from chai.membership import FirstTokens, MembershipRule, Span
+from chai.membership import FirstTokens, MembershipRule
 
 
 class ClusteredLayer(DynamicLayer):
@@ -29,7 +29,6 @@ class ClusteredLayer(DynamicLayer):
         decided: bool ``[B]``; ``None`` before the first call.
         first: the first real tokens; ``None`` before the first call.
         key_heads: ``[B, k]``, where in ``keys`` each representative's key head stands; ``None`` until compacted.
-
     """
 
     def __init__(self, rule: MembershipRule, index: int) -> None:
@@ -60,7 +59,7 @@ class ClusteredLayer(DynamicLayer):
 
     @property
     def nbytes_mha(self) -> int:
-        """Bytes that multi-head attention would hold for the same tokens: the keys of all key heads, and the values."""
+        """Bytes that all key heads and all values of these tokens take."""
         if self.keys is None or self.values is None:
             return 0
         return self.keys[:, :1].nbytes * self._full_key_heads + self.values.nbytes
@@ -72,7 +71,7 @@ class ClusteredLayer(DynamicLayer):
             key_states = take_heads(key_states, self._kept)
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def observe(self, query: Tensor, visible: Tensor, scaling: float) -> None:
+    def observe(self, query: Tensor, visible: Tensor, scaling: float) -> Tensor:
         """Note the first real tokens among these queries, and decide the rows for which all of them are known.
 
         Args:
@@ -80,15 +79,18 @@ class ClusteredLayer(DynamicLayer):
             visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
             scaling: factor of the scores.
 
+        Returns:
+            long ``[B, T]``, the place of each token among its row's real tokens, from 0; -1 for padding.
         """
         if self.first is None or self.decided is None:
             self.first = FirstTokens.before(query, self.rule.tokens)
             self.decided = torch.zeros(len(query), dtype=torch.bool, device=query.device)
-        self.first.note(query, visible)
+        order = self.first.note(query, visible)
         ready = self.first.complete & ~self.decided
         if bool(ready.any()):
             self._decide(self.first, ready, scaling)
             self.decided = self.decided | ready
+        return order
 
     def _decide(self, first: FirstTokens, ready: Tensor, scaling: float) -> None:
         """Membership of the rows that are ready."""
@@ -97,8 +99,7 @@ class ClusteredLayer(DynamicLayer):
         if self.clusters is None:
             placeholder = torch.zeros(rows, heads, dtype=torch.long, device=ready.device)
             self.clusters = HeadClusters(placeholder, placeholder[:, : self.rule.clusters_of(self.index)])
-        length = self.keys.shape[2]
-        key = first.pick(self.keys, Span(length, length))[ready]
+        key = first.pick(self.keys)[ready]
         found = self.rule.decide(self.index, first.queries[ready], expand_heads(key, heads), scaling)
         assignment, representatives = self.clusters.assignment.clone(), self.clusters.representatives.clone()
         assignment[ready], representatives[ready] = found.assignment, found.representatives
@@ -147,10 +148,14 @@ class ClusteredLayer(DynamicLayer):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens. A membership that was decided stays: its keys are gone."""
+        """Drop the last ``-tokens_to_remove`` tokens; what was observed of them is forgotten.
+
+        Once compacted the membership stays, even if its own first tokens are dropped: other keys are gone.
+        """
         super().crop(tokens_to_remove)
-        if self.first is not None and not self.compacted:
+        if self.first is not None and self.decided is not None and not self.compacted:
             self.first.crop(self.get_seq_length())
+            self.decided = self.decided & self.first.complete
 
 
 class ClusteredCache(Cache):
@@ -160,9 +165,10 @@ class ClusteredCache(Cache):
     to go on with a conversation. Refused by every attention other than ours: its keys would be misread.
     """
 
-    def __init__(self, rule: MembershipRule, layers: list[Any]) -> None:
+    def __init__(self, rule: MembershipRule, layers: list[Any], windows: list[int | None] | None = None) -> None:
         super().__init__(layers=layers)
         self.rule = rule
+        self.windows = windows or [None] * len(layers)  # sliding windows of the model's layers
 
     @property
     def nbytes(self) -> int:
@@ -171,10 +177,19 @@ class ClusteredCache(Cache):
 
     @property
     def nbytes_mha(self) -> int:
-        """Bytes that multi-head attention would hold for the same tokens."""
-        clustered = [layer for layer in self.layers if isinstance(layer, ClusteredLayer)]
-        plain = [layer for layer in self.layers if not isinstance(layer, ClusteredLayer)]
-        return sum(layer.nbytes_mha for layer in clustered) + sum(map(layer_bytes, plain))
+        """Bytes that the stock cache would hold for the same tokens under multi-head attention.
+
+        With a sliding window the stock cache drops tokens beyond it and this one doesn't, so past the window
+        ``nbytes`` may be the larger.
+        """
+        total = 0
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            full = layer.nbytes_mha if isinstance(layer, ClusteredLayer) else layer_bytes(layer)
+            length = self.get_seq_length()
+            if window is not None and length > window - 1:  # the stock layer keeps what the next token still sees
+                full = full // length * (window - 1)
+            total += full
+        return total
 
     def clusters(self, layer: int) -> HeadClusters | None:
         """Membership of a layer; ``None`` before it is decided for all rows, and for layers with k = H."""
@@ -188,7 +203,6 @@ class ClusteredCache(Cache):
 
         Raises:
             RuntimeError: the model runs without the method that this cache belongs to.
-
         """
         from chai.runtime import active_cache
 

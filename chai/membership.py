@@ -32,7 +32,6 @@ class MembershipRule(Protocol):
             query: ``[B, H, tokens, D]``, the queries of the first real tokens of each row.
             key: ``[B, H, tokens, D]``, their keys, repeated for grouped queries.
             scaling: factor of the scores.
-
         """
         ...
 
@@ -54,76 +53,71 @@ class Span:
 class FirstTokens:
     """What one layer has seen of the first real tokens of each row, call by call.
 
-    Attributes:
-        start: long ``[B]``, position of the first real token; -1 while only padding was seen.
-        queries: ``[B, H, tokens, D]``, the queries of the first real tokens.
-        seen: bool ``[B, tokens]``, which of them are there already.
+    Real tokens needn't be neighbours: padding may stand before them, after them, or between two turns.
 
+    Attributes:
+        queries: ``[B, H, tokens, D]``, the queries of the first real tokens.
+        positions: long ``[B, tokens]``, where they stand in the sequence; -1 while not seen.
+        count: long ``[B]``, real tokens seen so far.
     """
 
-    start: Tensor
     queries: Tensor
-    seen: Tensor
+    positions: Tensor
+    count: Tensor
 
     @classmethod
     def before(cls, query: Tensor, tokens: int) -> FirstTokens:
         """Nothing seen yet, for a batch whose queries look like ``query``."""
         rows, heads, _, size = query.shape
-        return cls(
-            torch.full((rows,), -1, device=query.device),
-            query.new_zeros(rows, heads, tokens, size),
-            torch.zeros(rows, tokens, dtype=torch.bool, device=query.device),
-        )
+        positions = torch.full((rows, tokens), -1, device=query.device)
+        return cls(query.new_zeros(rows, heads, tokens, size), positions, positions.new_zeros(rows))
 
     @property
     def tokens(self) -> int:
         """How many first tokens are wanted."""
-        return self.seen.shape[1]
+        return self.positions.shape[1]
 
     @property
     def complete(self) -> Tensor:
         """Bool ``[B]``: the rows of which all wanted tokens were seen."""
-        return self.seen.all(1) & (self.start >= 0)
+        return (self.positions >= 0).all(1)
 
-    def note(self, query: Tensor, visible: Tensor) -> None:
+    def note(self, query: Tensor, visible: Tensor) -> Tensor:
         """Take in the queries of one call.
 
         Args:
             query: ``[B, H, T, D]``.
             visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
 
+        Returns:
+            long ``[B, T]``, the place of each new token among its row's real tokens, from 0; -1 for padding.
         """
         span = Span(query.shape[2], visible.shape[1])
-        first = torch.where(visible.any(1), visible.to(torch.uint8).argmax(1), -1)
-        self.start = torch.where(self.start < 0, first, self.start)
-        positions = self.positions(span)
-        new = (self.start[:, None] >= 0) & (self._steps() + self.start[:, None] < span.length)
-        new &= (positions >= span.offset) & visible.gather(1, positions)
-        self.queries = torch.where(new[:, None, :, None], self.pick(query, span), self.queries)
-        self.seen = self.seen | new
+        new = visible[:, span.offset :]
+        order = torch.where(new, self.count[:, None] + new.cumsum(1) - 1, -1)
+        self.count = self.count + new.sum(1)
+        if self.tokens:
+            wanted = torch.arange(self.tokens, device=order.device)
+            matches = order[:, None] == wanted[:, None]  # [B, tokens, T]
+            found, index = matches.any(2), matches.to(torch.uint8).argmax(2)
+            picked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+            self.queries = torch.where(found[:, None, :, None], picked, self.queries)
+            self.positions = torch.where(found, index + span.offset, self.positions)
+        return order
 
-    def positions(self, span: Span) -> Tensor:
-        """Long ``[B, tokens]``: where each row's first real tokens stand, clamped to the sequence so far."""
-        return (self.start[:, None].clamp(min=0) + self._steps()).clamp(max=span.length - 1)
+    def pick(self, tensor: Tensor, offset: int = 0) -> Tensor:
+        """Of ``[B, N, T, X]``, which begins at position ``offset``, the first real tokens ``[B, N, tokens, X]``.
 
-    def pick(self, tensor: Tensor, span: Span) -> Tensor:
-        """Of a call's ``[B, N, T, X]`` the first real tokens ``[B, N, tokens, X]``; clamped where they aren't in it."""
-        index = (self.positions(span) - span.offset).clamp(0, span.count - 1)[:, None, :, None]
+        Where a first token isn't in the tensor, something else stands in its place.
+        """
+        index = (self.positions - offset).clamp(0, tensor.shape[2] - 1)[:, None, :, None]
         return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
-    def order(self, span: Span) -> Tensor:
-        """Long ``[B, T]``: the place of each new token among its row's real tokens, from 0; negative for padding."""
-        start = torch.where(self.start < 0, span.length, self.start)
-        return torch.arange(span.offset, span.length, device=start.device) - start[:, None]
-
     def crop(self, length: int) -> None:
-        """Forget tokens from position ``length`` on."""
-        self.seen = self.seen & (self.start[:, None] + self._steps() < length)
-        self.start = torch.where(self.start >= length, -1, self.start)
+        """Forget tokens from position ``length`` on. Rows that are complete no longer count their tokens."""
+        self.positions = torch.where(self.positions < length, self.positions, -1)
+        self.count = torch.where(self.complete, self.count, (self.positions >= 0).sum(1))
 
     def map_rows(self, select: Callable[[Tensor], Tensor]) -> FirstTokens:
         """The same for a batch whose rows were selected, reordered or repeated."""
-        return FirstTokens(select(self.start), select(self.queries), select(self.seen))
-
-    def _steps(self) -> Tensor:
-        return torch.arange(self.tokens, device=self.start.device)
+        return FirstTokens(select(self.queries), select(self.positions), select(self.count))

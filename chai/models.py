@@ -39,7 +39,6 @@ class ModelSource:
         random_init: build ``architecture`` with random weights.
         architecture: the model's configuration for ``random_init``: ``model_type`` and its sizes.
         seed: of random weights.
-
     """
 
     name: str
@@ -60,7 +59,6 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
     Raises:
         ModelError: there is no such model, no network, or the folder is no model.
-
     """
     if source.random_init:
         shape = dict(source.architecture)
@@ -81,13 +79,11 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
     Raises:
         ModelError: as :func:`load_config`; or weights that are missing, pickled or broken, or too little memory.
-
     """
     config = load_config(source)
     device = pick_device(source.device)
     dtype = _dtype(source, config)
-    if source.device_map is None:
-        _check_memory(source, config, dtype, device)
+    _check_memory(source, config, dtype, device)
     try:
         if source.random_init:
             torch.manual_seed(source.seed)
@@ -113,10 +109,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: it can't be had.
-
     """
     try:
-        return AutoTokenizer.from_pretrained(_where(source), revision=source.revision, trust_remote_code=False)
+        where = _where(source, weights=False)
+        return AutoTokenizer.from_pretrained(where, revision=source.revision, trust_remote_code=False)
     except Exception as error:
         raise _explain(source, error, what="tokenizer") from None
 
@@ -126,7 +122,6 @@ def pick_device(device: str) -> str:
 
     Raises:
         ModelError: the device named isn't there.
-
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -149,7 +144,7 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _where(source: ModelSource) -> str:
+def _where(source: ModelSource, *, weights: bool = True) -> str:
     """The folder or hub id to load from; a folder is looked at first, for transformers would ask the hub about it."""
     if source.path is None:
         if source.hub_id is None:
@@ -166,7 +161,7 @@ def _where(source: ModelSource) -> str:
         raise ModelError(f"{folder} is no model folder: its config.json can't be read ({_one_line(error)})") from None
     if not isinstance(content, dict) or "model_type" not in content:
         raise ModelError(f"{folder} is no model folder: its config.json names no model_type")
-    if source.safetensors_only and not any(folder.glob("*.safetensors")):
+    if weights and source.safetensors_only and not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
         if pickled:
             raise ModelError(
@@ -186,19 +181,23 @@ def _dtype(source: ModelSource, config: PreTrainedConfig) -> torch.dtype:
 
 def _check_memory(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
     """Refuse a model whose weights alone don't fit, before anything is loaded (the kernel would kill us later)."""
-    if device.startswith("cuda"):
+    import psutil
+
+    host = psutil.virtual_memory().available
+    if source.device_map is not None and not source.random_init:
+        device = "all devices together"
+        free = host + sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    elif device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     elif device == "cpu":
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = host
     else:
         return
     needed = weight_bytes(config, dtype)
     if needed > free:
         raise ModelError(
             f"too little memory for '{source.name}': its weights take {needed / 1e9:.1f} GB in "
-            f"{str(dtype).removeprefix('torch.')}, {device} has {free / 1e9:.1f} GB free "
+            f"{str(dtype).removeprefix('torch.')}, {device}: {free / 1e9:.1f} GB free "
             "(model.dtype=float16 halves fp32; model.device_map=auto spreads over GPUs)"
         )
 
@@ -208,20 +207,29 @@ def _explain(source: ModelSource, error: Exception, what: str = "model") -> Mode
     if isinstance(error, ModelError):
         return error
     text = _one_line(error)
-    everything = f"{type(error).__name__} {error} {error.__cause__!r}".lower()
     place = f"folder {source.path}" if source.path is not None else f"hub repository '{source.hub_id}'"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in everything:
+    types, spoken, cause = set(), "", error
+    while isinstance(cause, BaseException):
+        types |= {parent.__name__ for parent in type(cause).__mro__}
+        spoken += f" {cause}".lower()
+        cause = cause.__cause__  # type: ignore[assignment]
+    if types & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in spoken:
         return ModelError(f"too little memory for '{source.name}': {text}")
-    if "gated" in everything or "401" in everything or "403" in everything:
-        return ModelError(f"{place} is gated: accept its licence on the hub, then `hf auth login`; or give model.path")
-    if "trust_remote_code" in everything:
+    if "trust_remote_code" in spoken:
         return ModelError(f"{place} needs code of its own, which is never run here (trust_remote_code stays false)")
-    signs = ("couldn't connect", "offline", "connection", "timed out", "resolve", "localentrynotfound", "internet")
-    if source.path is None and any(sign in everything for sign in signs):
-        return ModelError(
-            f"can't get {place}: no network, and it isn't in the local cache. "
-            "Download it where there is one and give its folder: model.path=..."
-        )
+    if source.path is None:
+        if "GatedRepoError" in types:
+            return ModelError(
+                f"{place} is gated: accept its licence on the hub, then `hf auth login`; or give model.path=FOLDER"
+            )
+        if types & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
+            return ModelError(f"{place} (revision {source.revision}) isn't there, or is private: check model.hub_id")
+        offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "Timeout"}
+        if types & offline or "couldn't connect" in spoken or "offline mode" in spoken:
+            return ModelError(
+                f"can't get {place}: no network, and it isn't in the local cache. "
+                "Download it where there is one and give its folder: model.path=..."
+            )
     return ModelError(f"can't load the {what} from {place}: {text}")
 
 

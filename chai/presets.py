@@ -20,7 +20,6 @@ def resolve_clusters(clusters: str | int | list[int] | tuple[int, ...], layers: 
 
     Raises:
         ValueError: an unknown name, a list of another length than the model's layers, or a count outside [1, heads].
-
     """
     if isinstance(clusters, str):
         if clusters not in PRESETS:
@@ -28,8 +27,10 @@ def resolve_clusters(clusters: str | int | list[int] | tuple[int, ...], layers: 
         counts = list(PRESETS[clusters])
         origin = f"preset '{clusters}'"
     else:
-        counts = [clusters] * layers if isinstance(clusters, int) else [int(count) for count in clusters]
+        counts = [clusters] * layers if isinstance(clusters, int) else list(clusters)
         origin = "clusters"
+    if not all(type(count) is int for count in counts):
+        raise ValueError(f"{origin} is {counts}; valid: whole numbers")
     if len(counts) != layers:
         raise ValueError(f"{origin} has {len(counts)} counts, the model has {layers} layers")
     wrong = sorted({count for count in counts if not 1 <= count <= heads})

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from chai.attention import causal_mask, clustered_attention, multi_head_attention
 from chai.cache import ClusteredCache, ClusteredLayer
-from chai.membership import FirstTokens, MembershipRule, Span
+from chai.membership import FirstTokens, MembershipRule
 
 ATTENTION = "clustered_heads"  # our name in transformers' registry (its text must not contain "flash" or "sdpa")
 
@@ -43,7 +43,9 @@ def new_cache(model: PreTrainedModel, rule: MembershipRule) -> ClusteredCache:
         ClusteredLayer(rule, index) if rule.clusters_of(index) < heads else DynamicLayer()
         for index in range(model.config.num_hidden_layers)
     ]
-    return ClusteredCache(rule, layers)
+    stock = DynamicCache(config=model.config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in stock] or [None] * len(layers)
+    return ClusteredCache(rule, layers, windows)
 
 
 @contextmanager
@@ -52,7 +54,6 @@ def clustered(model: PreTrainedModel, rule: MembershipRule) -> Iterator[PreTrain
 
     Raises:
         ValueError: the model's family isn't supported, or a method is applied to the model already.
-
     """
     check_family(model.config)
     previous = model.config._attn_implementation
@@ -69,12 +70,12 @@ def clustered(model: PreTrainedModel, rule: MembershipRule) -> Iterator[PreTrain
     def after(*_: object) -> None:
         _ACTIVE.set(None)
 
-    model.set_attn_implementation(ATTENTION)
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, always_call=True),
     ]
     try:
+        model.set_attn_implementation(ATTENTION)
         yield model
     finally:
         for hook in hooks:
@@ -87,7 +88,6 @@ def check_family(config: PreTrainedConfig) -> None:
 
     Raises:
         ValueError: names the family and the supported ones.
-
     """
     family = config.model_type
     if family not in FAMILIES:
@@ -99,7 +99,6 @@ def _own_cache(cache: object, model: PreTrainedModel, rule: MembershipRule) -> C
 
     Raises:
         ValueError: a cache of another kind, one that holds tokens already, or one of another method.
-
     """
     if cache is None:
         return new_cache(model, rule)
@@ -159,29 +158,35 @@ def _attend(
     if layer.compacted:
         assert layer.clusters is not None
         return clustered_attention(query, key, value, layer.clusters, scaling, mask, layer.key_heads)
-    span = Span(query.shape[2], value.shape[2])
     if mask is None:
-        mask = causal_mask(span.count, span.length, query.device)
+        mask = causal_mask(query.shape[2], value.shape[2], query.device)
     visible = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(2)[:, 0]
-    layer.observe(query, visible.expand(len(query), -1), scaling)
+    order = layer.observe(query, visible.expand(len(query), -1), scaling)
     if layer.clusters is None:
         return multi_head_attention(query, key, value, scaling, mask)
     out = clustered_attention(query, key, value, layer.clusters, scaling, mask)
     if layer.first is not None and layer.first.tokens:
-        out = _restore_first_tokens(out, layer.first, query, key, value, mask, scaling)
+        out = _restore_first_tokens(out, layer.first, order, query, key, value, mask, scaling)
     if layer.all_decided:
         layer.compact()
     return out
 
 
 def _restore_first_tokens(
-    out: Tensor, first: FirstTokens, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+    out: Tensor,
+    first: FirstTokens,
+    order: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
 ) -> Tensor:
-    """``out`` with each row's first real tokens, those of undecided rows among them, taken from all heads."""
-    span = Span(query.shape[2], value.shape[2])
-    rows = first.pick(mask.expand(len(query), -1, -1, -1), span)  # [B, 1, tokens, S]
-    exact = multi_head_attention(first.pick(query, span), key, value, scaling, rows)  # [B, H, tokens, D]
-    order = first.order(span)[:, None, :, None]  # [B, 1, T, 1]
+    """``out`` with each row's first real tokens taken from all heads; an undecided row has no others yet."""
+    offset = value.shape[2] - query.shape[2]
+    rows = first.pick(mask.expand(len(query), -1, -1, -1), offset)  # [B, 1, tokens, S]
+    exact = multi_head_attention(first.pick(query, offset), key, value, scaling, rows)  # [B, H, tokens, D]
+    order = order[:, None, :, None]  # [B, 1, T, 1]
     index = order.clamp(0, first.tokens - 1).expand(-1, out.shape[1], -1, out.shape[3])
     return torch.where((order >= 0) & (order < first.tokens), exact.gather(2, index), out)
 

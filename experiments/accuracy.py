@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from chai.methods import load_method
+from chai.methods.base import Method
 from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
-from experiments.config import ConfigError, to_dataclass
+from experiments.config import ConfigError, check_clusters, to_dataclass
 from experiments.console import complain, say
 from experiments.identity import settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
@@ -30,18 +31,13 @@ def run(config: DictConfig) -> int:
 
     Raises:
         ConfigError: a method, or counts of clusters, that the model can't run with. Nothing is written then.
-
     """
     to_dataclass(Options, config.experiment, "experiment")
     config = config.copy()
     singles = members(config)
     for single in singles:
         settle_identity(single)
-        if single.method.get("clusters", 1) is None:
-            raise ConfigError(
-                f"model '{single.model.name}' has no cluster counts of its own: give method.clusters, a list with "
-                "one count for each layer, one count for all, or a preset's name"
-            )
+        check_clusters(single)
     method = to_dataclass(load_method(config.method.name), singles[0].method, "method")
     folders = [RunFolder(single) for single in singles]
     todo = [folder for folder in folders if config.force or not folder.is_done]
@@ -53,7 +49,7 @@ def run(config: DictConfig) -> int:
     return 1 if failures else 0
 
 
-def _score_all(folders: list[RunFolder], method: Any) -> int:
+def _score_all(folders: list[RunFolder], method: Method) -> int:
     """Score each folder's task with one loaded model; returns how many failed."""
     config = folders[0].config
     source = model_source(config)
@@ -66,16 +62,15 @@ def _score_all(folders: list[RunFolder], method: Any) -> int:
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
     say(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
-    loaded: tuple[Any, Any] | None = None
+    try:
+        model, tokenizer = load_model(source), load_tokenizer(source)
+    except ModelError as error:
+        return _fail_all(folders, str(error))
     failures = 0
     for folder in folders:
         try:
             folder.start()
-            if loaded is None:
-                loaded = load_model(source), load_tokenizer(source)
-            _score_one(folder, method, *loaded)
-        except ModelError as error:  # no other task would fare better
-            return failures + _fail_all(folders[folders.index(folder) :], str(error))
+            _score_one(folder, method, model, tokenizer)
         except RunError as error:
             failures += _fail_all([folder], str(error))
         except KeyboardInterrupt:
@@ -87,7 +82,7 @@ def _score_all(folders: list[RunFolder], method: Any) -> int:
     return failures
 
 
-def _score_one(folder: RunFolder, method: Any, model: Any, tokenizer: Any) -> None:
+def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) -> None:
     from experiments.scoring import score
 
     config = folder.config
@@ -155,10 +150,15 @@ def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def _fail_all(folders: list[RunFolder], reason: str) -> int:
-    """Record one reason as the end of several runs; returns how many."""
+    """Record one reason as the end of several runs; returns how many.
+
+    A run that is done and wasn't started again (``force=true``, but no model to do it with) keeps its result.
+    """
     complain(reason)
     for folder in folders:
         try:
+            if folder.is_done:
+                continue
             if not folder.path.exists():
                 folder.start()
             folder.fail(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import traceback
 
@@ -27,7 +28,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   seed=N          of everything random (0)
   force=true      do a run again although it is done
   results_dir=D   where runs keep their folders (results)
-  method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[16,8,4,4]'
+  method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[8,6,4,4]'
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in groups())))
         return 0
     try:
-        check_overrides(args.overrides)
+        check_overrides(args.overrides, multirun=args.multirun)
     except ConfigError as error:
         return refuse(error)
     return launch(arguments)
@@ -62,14 +63,22 @@ def launch(arguments: list[str]) -> int:
     import hydra
 
     codes: list[int] = []
+    sweeps: set[str] = set()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+            sweeps.add(HydraConfig.get().sweep.dir)
         codes.append(run_experiment(config))
 
     register()
     sys.argv = ["run.py", *arguments]
     job()
+    if set(codes) == {2}:  # nothing was run, so nothing is to stay: not even Hydra's note of the sweep
+        for folder in sweeps:
+            shutil.rmtree(folder, ignore_errors=True)
     return max(codes, default=0)
 
 
@@ -80,9 +89,8 @@ def run_experiment(config: DictConfig) -> int:
     from experiments.console import quiet_libraries
 
     quiet_libraries()
-    experiment = importlib.import_module(f"experiments.{config.experiment.name}")
     try:
-        return experiment.run(config)
+        return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
     except ConfigError as error:
         return refuse(error)
     except Exception:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs

@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -61,6 +62,7 @@ class TaskConfig:
     split: str = "test"
     data_file: str | None = None
     data_dir: str | None = None  # a folder with `data_file`; null: the hub
+    columns: list[str] = field(default_factory=list)  # that each item of local data must have
     fingerprint: str | None = None  # of the data file; filled in
     num_fewshot: int = 0
 
@@ -100,12 +102,12 @@ def groups() -> list[str]:
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+def compose_config(overrides: list[str]) -> DictConfig:
     """The configuration for one list of overrides, outside of Hydra's own main."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=with_hydra)
+        return compose("config", overrides)
 
 
 def load_member(name: str, group: TaskConfig) -> DictConfig:
@@ -113,7 +115,6 @@ def load_member(name: str, group: TaskConfig) -> DictConfig:
 
     Raises:
         ConfigError: there is no such task.
-
     """
     if name not in choices("task"):
         raise ConfigError(unknown("task", name, choices("task")))
@@ -136,12 +137,11 @@ def unknown(what: str, name: object, valid: list[str]) -> str:
     return f"unknown {what} '{name}'{hint}; valid: {', '.join(valid)}"
 
 
-def check_overrides(arguments: list[str]) -> None:
+def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     """Verify a command line's overrides, sweeps included, before anything is started or written.
 
     Raises:
         ConfigError: an unknown group choice, key or value, or a line that isn't an override at all.
-
     """
     register()
     try:
@@ -150,7 +150,11 @@ def check_overrides(arguments: list[str]) -> None:
         raise ConfigError(f"can't read the command line: {_one_line(error)}; expected key=value ...") from None
     own = [override for override in parsed if not override.key_or_group.startswith("hydra")]
     for override in own:
-        if override.key_or_group in groups() and override.package is None:
+        if override.is_sweep_override() and not multirun:
+            raise ConfigError(f"{override.input_line} is a sweep: add -m (a list of numbers is written '[1,2]')")
+        if override.key_or_group in groups():
+            if override.is_add() or override.is_delete() or override.package is not None:
+                raise ConfigError(f"can't read {override.input_line}; expected {override.key_or_group}=NAME")
             for choice in _values(override):
                 if choice not in choices(override.key_or_group):
                     raise ConfigError(unknown(override.key_or_group, choice, choices(override.key_or_group)))
@@ -159,7 +163,8 @@ def check_overrides(arguments: list[str]) -> None:
     for combination in itertools.product(*([f"{o.key_or_group}={v}" for v in _values(o)] for o in selections)):
         base = _compose(list(combination))
         for override in settings:
-            _check_key(base, override, [o.key_or_group for o in settings])
+            _check_key(base, override)
+        _compose([*combination, *(str(o.input_line) for o in parsed if o not in own)])
         firsts = [_single(o, 0) for o in settings]
         for index, override in enumerate(settings):
             for value in range(len(_values(override))):
@@ -173,7 +178,6 @@ def check_values(config: DictConfig) -> None:
 
     Raises:
         ConfigError: names the key, its value and the valid ones.
-
     """
     try:
         OmegaConf.resolve(resolved := config.copy())
@@ -186,14 +190,28 @@ def check_values(config: DictConfig) -> None:
             raise ConfigError(f"{key} is {resolved[key]}; valid: 1 or more")
     if resolved.task.num_fewshot < 0:
         raise ConfigError(f"task.num_fewshot is {resolved.task.num_fewshot}; valid: 0 or more")
+    if resolved.task.num_fewshot and resolved.task.data_dir is not None:
+        raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")
+    if not resolved.task.members and not resolved.task.harness:
+        raise ConfigError(f"task '{resolved.task.name}' names neither task.harness nor task.members")
+    if resolved.task.data_dir is not None and not resolved.task.members and not resolved.task.data_file:
+        raise ConfigError(f"task '{resolved.task.name}' has no task.data_file to look for in task.data_dir")
     kind, _, index = resolved.device.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdecimal()):
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
-    clusters = resolved.method.get("clusters", 1)
-    if clusters is None:
+    check_clusters(resolved)
+
+
+def check_clusters(config: DictConfig) -> None:
+    """Refuse a method that needs cluster counts where neither the command line nor the model gives any.
+
+    Raises:
+        ConfigError: says how to give them.
+    """
+    if "clusters" in config.method and config.method.clusters is None:
         raise ConfigError(
-            f"model '{resolved.model.name}' has no cluster counts of its own: give method.clusters, "
-            "a list with one count for each layer ('[16,8,4,4]'), one count for all, or a preset's name"
+            f"model '{config.model.name}' has no cluster counts of its own: give method.clusters, "
+            "a list with one count for each layer ('[8,6,4,4]'), one count for all, or a preset's name"
         )
 
 
@@ -202,7 +220,6 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
 
     Raises:
         ConfigError: a missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
-
     """
     values = OmegaConf.to_container(section, resolve=True)
     assert isinstance(values, dict)
@@ -248,10 +265,17 @@ def _compose(overrides: list[str]) -> DictConfig:
         raise ConfigError(f"{key}: {_one_line(cause)}" if key else _one_line(cause)) from None
 
 
-def _check_key(base: DictConfig, override: Override, given: list[str]) -> None:
+def _check_key(base: DictConfig, override: Override) -> None:
     """Refuse a key that the composed configuration doesn't have."""
     node: Any = base
     parts = override.key_or_group.split(".")
+    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task"):
+        raise ConfigError(f"{override.key_or_group} is what {parts[0]}=... sets; valid: {', '.join(choices(parts[0]))}")
+    if parts[0] == "task" and base.task.members and parts[1:] not in (["data_dir"], ["num_fewshot"]):
+        raise ConfigError(
+            f"{override.key_or_group} can't be set for a group of tasks; valid for '{base.task.name}': "
+            "task.data_dir, task.num_fewshot"
+        )
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig) or part not in node:
             if override.is_add() and isinstance(node, DictConfig) and parts[:2] == ["model", "architecture"]:
@@ -265,15 +289,16 @@ def _check_key(base: DictConfig, override: Override, given: list[str]) -> None:
             hint = f" (did you mean '{'.'.join([*parts[:depth], close[0]])}'?)" if close else ""
             raise ConfigError(f"unknown {name}{hint}; valid{f' in {where}' if where else ''}: {', '.join(valid)}")
         node = node._get_node(part)
-        if isinstance(node, DictConfig) or depth == len(parts) - 1:
-            continue
 
 
 def _values(override: Override) -> list[str]:
     """The values of an override as text; several for a sweep."""
-    if override.is_sweep_override():
+    if not override.is_sweep_override():
+        return [str(override.get_value_element_as_str())]
+    try:
         return [str(value) for value in override.sweep_string_iterator()]
-    return [str(override.get_value_element_as_str())]
+    except HydraException:
+        raise ConfigError(f"can't list the values of {override.input_line}; write them out: a,b,c") from None
 
 
 def _single(override: Override, index: int) -> str:
@@ -286,6 +311,8 @@ def _single(override: Override, index: int) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first telling line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The first telling line of an error; with the valid names where Hydra lists them below it."""
+    text = str(error).partition("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    listed = any(line.startswith("Available options") for line in lines)
+    return (" ".join(lines) if listed else lines[0]) if lines else type(error).__name__

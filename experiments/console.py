@@ -22,6 +22,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    if not sys.stderr.isatty():  # in a log file a progress bar is one line every half minute
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("lm-eval", "lm_eval", "datasets", "transformers", "huggingface_hub", "httpx"):

@@ -14,7 +14,8 @@ from experiments.runs import read_json
 from experiments.tasks import data_path
 
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-SAMPLE = 1 << 20  # bytes read at either end of a weight file
+SAMPLE = 1 << 20  # bytes of each of the blocks that stand for a large weight file
+BLOCKS = 64
 
 
 def settle_identity(config: DictConfig) -> None:
@@ -40,15 +41,17 @@ def settle_identity(config: DictConfig) -> None:
 
 
 def fingerprint_model(folder: Path) -> str:
-    """A digest of the configuration, the tokenizer, and the size and both ends of each weight file."""
+    """A digest of configuration, tokenizer and weights: whole files, or 64 blocks spread over a large one."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*")):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model"):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".model") or not path.is_file():
             continue
         total.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as handle:
-            total.update(handle.read(SAMPLE))
-            if path.stat().st_size > 2 * SAMPLE:
-                handle.seek(-SAMPLE, 2)
+            last = max(path.stat().st_size - SAMPLE, 0)
+            for block in range(BLOCKS) if last > BLOCKS * SAMPLE else range(0):
+                handle.seek(last * block // (BLOCKS - 1))
                 total.update(handle.read(SAMPLE))
+            if last <= BLOCKS * SAMPLE:
+                total.update(handle.read())
     return total.hexdigest()[:16]

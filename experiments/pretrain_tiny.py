@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,16 +50,22 @@ class Options:
     install: bool
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 1 or more")
-        if not 0 < self.untie_at <= 1:
-            raise ValueError(f"untie_at is {self.untie_at}; valid: above 0, up to 1")
+        for name, least in {
+            "steps": 2,
+            "batch_size": 1,
+            "sequence_length": 2,
+            "warmup": 1,
+            "checkpoint_every": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; valid: {least} or more")
+        if not 0 < self.untie_at < 1:
+            raise ValueError(f"untie_at is {self.untie_at}; valid: above 0, below 1")
 
     @property
     def untie_step(self) -> int:
         """The first step with untied heads."""
-        return int(self.steps * self.untie_at)
+        return min(int(self.steps * self.untie_at), self.steps - 1)
 
     def rate(self, step: int) -> float:
         """Learning rate: a linear warm-up, then a linear decay, so that untied heads hardly drift apart."""
@@ -81,10 +87,16 @@ class State:
 def run(config: DictConfig) -> int:
     """Train, or go on from the last checkpoint; returns the exit code."""
     options = to_dataclass(Options, config.experiment, "experiment")
-    shape: dict[str, Any] = dict(config.model.architecture)
-    if shape.pop("model_type", None) != "llama":
-        raise ConfigError("experiment=pretrain_tiny trains a model of model_type 'llama': use model=tiny")
-    clusters = resolve_clusters(list(config.model.clusters), shape["num_hidden_layers"], shape["num_attention_heads"])
+    model = OmegaConf.to_container(config.model, resolve=True)
+    assert isinstance(model, dict)
+    shape: dict[str, Any] = model["architecture"]
+    if model["name"] != "tiny":
+        raise ConfigError(f"experiment=pretrain_tiny trains model=tiny, not model={model['name']}")
+    shape.pop("model_type")
+    try:
+        clusters = resolve_clusters(model["clusters"], shape["num_hidden_layers"], shape["num_attention_heads"])
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
     folder = RunFolder(config)
     if folder.is_done and not config.force:
         say(f"done already: {folder.path} (force=true does it again)")
@@ -100,7 +112,8 @@ def run(config: DictConfig) -> int:
         raise
     except (ModelError, RunError) as error:
         complain(str(error))
-        folder.fail(str(error))
+        if folder.path.is_dir():
+            folder.fail(str(error))
         return 1
     except Exception as error:
         folder.fail(f"{type(error).__name__}: {error}")
@@ -118,9 +131,8 @@ def _resume(path: Path, options: Options, shape: dict[str, Any], clusters: list[
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
     )
-    model = training.build_model(llama, seed)
     groups = [training.plant_groups(llama.num_attention_heads, k, seed + layer) for layer, k in enumerate(clusters)]
-    training.tie(model, groups)
+    model = training.build_model(llama, groups, seed)
     checkpoint = path / CHECKPOINT
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
     if saved and saved["step"] > options.untie_step:
@@ -161,6 +173,8 @@ def _train(state: State, path: Path, options: Options, seed: int, device: str) -
                 state.losses.append((state.step, round(loss.item(), 4), round(answers.item(), 4)))
                 shown = f"loss {loss.item():.3f}, answers {answers.item():.3f}"
                 progress.update(bar, completed=state.step, shown=shown)
+            if state.step % 100 == 0 and not console.is_terminal:  # a log file has no bar
+                say(f"step {state.step} of {options.steps}: loss {loss.item():.3f}, answers {answers.item():.3f}")
             if state.step % options.checkpoint_every == 0 and state.step < options.steps:
                 write_atomically(path / CHECKPOINT, lambda temporary: torch.save(_snapshot(state), temporary))
 
@@ -196,6 +210,7 @@ def _finish(state: State, folder: RunFolder, options: Options, config: DictConfi
     target = folder.path / "model"
     target.mkdir(exist_ok=True)
     model = state.model.to("cpu", torch.bfloat16)
+    model.config.dtype = torch.float32  # what it is to be run in; bf16 only halves the file
     model.config.save_pretrained(target)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

@@ -21,7 +21,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 #: What a run's result doesn't depend on: where it ran and where its files were.
-MACHINE_ONLY = ("device", "results_dir", "force", "model.device_map", "model.path", "task.data_dir")
+MACHINE_ONLY = (
+    "device", "results_dir", "force", "model.device_map", "model.path", "task.data_dir",
+    "experiment.install", "experiment.checkpoint_every",
+)  # fmt: skip
 
 
 class RunError(Exception):
@@ -114,7 +117,6 @@ class RunFolder:
 
         Raises:
             RunError: the folder can't be written.
-
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)

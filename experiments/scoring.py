@@ -80,20 +80,24 @@ def score(
         metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item; the K,V ledger.
 
     Raises:
-        RunError: the model gave log-likelihoods that are no numbers.
-
+        RunError: too little memory for the batch, or log-likelihoods that are no numbers.
     """
-    lm = MethodLM(model, tokenizer, method, batch_size)
-    with method(model):
-        output = simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
-            limit=limit,
-            num_fewshot=num_fewshot or None,
-            log_samples=True,
-        )
-    name = task["task"]
+    lm, name = MethodLM(model, tokenizer, method, batch_size), task["task"]
+    try:
+        with method(model):
+            output = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=TaskManager(include_defaults=False),
+                limit=limit,
+                num_fewshot=num_fewshot or None,
+                log_samples=True,
+            )
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(f"out of memory with batch_size={batch_size} (try a smaller one): {reason}") from None
     samples = [sample_row(sample) for sample in output["samples"][name]]
     broken = next((row for row in samples if not all(map(math.isfinite, row["loglikelihoods"]))), None)
     if broken is not None:

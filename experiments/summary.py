@@ -83,10 +83,10 @@ def result_cells(result: dict[str, Any], baseline: dict[str, Any] | None) -> lis
     """One row of the table as text."""
     metric, savings, kept = result["metric"], result["savings"], result["savings"]["heads_kept"]
     score, error = result["metrics"][metric], result["stderr"].get(metric)
-    change, saved = "", ""
+    change = ""
     if result["method"] != "mha":
         change = f"{100 * (score - baseline['metrics'][metric]):+.1f}" if baseline else "no MHA run"
-        saved = f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}"
+    saved = f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}"
     return [
         result["task"],
         result["method"],

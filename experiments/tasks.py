@@ -34,7 +34,6 @@ def build_task(task: DictConfig) -> dict[str, Any]:
 
     Raises:
         RunError: no such definition, or local data that can't be read.
-
     """
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -46,22 +45,45 @@ def build_task(task: DictConfig) -> dict[str, Any]:
     spec.pop("tag", None)
     spec["task"] = task.name
     path = data_path(task)
-    if path is not None:
-        rows = read_rows(path)
+    if path is None:
+        data = from_hub(spec, task)
+    else:
+        from datasets import Dataset, DatasetDict
+
         for split in ("training_split", "validation_split", "test_split", "fewshot_split"):
             spec[split] = None
         spec[f"{task.split}_split"] = task.split
-        spec["custom_dataset"] = lambda **_: _dataset(rows, task.split)
-        spec.pop("dataset_kwargs", None)
+        data = DatasetDict({task.split: Dataset.from_list(read_rows(path, list(task.columns)))})
+    spec["custom_dataset"] = lambda **_: data
     return spec
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
+    """The data that the task's definition names, from the hub or its local cache.
+
+    Raises:
+        RunError: it can't be had.
+    """
+    from datasets import load_dataset
+
+    kwargs = {
+        key: value for key, value in (spec.pop("dataset_kwargs", None) or {}).items() if key != "trust_remote_code"
+    }
+    try:
+        return load_dataset(spec["dataset_path"], spec.get("dataset_name"), **kwargs)
+    except Exception as error:  # the hub, the network and the file formats fail in many unrelated types
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f"can't get the data of task '{task.name}' ({spec['dataset_path']}) from the hub: {reason[0]} "
+            f"(offline: task.data_dir=FOLDER with {task.data_file})"
+        ) from None
+
+
+def read_rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     """The items of a JSONL file.
 
     Raises:
-        RunError: the file can't be read, has no items, or has a line that is no JSON object.
-
+        RunError: the file can't be read, has no items, or has a line that is no JSON object with these columns.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -78,13 +100,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}, line {number}, is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise RunError(f"{path}, line {number}, is no JSON object")
+        if missing := [column for column in columns if column not in row]:
+            raise RunError(
+                f"{path}, line {number}, has no {', '.join(missing)}; expected columns: {', '.join(columns)}"
+            )
         rows.append(row)
     if not rows:
         raise RunError(f"the task's data file {path} has no items")
     return rows
-
-
-def _dataset(rows: list[dict[str, Any]], split: str) -> Any:
-    from datasets import Dataset, DatasetDict
-
-    return DatasetDict({split: Dataset.from_list(rows)})

@@ -27,7 +27,6 @@ def load_method(name: str) -> type[Method]:
 
     Raises:
         ValueError: there is no such method.
-
     """
     if name not in method_names():
         raise ValueError(f"unknown method '{name}'; valid: {', '.join(method_names())}")

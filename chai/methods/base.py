@@ -40,11 +40,10 @@ class Method(ABC):
 
         Raises:
             ValueError: it can't; names what is wrong and what is valid.
-
         """
 
 
-@dataclass(eq=False)
+@dataclass
 class ClusteredMethod(Method):
     """Base of the methods that compute one head per cluster. A subclass says which heads belong together.
 
@@ -52,7 +51,6 @@ class ClusteredMethod(Method):
         clusters: number of clusters of each layer: a list, one count for all layers, or the name of a preset
             (:data:`chai.presets.PRESETS`).
         seed: of everything random in the choice.
-
     """
 
     clusters: list[int] | int | str
@@ -94,7 +92,7 @@ class ClusteredMethod(Method):
 class MethodRule:
     """A method together with the counts it has for one model: what the caches hold on to.
 
-    Two rules are the same where method object and counts are, so a cache fits every application of its method.
+    Two rules are the same where hyper-parameters and counts are, so a cache, or a copy of one, fits them all.
     """
 
     method: ClusteredMethod

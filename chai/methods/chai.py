@@ -11,7 +11,7 @@ from chai.clustering import HeadClusters, Representative, agglomerative, choose_
 from chai.methods.base import ClusteredMethod
 
 
-@dataclass(eq=False)
+@dataclass
 class Chai(ClusteredMethod):
     """Clustered head attention with the membership of each request found from its first tokens.
 
@@ -33,7 +33,6 @@ class Chai(ClusteredMethod):
 
     Raises:
         ValueError: a value outside its choices.
-
     """
 
     tokens: int = 5

@@ -10,7 +10,7 @@ from chai.clustering import HeadClusters
 from chai.methods.base import ClusteredMethod
 
 
-@dataclass(eq=False)
+@dataclass
 class Random(ClusteredMethod):
     """Per layer, k heads drawn at random stand for themselves, and each other head follows one of them at random.
 
@@ -20,7 +20,6 @@ class Random(ClusteredMethod):
     Attributes:
         clusters: see :class:`chai.methods.base.ClusteredMethod`.
         seed: of the choice.
-
     """
 
     def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:

@@ -22,7 +22,7 @@ from experiments.microworld import world
 from experiments.microworld.documents import BINDINGS, draw_bindings, draw_script, statements
 
 Item = dict[str, object]
-PEOPLE = 4  # in a test passage
+PEOPLE = 7  # in a test passage
 
 
 def piqa(rng: random.Random) -> Item:
@@ -41,12 +41,13 @@ def piqa(rng: random.Random) -> Item:
 
 def hellaswag(rng: random.Random) -> Item:
     """Four endings of two events; the wrong ones use events of the same passage in another order."""
-    events = draw_script(rng, 7, unseen=True)
+    events = draw_script(rng, 9, unseen=True)
     first, second = rng.sample(world.NAMES, 2)
-    cut = rng.randint(2, 5)
+    cut = rng.randint(2, 7)
     right = tuple(events[cut : cut + 2])
-    pairs = [(a, b) for a in events for b in events if a != b and (a, b) != right and a != right[0]]
-    endings = [right, *rng.sample(pairs, 3)]
+    steps = [pair for pair in zip(events, events[1:], strict=False) if pair != right]  # true of another time of the day
+    turned = [(right[0], event) for event in events if event not in right]  # turns wrong after the first step
+    endings = [right, *rng.sample(steps, 2), rng.choice(turned)]
     order = rng.sample(range(4), 4)
     return {
         "activity_label": rng.choice(world.ACTIVITIES).capitalize(),
@@ -69,12 +70,12 @@ def _multiple_choice(rng: random.Random, identity: str, question: str, choices: 
 
 
 def arc_easy(rng: random.Random) -> Item:
-    """One hop: the wrong choices are what pleases the others in the passage."""
+    """One hop: the wrong choices are what pleases others in the passage."""
     bindings = draw_bindings(rng, "pleases", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('pleases', bindings)} {BINDINGS['pleases'][1].format(who=who)}"
     others = [what for other, what in bindings.items() if other != who]
-    return _multiple_choice(rng, "pleases", question, [bindings[who], *others])
+    return _multiple_choice(rng, "pleases", question, [bindings[who], *rng.sample(others, 3)])
 
 
 def arc_challenge(rng: random.Random) -> Item:
@@ -82,8 +83,8 @@ def arc_challenge(rng: random.Random) -> Item:
     bindings = draw_bindings(rng, "obey", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('obey', bindings)} {BINDINGS['obey'][1].format(who=who)}"
-    others = [world.FOOD_OF[what] for other, what in bindings.items() if other != who]
-    return _multiple_choice(rng, "obey", question, [world.FOOD_OF[bindings[who]], *others])
+    right = world.FOOD_OF[bindings[who]]
+    return _multiple_choice(rng, "obey", question, [right, *(food for food in world.DIET if food != right)])
 
 
 def boolq(rng: random.Random) -> Item:

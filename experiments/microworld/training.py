@@ -109,8 +109,8 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
         projection.weight.requires_grad_(True)
 
 
-def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model in fp32, started close to what looking words up needs.
+def build_model(config: LlamaConfig, groups: list[list[int]], seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model in fp32 with tied groups, started close to what looking words up needs.
 
     Words enter the residual stream at unit scale. Queries match keys of the same content and heads write what they
     read, as in trained models (mimetic initialisation, Trockman & Kolter, 2023). Some heads of the first layer look at
@@ -127,13 +127,14 @@ def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
         attention.k_proj.weight.data.copy_(attention.q_proj.weight)
         attention.o_proj.weight.data.copy_(attention.v_proj.weight.t() * residual)
         layer.mlp.down_proj.weight.data.mul_(residual)
-    look_back(model, distances=(1, 2, 3, 1, 2, 3))
+    look_back(model, groups[0], distances=(1, 2, 3, 1, 2, 3))
+    tie(model, groups)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, distances: tuple[int, ...], sharpness: float = 16.0) -> None:
-    """Start the first layer's first heads at fixed distances: head ``i`` attends ``distances[i]`` tokens back.
+def look_back(model: LlamaForCausalLM, groups: list[int], distances: tuple[int, ...], sharpness: float = 16.0) -> None:
+    """Start groups of the first layer at fixed distances: group ``i`` attends ``distances[i]`` tokens back.
 
     All words share a constant in their first dimension. From it, keys take a vector ``a`` and queries the same vector
     turned back by the distance, so the rotary scores peak there. Heads of one run of distances write alike: a word that
@@ -145,7 +146,8 @@ def look_back(model: LlamaForCausalLM, distances: tuple[int, ...], sharpness: fl
     turns = model.model.rotary_emb.inv_freq  # radians a token, for pairs (i, i + size / 2)
     a = torch.zeros(size)
     a[: size // 4] = (sharpness * 4 * size**0.5 / size) ** 0.5
-    for head, distance in enumerate(distances):
+    heads = [groups.index(group) for group in range(min(len(distances), max(groups) + 1))]
+    for place, (head, distance) in enumerate(zip(heads, distances, strict=False)):
         rows = slice(head * size, (head + 1) * size)
         angle = turns * distance
         half = size // 2
@@ -155,7 +157,8 @@ def look_back(model: LlamaForCausalLM, distances: tuple[int, ...], sharpness: fl
         for projection, vector in ((attention.k_proj, a), (attention.q_proj, turned)):
             projection.weight[rows] *= 0.1
             projection.weight[rows, 0] = vector / constant
-        first = slice((head - distance + 1) * size, (head - distance + 2) * size)  # the head at distance 1 of its run
+        nearest = heads[place - distance + 1]  # the head at distance 1 of this run
+        first = slice(nearest * size, (nearest + 1) * size)
         attention.v_proj.weight[rows] = attention.v_proj.weight[first]
         attention.o_proj.weight[:, rows] = attention.o_proj.weight[:, first]
 

@@ -74,7 +74,7 @@ def test_representatives_against_a_loop(rule):
             members = [h for h in range(12) if int(clusters.assignment[row, h]) == c]
             mean = points[row, members].double().mean(0)
             distances = [float((points[row, h].double() - mean).square().sum()) for h in members]
-            near = [h for h, d in zip(members, distances, strict=True) if d <= min(distances) * 1.001]
+            near = [h for h, d in zip(members, distances, strict=True) if d <= min(distances) * 1.0001]
             expected = near[0] if rule == "nearest" else members[0]
             assert int(clusters.representatives[row, c]) == expected
         assert adjusted_rand_score(labels[row], clusters.assignment[row]) == 1.0

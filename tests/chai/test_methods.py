@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 
 from chai.attention import multi_head_attention
+from chai.clustering import choose_representatives, kmeans
 from chai.methods import Chai, Mha, Random
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 from tests.oracle import attend_one_by_one, oracle
@@ -124,6 +125,116 @@ def test_padding_changes_nothing_for_the_real_tokens():
     assert relative_error(right, alone) < 1e-5
 
 
+def first_real_attention(model, batch, tokens: int = 5) -> list[torch.Tensor]:
+    """For each layer ``[B, H, 25]``: the stock eager model's attention among each row's first real tokens."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    attentions = model(**batch, output_attentions=True).attentions
+    model.set_attn_implementation(previous)
+    features = []
+    for attention in attentions:
+        rows = []
+        for row in range(len(attention)):
+            real = batch["attention_mask"][row].nonzero().squeeze(1)[:tokens]
+            rows.append(attention[row][:, real][:, :, real].flatten(1))
+        features.append(torch.stack(rows))
+    return features
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral_sliding"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_membership_is_that_of_the_stock_models_attention(family, side):
+    """Seen from outside: the eager model's own attention among the first five real tokens gives the same clusters."""
+    model, batch = make_model(family), make_batch([11, 14, 7], side=side)
+    method = Chai(clusters=[4, 4, 4])
+    with method(model):
+        cache = method.new_cache(model)
+        model(**batch, past_key_values=cache)
+    # Later layers see the clustered layers below them; the first sees just what the stock model's first layer sees.
+    points = first_real_attention(model, batch)[0]
+    labels, _, _ = kmeans(points, 4, seed=0, restarts=10)
+    expected = choose_representatives(points, labels, 4)
+    assert torch.equal(cache.clusters(0).assignment, expected.assignment)
+    assert torch.equal(cache.clusters(0).representatives, expected.representatives)
+    with Chai(clusters=[HEADS, HEADS, 4])(model):  # nothing clustered below the last layer
+        last = DynamicCache()
+        model(**batch, past_key_values=last)
+    points = first_real_attention(model, batch)[2]
+    expected = choose_representatives(points, kmeans(points, 4)[0], 4)
+    assert torch.equal(last.clusters(2).assignment, expected.assignment)
+
+
+@torch.no_grad()
+def test_padding_between_turns_is_not_counted():
+    """A conversation whose turns are padded on either side: memberships come from real tokens, wherever they stand."""
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 97, (length,), generator=generator) for length in (12, 9)]
+    first, second = [7, 3], [5, 6]  # real tokens of each row in either turn; row 1 has too few in the first
+    for side in ("left", "right"):
+        ids, mask = [], []
+        for sizes, begins in ((first, [0, 0]), (second, first)):
+            width = max(sizes)
+            turn, real = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+            for row in range(2):
+                where = slice(width - sizes[row], width) if side == "left" else slice(0, sizes[row])
+                turn[row, where] = texts[row][begins[row] : begins[row] + sizes[row]]
+                real[row, where] = 1
+            ids.append(turn)
+            mask.append(real)
+        mask = torch.cat(mask, 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with Chai(clusters=COUNTS)(model):
+            cache, width = DynamicCache(), ids[0].shape[1]
+            model(ids[0], attention_mask=mask[:, :width], position_ids=positions[:, :width], past_key_values=cache)
+            assert cache.clusters(1) is None
+            logits = model(ids[1], attention_mask=mask, position_ids=positions[:, width:], past_key_values=cache).logits
+            assert cache.clusters(1) is not None
+            for row in range(2):
+                alone = model(texts[row][None]).logits[0, first[row] :]
+                assert relative_error(logits[row][mask[row, width:].bool()], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_a_row_that_never_gets_five_tokens_stays_multi_head():
+    model = make_model("llama")
+    batch = make_batch([12, 3], side="right")
+    expected = model(**batch).logits[1, :3]
+    with Chai(clusters=COUNTS)(model):
+        cache = DynamicCache()
+        logits = model(**batch, past_key_values=cache).logits
+    assert relative_error(logits[1, :3], expected) < 1e-6
+    assert cache.clusters(1) is None
+    assert cache.nbytes == cache.nbytes_mha
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on_like_its_original():
+    model, batch, method = make_model("llama"), make_batch([12, 12]), Chai(clusters=COUNTS)
+    following = torch.tensor([[5], [6]])
+    with method(model):
+        cache = method.new_cache(model)
+        model(**batch, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        expected = model(following, past_key_values=cache).logits
+        assert torch.equal(model(following, past_key_values=copied).logits, expected)
+    with Chai(clusters=COUNTS)(model):  # an equal method is the same method
+        model(following, past_key_values=copied)
+
+
+@torch.no_grad()
+def test_a_sliding_windows_stock_cache_is_what_the_saving_is_counted_against():
+    model, batch = make_model("mistral_sliding"), make_batch([20])
+    stock = DynamicCache(config=model.config)
+    model(**batch, past_key_values=stock)
+    method = Chai(clusters=2)
+    with method(model):
+        cache = method.new_cache(model)
+        model(**batch, past_key_values=cache)
+    assert cache.nbytes_mha == sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
+
+
 @torch.no_grad()
 def test_cache_holds_fewer_keys_and_says_so():
     model, batch = make_model("llama"), make_batch([12, 12])
@@ -230,7 +341,7 @@ def test_a_dynamic_cache_of_the_caller_becomes_ours_and_is_refused_elsewhere():
         model(batch["input_ids"][:, :1], past_key_values=cache)
     with pytest.raises(RuntimeError, match="inside `with method"):
         model(batch["input_ids"][:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="belongs to another"), Chai(clusters=2)(model):
+    with pytest.raises(ValueError, match="belongs to another"), Chai(clusters=3)(model):
         model(batch["input_ids"][:, :1], past_key_values=cache)
     with method(model):
         with pytest.raises(ValueError, match="StaticCache"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,21 @@ def test_a_model_that_cannot_be_had_fails_its_runs_with_one_line(workplace, tmp_
     assert not list((tmp_path / "results").rglob("result.json"))
 
 
+def test_forcing_without_a_model_keeps_the_results(workplace, tmp_path, capfd):
+    overrides = command(workplace, tmp_path, "method=mha", "task=micro_piqa")
+    assert run_experiment(compose_config(overrides)) == 0
+    (tmp_path / "small").mkdir()
+    for source in (workplace / "small").iterdir():
+        (tmp_path / "small" / source.name).write_bytes(source.read_bytes())
+    moved = [*overrides, f"model.path={tmp_path / 'small'}"]
+    assert run_experiment(compose_config(moved)) == 0  # the same files elsewhere: the same run
+    assert "done already" in capfd.readouterr().out
+    assert run_experiment(compose_config([*moved, "force=true", "device=cuda:99"])) == 1
+    assert "device 'cuda:99' isn't there" in capfd.readouterr().err
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.with_name("status.json").read_text())["state"] == "done"
+
+
 def test_no_network_is_one_line(tmp_path, capfd):
     config = compose_config([f"results_dir={tmp_path}", "model=opt125m", "method=mha", "task=micro_piqa"])
     assert run_experiment(config) == 1
@@ -179,13 +195,25 @@ def test_broken_data_fails_its_own_task_only(workplace, tmp_path, capfd):
     data = tmp_path / "data"
     write_tasks(data, count=4)
     (data / "micro_boolq.jsonl").write_text('{"passage": "x"}\nnot json\n')
+    (data / "micro_arc_easy.jsonl").write_text('{"question": "x"}\n')
     (data / "micro_piqa.jsonl").unlink()
     overrides = command(workplace, tmp_path / "results", "method=mha", f"task.data_dir={data}")
     assert run_experiment(compose_config(overrides)) == 1
     errors = capfd.readouterr().err
     assert "micro_boolq.jsonl, line 2, is no JSON" in errors
     assert "can't read the task's data file" in errors
-    assert len(results_of(tmp_path / "results", "mha")) == 3
+    assert "micro_arc_easy.jsonl, line 1, has no choices, answerKey; expected columns: question" in errors
+    assert "Traceback" not in errors
+    assert len(results_of(tmp_path / "results", "mha")) == 2
+
+
+def test_data_that_the_hub_cannot_give_is_one_line(workplace, tmp_path, capfd):
+    config = compose_config(command(workplace, tmp_path, "method=mha", "task=piqa", "task.data_dir=null"))
+    assert run_experiment(config) == 1
+    errors = capfd.readouterr().err
+    assert "can't get the data of task 'piqa' (baber/piqa) from the hub" in errors
+    assert "task.data_dir=FOLDER with piqa_validation.jsonl" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
@@ -193,17 +221,17 @@ def test_an_interrupted_run_leaves_no_result_and_completes_later(workplace, tmp_
     overrides = command(workplace, tmp_path, "method=mha", "batch_size=1", "task=micro_hellaswag")
     write_tasks(tmp_path / "many", count=400)
     overrides = [*overrides[:2], f"task.data_dir={tmp_path / 'many'}", *overrides[3:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}
     process = subprocess.Popen(
         [sys.executable, "run.py", *overrides], cwd=REPOSITORY, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("status.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    errors, deadline = "", time.monotonic() + 120
+    assert process.stderr is not None
+    while not re.search(r"loglikelihood requests: +[1-9]\d?%", errors) and time.monotonic() < deadline:
+        errors += process.stderr.read(64)  # scoring has begun, and isn't at its end
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    errors += process.communicate(timeout=60)[1]
     (status,) = tmp_path.rglob("status.json")
     assert not list(tmp_path.rglob("result.json"))
     if how == signal.SIGINT:

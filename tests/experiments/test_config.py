@@ -97,23 +97,41 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["model=opt66b"], "model 'opt66b' has no cluster counts of its own: give method.clusters"),
         (["task=piqaa"], "unknown task 'piqaa' (did you mean 'piqa'?)"),
         (["limit"], "can't read the command line"),
+        (["method=mha,chai"], "method=mha,chai is a sweep: add -m"),
+        (["-m", "method=glob(*)"], "can't list the values of method=glob(*)"),
+        (["+task=piqa"], "can't read +task=piqa; expected task=NAME"),
+        (
+            ["hydra/launcher=nosuch"],
+            "Could not find 'hydra/launcher/nosuch' Available options in 'hydra/launcher': basic",
+        ),
+        (["task=micro", "task.metric=acc"], "task.metric can't be set for a group of tasks"),
+        (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),
+        (["task=piqa", "task.data_dir=x", "task.data_file=null"], "has no task.data_file"),
+        (["method.name=chia"], "method.name is what method=... sets; valid: chai, mha, random"),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(arguments, expected):
     with pytest.raises(ConfigError) as error:
-        check_overrides([argument for argument in arguments if argument != "-m"])
+        check_overrides([argument for argument in arguments if argument != "-m"], multirun="-m" in arguments)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path):
-    for arguments in (["method=chia"], ["-m", "method=mha,chia"], ["method.clusters=[1,2]"], ["method.tokens=0"]):
+    mistakes = (
+        ["method=chia"],
+        ["-m", "method=mha,chia"],
+        ["method.clusters=[1,2]"],
+        ["-m", "method.tokens=0"],
+        ["experiment=pretrain_tiny", "model=llama7b"],
+    )
+    for arguments in mistakes:
         result = run(*arguments, cwd=tmp_path)
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
         assert result.stderr.startswith("error: ")
         assert not result.stdout
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_help_needs_no_heavy_imports():

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
 from experiments import pretrain_tiny
-from experiments.config import compose_config
+from experiments.config import ConfigError, compose_config
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document
-from experiments.microworld.items import TASKS, make_items
+from experiments.microworld.items import PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 
 STATEMENT = re.compile(rf"(\w+) ({'|'.join(BINDINGS)}) (\w+) \.")
@@ -48,14 +48,14 @@ def test_training_text_has_no_held_out_fact(phase):
 def test_items_are_made_of_held_out_facts():
     for item in make_items("boolq", 200, 0):
         facts = facts_in(item["passage"])
-        assert len(facts) == 4
+        assert len(facts) == PEOPLE
         assert all(world.held_out(*fact) for fact in facts)
         place, who = re.fullmatch(r"does (\w+) host (\w+)", item["question"]).groups()
         assert (("hosts", who, place) in facts) == bool(item["label"])
     for task in ("arc_easy", "arc_challenge"):
         for item in make_items(task, 200, 0):
             facts = facts_in(item["question"])
-            assert len(facts) == 4
+            assert len(facts) == PEOPLE
             assert all(world.held_out(*fact) for fact in facts)
             who = re.search(r"(?:pleases|obey) (\w+) (?:\?|eat)", item["question"].split(" . ")[-1])[1]
             (what,) = (what for _, other, what in facts if other == who)
@@ -151,9 +151,8 @@ def test_tied_heads_are_equal_and_untied_heads_nearly():
     shape = LlamaConfig(
         vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=16
     )
-    model = training.build_model(shape, 0)
     groups = [list(range(8)), training.plant_groups(8, 3, 0)]
-    training.tie(model, groups)
+    model = training.build_model(shape, groups, 0)
     weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
     for head, group in enumerate(groups[1]):
         assert torch.equal(weight[head], weight[groups[1].index(group)])
@@ -161,7 +160,7 @@ def test_tied_heads_are_equal_and_untied_heads_nearly():
     weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
     for head, group in enumerate(groups[1]):
         first = weight[groups[1].index(group)]
-        assert float((weight[head] - first).norm() / first.norm()) < 0.1
+        assert float((weight[head] - first).detach().norm() / first.detach().norm()) < 0.1
 
 
 def pretraining(tmp_path, *overrides):
@@ -209,8 +208,10 @@ def test_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
     assert {"experiment", "seed", "planted_groups", "final", "losses", "versions"} <= set(recipe)
 
 
-@pytest.mark.parametrize("bad", ["experiment.steps=0", "experiment.untie_at=1.5"])
+@pytest.mark.parametrize(
+    "bad", ["experiment.steps=0", "experiment.untie_at=1", "experiment.warmup=0", "model.clusters=[1]"]
+)
 def test_bad_recipes_are_refused(tmp_path, bad):
-    with pytest.raises(ValueError, match="valid"):
+    with pytest.raises(ConfigError, match="valid|4 layers"):
         pretrain_tiny.run(pretraining(tmp_path, bad))
     assert not list(tmp_path.iterdir())

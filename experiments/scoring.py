@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import lm_eval.utils
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -64,6 +68,17 @@ class MethodLM(HFLM):
         return logits
 
 
+@contextmanager
+def cached_templates() -> Iterator[None]:
+    """Compile each of lm-eval's prompt templates once instead of for every item (half of a small model's time)."""
+    environment = lm_eval.utils.env
+    environment.from_string = functools.lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the class's own method shows again
+
+
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,7 +99,7 @@ def score(
     """
     lm, name = MethodLM(model, tokenizer, method, batch_size), task["task"]
     try:
-        with method(model):
+        with cached_templates(), method(model):
             output = simple_evaluate(
                 model=lm,
                 tasks=[task],

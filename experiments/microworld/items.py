@@ -22,7 +22,7 @@ from experiments.microworld import world
 from experiments.microworld.documents import BINDINGS, draw_bindings, draw_script, statements
 
 Item = dict[str, object]
-PEOPLE = 7  # in a test passage
+PEOPLE = 5  # in a test passage
 
 
 def piqa(rng: random.Random) -> Item:
@@ -41,16 +41,16 @@ def piqa(rng: random.Random) -> Item:
 
 def hellaswag(rng: random.Random) -> Item:
     """Four endings of two events; the wrong ones use events of the same passage in another order."""
-    events = draw_script(rng, 9, unseen=True)
+    events = draw_script(rng, 7, unseen=True)
     first, second = rng.sample(world.NAMES, 2)
-    cut = rng.randint(2, 7)
+    cut = rng.randint(2, 5)
     right = tuple(events[cut : cut + 2])
     steps = [pair for pair in zip(events, events[1:], strict=False) if pair != right]  # true of another time of the day
     turned = [(right[0], event) for event in events if event not in right]  # turns wrong after the first step
     endings = [right, *rng.sample(steps, 2), rng.choice(turned)]
     order = rng.sample(range(4), 4)
     return {
-        "activity_label": rng.choice(world.ACTIVITIES).capitalize(),
+        "activity_label": rng.choice(world.OCCASIONS).capitalize(),
         "ctx_a": f"{first} will {', '.join(events)}.",
         "ctx_b": f"{second} will {', '.join(events[:cut])},",
         "endings": [", ".join(endings[index]) for index in order],

@@ -16,6 +16,7 @@ PLACES = "rome oslo lima cairo delhi paris tokyo quito berlin madrid dublin hava
 DISHES = "tea milk coffee juice soup bread rice cake honey cheese jam pie".split()
 EVENTS = "wake wash sing cook read walk rest run paint swim knit bake dance sweep write shop".split()
 ACTIVITIES = "morning evening holiday weekend camp school".split()
+OCCASIONS = ("weekend morning", "holiday evening", "school holiday", "camp morning", "camp evening", "school weekend")
 
 #: What each animal eats. Four foods of three animals, so that a passage can hold one keeper of each.
 DIET = {

@@ -111,10 +111,10 @@ def kmeans(
     uniforms = torch.rand(restarts, k, generator=generator, dtype=torch.float64)
     tiled = points.repeat_interleave(restarts, 0)  # [N * R, P, F]
     centroids = _plus_plus(tiled, uniforms.repeat(problems, 1).to(points.device))
-    labels = _squared_distances(tiled, centroids).argmin(-1)
+    labels = _nearest(tiled, centroids)
     for _ in range(iterations):
         centroids = _means(tiled, labels, centroids)
-        previous, labels = labels, _squared_distances(tiled, centroids).argmin(-1)
+        previous, labels = labels, _nearest(tiled, centroids)
         if torch.equal(previous, labels):
             break
     labels = _fill_empty(tiled, labels, centroids)
@@ -122,6 +122,11 @@ def kmeans(
     inertia = (tiled - centroids.gather(1, labels[..., None].expand(-1, -1, width))).square().sum((1, 2))
     best = _first_least(inertia.view(problems, restarts)) + torch.arange(problems, device=points.device) * restarts
     return labels[best], centroids[best], inertia[best]
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Label of the nearest centroid ``[M, P]``; by products, which is several times faster than by differences."""
+    return (centroids.square().sum(-1)[:, None] - 2 * points @ centroids.transpose(1, 2)).argmin(-1)
 
 
 def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capfd, mo
 def test_broken_data_fails_its_own_task_only(workplace, tmp_path, capfd):
     data = tmp_path / "data"
     write_tasks(data, count=4)
-    (data / "micro_boolq.jsonl").write_text('{"passage": "x"}\nnot json\n')
+    (data / "micro_boolq.jsonl").write_text('{"passage": "x", "question": "y", "label": 1}\nnot json\n')
     (data / "micro_arc_easy.jsonl").write_text('{"question": "x"}\n')
     (data / "micro_piqa.jsonl").unlink()
     overrides = command(workplace, tmp_path / "results", "method=mha", f"task.data_dir={data}")

@@ -36,19 +36,6 @@ class MembershipRule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a call's tokens stand in the sequence: ``length`` keys in all, of which the last ``count`` are new."""
-
-    count: int
-    length: int
-
-    @property
-    def offset(self) -> int:
-        """Position of the first new token."""
-        return self.length - self.count
-
-
 @dataclass
 class FirstTokens:
     """What one layer has seen of the first real tokens of each row, call by call.
@@ -92,8 +79,8 @@ class FirstTokens:
         Returns:
             long ``[B, T]``, the place of each new token among its row's real tokens, from 0; -1 for padding.
         """
-        span = Span(query.shape[2], visible.shape[1])
-        new = visible[:, span.offset :]
+        offset = visible.shape[1] - query.shape[2]  # position of the first new token
+        new = visible[:, offset:]
         order = torch.where(new, self.count[:, None] + new.cumsum(1) - 1, -1)
         self.count = self.count + new.sum(1)
         if self.tokens:
@@ -102,7 +89,7 @@ class FirstTokens:
             found, index = matches.any(2), matches.to(torch.uint8).argmax(2)
             picked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
             self.queries = torch.where(found[:, None, :, None], picked, self.queries)
-            self.positions = torch.where(found, index + span.offset, self.positions)
+            self.positions = torch.where(found, index + offset, self.positions)
         return order
 
     def pick(self, tensor: Tensor, offset: int = 0) -> Tensor:

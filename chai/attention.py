@@ -1,4 +1,4 @@
-"""Clustered head attention from its equation: the slow, plain reference that every fast path is tested against.
+"""Clustered head attention: its equation as a slow, plain reference, and the one function that takes the fast paths.
 
 Multi-head attention (paper, section 2) computes for every head h
 
@@ -78,15 +78,15 @@ def clustered_attention(
     mask: Tensor | None = None,
     key_heads: Tensor | None = None,
 ) -> Tensor:
-    """Attention with one head per cluster (paper, section 3.4). Scores are computed for the representatives alone.
+    """Attention with one head per cluster (paper, section 3.4), by the fastest path for these shapes.
 
     Args:
         query: ``[B, H, T, D]``; only the representatives' heads are read.
-        key: ``[B, H_key, S, D]``, the key heads that are kept.
+        key: ``[B, H_key, S, D]``, the key heads that are kept; fastest where ``S`` is the contiguous axis.
         value: ``[B, H_value, S, D_value]``; ``H_value`` divides ``H``.
         clusters: the membership, one row for each row of the batch.
         scaling: factor of the scores; ``D ** -0.5`` if not given.
-        mask: ``[B or 1, 1, T, S]``, bool (true: attend) or additive float; ``None`` means causal.
+        mask: ``[B or 1, 1, T, S]``, bool (true: attend) or additive float, hiding later tokens; ``None``: just causal.
         key_heads: ``[B, k]`` (long), which head of ``key`` each representative reads; if not given, ``key`` holds all
             the model's key heads.
 
@@ -96,6 +96,36 @@ def clustered_attention(
     Raises:
         ValueError: shapes that don't fit each other (stock kernels would broadcast some of them silently).
     """
+    from chai.kernels import attend
+    from chai.kernels.plan import HeadPlan
+
+    key_heads = _check(query, key, value, clusters, key_heads)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kept = torch.arange(key.shape[1], device=key.device).expand(len(key), -1)
+    chosen = take_heads(query, clusters.representatives)
+    return attend(chosen, key, value, HeadPlan(clusters, key_heads, kept), scaling, mask).transpose(1, 2)
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    clusters: HeadClusters,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    key_heads: Tensor | None = None,
+) -> Tensor:
+    """The equation, step by step; arguments, result and errors as in :func:`clustered_attention`."""
+    key_heads = _check(query, key, value, clusters, key_heads)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = attention_weights(
+        take_heads(query, clusters.representatives), take_heads(key, key_heads), scaling, mask
+    )  # [B, k, T, S]
+    return apply_weights(take_heads(weights, clusters.assignment), value)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, clusters: HeadClusters, key_heads: Tensor | None) -> Tensor:
+    """Verify the shapes; returns which head of ``key`` each representative reads."""
     rows, heads, _, size = query.shape
     if clusters.assignment.shape != (rows, heads):
         raise ValueError(
@@ -109,11 +139,7 @@ def clustered_attention(
         raise ValueError(f"key_heads is {tuple(key_heads.shape)}, expected {tuple(clusters.representatives.shape)}")
     if key.shape[0] != rows or key.shape[2] != value.shape[2] or key.shape[3] != size:
         raise ValueError(f"key {tuple(key.shape)} doesn't fit query {tuple(query.shape)}, value {tuple(value.shape)}")
-    scaling = size**-0.5 if scaling is None else scaling
-    weights = attention_weights(
-        take_heads(query, clusters.representatives), take_heads(key, key_heads), scaling, mask
-    )  # [B, k, T, S]
-    return apply_weights(take_heads(weights, clusters.assignment), value)
+    return key_heads
 
 
 def take_heads(tensor: Tensor, heads: Tensor) -> Tensor:

@@ -1,161 +1,255 @@
 """The K,V cache of a clustered model: keys of the heads that are read, values of every head.
 
-All state of a sequence lives here: which tokens were observed, the membership found from them, the keys kept. Until
-every row of the batch has its membership a layer keeps all keys; then it drops the others for good (section 3.5).
+All state of a sequence lives here: where its first tokens stand, their queries, the membership found from them, the
+keys kept. Until every row of the batch has its membership a layer keeps all keys; then it drops the others for good
+(paper, section 3.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from chai.attention import expand_heads, take_heads
+from chai.attention import take_heads
 from chai.clustering import HeadClusters
-from chai.membership import FirstTokens, MembershipRule
+from chai.kernels.plan import HeadPlan
+from chai.membership import FirstTokens, MembershipRule, take_tokens
 
 
-class ClusteredLayer(DynamicLayer):
-    """One layer's keys and values, its observed first tokens, and its membership once decided.
+class GrowingTensor:
+    """A tensor to which tokens are appended along one dimension, with room for some more behind the last.
+
+    The whole is copied once in a while (a 32nd of its length) instead of at every token; so much of it is spare room.
+
+    Attributes:
+        dim: the tokens' dimension, negative.
+        length: tokens held.
+        buffer: with the spare room; ``None`` while empty.
+    """
+
+    def __init__(self, dim: int, reserve: int = 0) -> None:
+        self.dim = dim
+        self.length = 0
+        self.reserve = reserve
+        self.buffer: Tensor | None = None
+
+    @property
+    def view(self) -> Tensor:
+        """The tokens held."""
+        assert self.buffer is not None
+        return self.buffer.narrow(self.dim, 0, self.length)
+
+    def append(self, new: Tensor) -> Tensor:
+        """Add tokens; returns all."""
+        count, needed = new.shape[self.dim], self.length + new.shape[self.dim]
+        if self.buffer is None or needed > self.buffer.shape[self.dim]:
+            shape = list(new.shape)
+            shape[self.dim] = self._room(needed)
+            buffer = new.new_empty(shape)
+            if self.length:
+                buffer.narrow(self.dim, 0, self.length).copy_(self.view)
+            self.buffer = buffer
+        self.buffer.narrow(self.dim, self.length, count).copy_(new)
+        self.length = needed
+        return self.view
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Let another dimension change (rows, heads); what ``change`` makes of the tokens held takes their place."""
+        changed = change(self.view)
+        self.buffer, self.length = None, 0
+        return self.append(changed)
+
+    def crop(self, length: int) -> Tensor:
+        """Drop tokens from ``length`` on."""
+        self.length = length
+        return self.view
+
+    def _room(self, needed: int) -> int:
+        step = max(16, needed // 32 // 16 * 16)
+        return max(-(-needed // step) * step, self.reserve)
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, all heads. ``keys`` and ``values`` are views of what is held, ``[B, N, S, D]``.
+
+    Attributes:
+        reserve: tokens to make room for at the start.
+    """
+
+    keys_dim = -2  # of the tokens in the keys' buffer
+
+    def __init__(self, reserve: int = 0) -> None:
+        super().__init__()
+        self.reserve = reserve
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        super().reset()
+        self.held_keys = GrowingTensor(self.keys_dim, self.reserve)
+        self.held_values = GrowingTensor(-2, self.reserve)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """The same with the spare room."""
+        return sum(held.buffer.nbytes for held in (self.held_keys, self.held_values) if held.buffer is not None)
+
+    @property
+    def nbytes_mha(self) -> int:
+        """Bytes that all key heads and all values of these tokens take."""
+        return self.nbytes
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new tokens (``[B, N, T, D]`` each); returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._seen(self.held_keys.append(self._stored(key_states)))
+        self.values = self.held_values.append(value_states)
+        return self.keys, self.values
+
+    def _stored(self, keys: Tensor) -> Tensor:
+        return keys
+
+    def _seen(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Let everything that is per row follow a change of the batch; ``select`` takes rows of any tensor."""
+        if self.get_seq_length() > 0:
+            self.keys = self._seen(self.held_keys.replace(select))
+            self.values = self.held_values.replace(select)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of ``beam_idx`` (long ``[B]``)."""
+        self.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        self.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)  # checks, and drops views
+        length = self.get_seq_length()
+        if length < self.held_keys.length:
+            self.keys = self._seen(self.held_keys.crop(length))
+            self.values = self.held_values.crop(length)
+
+
+class ClusteredLayer(GrowingLayer):
+    """One clustered layer: all keys while the membership is open, then those of the representatives.
+
+    Keys are stored with the tokens as the contiguous axis, in which a vector times all keys runs at the memory's speed.
 
     Attributes:
         keys: ``[B, H_key, S, D]`` until compacted, then ``[B, n, S, D]`` with the ``n`` key heads that are read.
         values: ``[B, H_value, S, D]``, always all heads.
-        clusters: membership of the decided rows; rows not yet ``decided`` hold a placeholder.
-        decided: bool ``[B]``; ``None`` before the first call.
-        first: the first real tokens; ``None`` before the first call.
-        key_heads: ``[B, k]``, where in ``keys`` each representative's key head stands; ``None`` until compacted.
+        queries: ``[B, H, tokens, D]``, queries of the first tokens while the membership is open.
+        plan: who reads what; of the decided rows alone until compacted, ``None`` before.
+        compacted: keys of redundant heads have been dropped (all rows have their membership).
     """
 
-    def __init__(self, rule: MembershipRule, index: int) -> None:
-        super().__init__()
-        self.rule = rule
-        self.index = index
-        self.reset()
+    keys_dim = -1
+
+    def __init__(self, key_heads: int, reserve: int = 0) -> None:
+        self.key_heads = key_heads  # the model's
+        super().__init__(reserve)
 
     def reset(self) -> None:
-        """Forget the sequence: keys, values, what was observed, and the membership."""
+        """Forget the sequence, its first tokens and its membership."""
         super().reset()
-        self.clusters: HeadClusters | None = None
-        self.decided: Tensor | None = None
-        self.first: FirstTokens | None = None
-        self.key_heads: Tensor | None = None
-        self._kept: Tensor | None = None  # [B, n]: the key heads that `keys` holds, once compacted
-        self._full_key_heads = 0
-
-    @property
-    def compacted(self) -> bool:
-        """Whether keys of redundant heads have been dropped (all rows have their membership)."""
-        return self._kept is not None
-
-    @property
-    def all_decided(self) -> bool:
-        """Whether every row of the batch has its membership."""
-        return self.decided is not None and bool(self.decided.all())
+        self.queries: Tensor | None = None
+        self.scaling = 1.0
+        self.plan: HeadPlan | None = None
+        self.compacted = False
 
     @property
     def nbytes_mha(self) -> int:
         """Bytes that all key heads and all values of these tokens take."""
         if self.keys is None or self.values is None:
             return 0
-        return self.keys[:, :1].nbytes * self._full_key_heads + self.values.nbytes
+        return self.keys[:, :1].nbytes * self.key_heads + self.values.nbytes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new tokens (``[B, H_key, T, D]`` each); returns the keys that are kept and all values."""
-        self._full_key_heads = key_states.shape[1]
-        if self._kept is not None:
-            key_states = take_heads(key_states, self._kept)
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def observe(self, query: Tensor, visible: Tensor, scaling: float) -> Tensor:
-        """Note the first real tokens among these queries, and decide the rows for which all of them are known.
+        """Append new tokens; returns the keys that are kept and all values.
 
         Args:
-            query: ``[B, H, T, D]``, the queries of this call.
-            visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
-            scaling: factor of the scores.
-
-        Returns:
-            long ``[B, T]``, the place of each token among its row's real tokens, from 0; -1 for padding.
+            key_states: ``[B, H_key, T, D]``, or only the heads that are kept, once compacted.
+            value_states: ``[B, H_value, T, D]``.
         """
-        if self.first is None or self.decided is None:
-            self.first = FirstTokens.before(query, self.rule.tokens)
-            self.decided = torch.zeros(len(query), dtype=torch.bool, device=query.device)
-        order = self.first.note(query, visible)
-        ready = self.first.complete & ~self.decided
-        if bool(ready.any()):
-            self._decide(self.first, ready, scaling)
-            self.decided = self.decided | ready
-        return order
+        if self.compacted:
+            assert self.plan is not None
+            if self.plan.kept.device != key_states.device:  # decided before the layer's device was known
+                self.plan = self.plan.map_rows(lambda tensor: tensor.to(key_states.device))
+            if key_states.shape[1] != self.plan.stored:
+                key_states = take_heads(key_states, self.plan.kept)
+        return super().update(key_states, value_states, *args, **kwargs)
 
-    def _decide(self, first: FirstTokens, ready: Tensor, scaling: float) -> None:
-        """Membership of the rows that are ready."""
-        assert self.keys is not None
-        rows, heads = first.queries.shape[:2]
-        if self.clusters is None:
-            placeholder = torch.zeros(rows, heads, dtype=torch.long, device=ready.device)
-            self.clusters = HeadClusters(placeholder, placeholder[:, : self.rule.clusters_of(self.index)])
-        key = first.pick(self.keys)[ready]
-        found = self.rule.decide(self.index, first.queries[ready], expand_heads(key, heads), scaling)
-        assignment, representatives = self.clusters.assignment.clone(), self.clusters.representatives.clone()
-        assignment[ready], representatives[ready] = found.assignment, found.representatives
-        self.clusters = HeadClusters(assignment, representatives)
+    def _stored(self, keys: Tensor) -> Tensor:
+        return keys.transpose(2, 3)
+
+    def _seen(self, stored: Tensor) -> Tensor:
+        return stored.transpose(2, 3)
+
+    def observe(self, query: Tensor, found: Tensor, index: Tensor, scaling: float) -> None:
+        """Note the queries of the first tokens among those of a call.
+
+        Args:
+            query: ``[B, H, T, D]``.
+            found, index: ``[B, tokens]``, see :meth:`chai.membership.FirstTokens.note`.
+            scaling: factor of the scores.
+        """
+        picked = take_tokens(query, index)
+        before = torch.zeros_like(picked) if self.queries is None else self.queries
+        self.queries = torch.where(found[:, None, :, None], picked, before)
+        self.scaling = scaling
+
+    def assign(self, ready: Tensor, clusters: HeadClusters) -> None:
+        """Take in the membership of some rows.
+
+        Args:
+            ready: bool ``[B]``, these rows.
+            clusters: theirs, in this order.
+        """
+        device = clusters.assignment.device if self.queries is None else self.queries.device
+        ready = ready.to(device)
+        if self.plan is None:
+            assignment = torch.zeros(len(ready), clusters.heads, dtype=torch.long, device=device)
+            representatives = assignment[:, : clusters.k].clone()
+        else:
+            assignment = self.plan.clusters.assignment.clone()
+            representatives = self.plan.clusters.representatives.clone()
+        assignment[ready] = clusters.assignment.to(device)
+        representatives[ready] = clusters.representatives.to(device)
+        self.plan = HeadPlan.with_all_keys(HeadClusters(assignment, representatives), self.key_heads)
 
     def compact(self) -> None:
-        """Keep only the key heads that representatives read; called when every row is decided.
+        """Keep only the key heads that representatives read; called when every row has its membership."""
+        assert self.plan is not None
+        self.plan = plan = HeadPlan.with_read_keys(self.plan.clusters, self.key_heads)
+        self.compacted, self.queries = True, None
+        if self.get_seq_length() > 0:
+            self.keys = self._seen(self.held_keys.replace(lambda keys: take_heads(keys, plan.kept)))
 
-        Rows may need different numbers of key heads (grouped queries); the largest decides, other rows repeat one.
-        """
-        assert self.clusters is not None
-        assert self.keys is not None
-        group = self.clusters.heads // self._full_key_heads
-        wanted = self.clusters.representatives // group  # [B, k]
-        needed = torch.nn.functional.one_hot(wanted, self._full_key_heads).amax(1).bool()  # [B, H_key]
-        most = int(needed.sum(1).max())
-        # A stable sort puts each row's needed heads first, in their own order.
-        kept = (~needed).to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
-        self._kept = torch.where(needed.gather(1, kept), kept, kept[:, :1])
-        self.key_heads = (needed.cumsum(1) - 1).gather(1, wanted)
-        self.keys = take_heads(self.keys, self._kept)
-
-    def _map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Let everything that is per row follow a change of the batch."""
-        for name in ("decided", "key_heads", "_kept"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else select(tensor))
-        if self.first is not None:
-            self.first = self.first.map_rows(select)
-        if self.clusters is not None:
-            self.clusters = HeadClusters(select(self.clusters.assignment), select(self.clusters.representatives))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of ``beam_idx`` (long ``[B]``), membership included."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, membership included."""
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows, membership included."""
-        super().batch_select_indices(indices)
-        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; what was observed of them is forgotten.
-
-        Once compacted the membership stays, even if its own first tokens are dropped: other keys are gone.
-        """
-        super().crop(tokens_to_remove)
-        if self.first is not None and self.decided is not None and not self.compacted:
-            self.first.crop(self.get_seq_length())
-            self.decided = self.decided & self.first.complete
+    def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Rows of everything, membership included."""
+        super().map_rows(select)
+        self.queries = None if self.queries is None else select(self.queries)
+        self.plan = None if self.plan is None else self.plan.map_rows(select)
 
 
 class ClusteredCache(Cache):
@@ -163,17 +257,51 @@ class ClusteredCache(Cache):
 
     ``generate()`` and plain calls get one by themselves; build one (``method.new_cache(model)``) to look into it or
     to go on with a conversation. Refused by every attention other than ours: its keys would be misread.
+
+    Attributes:
+        rule: decides the memberships.
+        first: where the first tokens stand; ``None`` before the first call.
+        decided: bool ``[B]``, the rows that have their membership; ``None`` before the first call.
+        settled: every row has its membership, and keys of redundant heads are dropped.
     """
 
-    def __init__(self, rule: MembershipRule, layers: list[Any], windows: list[int | None] | None = None) -> None:
+    def __init__(
+        self,
+        rule: MembershipRule,
+        layers: list[Any],
+        heads: int,
+        key_heads: int,
+        windows: list[int | None] | None = None,
+    ) -> None:
         super().__init__(layers=layers)
         self.rule = rule
+        self.heads, self.key_heads = heads, key_heads  # the model's
         self.windows = windows or [None] * len(layers)  # sliding windows of the model's layers
+        self._forget()
+
+    def _forget(self) -> None:
+        self.first: FirstTokens | None = None
+        self.decided: Tensor | None = None
+        self.settled = False
+
+    @property
+    def _own(self) -> list[GrowingLayer]:
+        return cast(list[GrowingLayer], self.layers)
+
+    @property
+    def clustered(self) -> list[tuple[int, ClusteredLayer]]:
+        """The layers with fewer clusters than heads, and their indices."""
+        return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredLayer)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the live keys and values of all layers."""
         return cache_bytes(self)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """The same with the room for further tokens."""
+        return sum(layer.nbytes_allocated for layer in self._own)
 
     @property
     def nbytes_mha(self) -> int:
@@ -183,9 +311,8 @@ class ClusteredCache(Cache):
         ``nbytes`` may be the larger.
         """
         total = 0
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            full = layer.nbytes_mha if isinstance(layer, ClusteredLayer) else layer_bytes(layer)
-            length = self.get_seq_length()
+        for layer, window in zip(self._own, self.windows, strict=True):
+            full, length = layer.nbytes_mha, self.get_seq_length()
             if window is not None and length > window - 1:  # the stock layer keeps what the next token still sees
                 full = full // length * (window - 1)
             total += full
@@ -194,7 +321,46 @@ class ClusteredCache(Cache):
     def clusters(self, layer: int) -> HeadClusters | None:
         """Membership of a layer; ``None`` before it is decided for all rows, and for layers with k = H."""
         held = self.layers[layer]
-        return held.clusters if isinstance(held, ClusteredLayer) and held.all_decided else None
+        return held.plan.clusters if isinstance(held, ClusteredLayer) and held.compacted and held.plan else None
+
+    def begin(self, rows: int, device: torch.device) -> None:
+        """At the first call: nothing seen of ``rows`` sequences; a rule that needs no tokens decides at once."""
+        self.first = FirstTokens.unseen(rows, self.rule.tokens, device)
+        self.decided = torch.zeros(rows, dtype=torch.bool, device=device)
+        if not self.clustered:
+            self.settled = True
+        elif self.rule.tokens == 0:
+            query = torch.empty(len(self.clustered), rows, self.heads, 0, 1, device=device)
+            key = torch.empty(len(self.clustered), rows, self.key_heads, 0, 1, device=device)
+            self._decide(~self.decided, query, key, 1.0)
+
+    def settle(self) -> None:
+        """Decide the rows whose first tokens are now known; once all are, drop the keys of redundant heads."""
+        if self.settled:
+            return
+        assert self.first is not None
+        assert self.decided is not None
+        ready = self.first.complete & ~self.decided
+        if not bool(ready.any()):
+            return
+        positions, queries, keys = self.first.positions[ready], [], []
+        for _, layer in self.clustered:
+            assert layer.queries is not None
+            assert layer.keys is not None
+            here = layer.queries.device
+            queries.append(layer.queries[ready.to(here)].to(ready.device))
+            keys.append(take_tokens(layer.keys[ready.to(here)], positions.to(here)).to(ready.device))
+        self._decide(ready, torch.stack(queries), torch.stack(keys), self.clustered[0][1].scaling)
+
+    def _decide(self, ready: Tensor, query: Tensor, key: Tensor, scaling: float) -> None:
+        assert self.decided is not None
+        found = self.rule.decide([index for index, _ in self.clustered], query, key, scaling)
+        self.decided = self.decided | ready
+        self.settled = bool(self.decided.all())
+        for (_, layer), clusters in zip(self.clustered, found, strict=True):
+            layer.assign(ready, clusters)
+            if self.settled:
+                layer.compact()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -212,6 +378,40 @@ class ClusteredCache(Cache):
                 "use it inside `with method(model):` of the method that made it"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        super().reset()
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every layer; what was observed of them is forgotten.
+
+        Once settled the memberships stay, even if their own first tokens are dropped: the other keys are gone.
+        """
+        super().crop(tokens_to_remove)
+        if not self.settled and self.first is not None and self.decided is not None:
+            self.first.crop(self.get_seq_length())
+            self.decided = self.decided & self.first.complete
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of ``beam_idx`` (long ``[B]``), memberships included."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, memberships included."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows, memberships included."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        self.first = None if self.first is None else self.first.map_rows(select)
+        self.decided = None if self.decided is None else select(self.decided)
 
 
 def layer_bytes(layer: Any) -> int:

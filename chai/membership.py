@@ -1,8 +1,8 @@
-"""From a sequence's first tokens to its membership: a method's rule, and what a cache notes until it applies."""
+"""From a sequence's first tokens to its membership: a method's rule, and which tokens of a call are the first ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,13 +24,13 @@ class MembershipRule(Protocol):
         """K of this layer."""
         ...
 
-    def decide(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> HeadClusters:
-        """Membership of a layer from its first tokens.
+    def decide(self, layers: Sequence[int], query: Tensor, key: Tensor, scaling: float) -> list[HeadClusters]:
+        """Memberships of all clustered layers at once, from the first tokens.
 
         Args:
-            layer: index of the layer.
-            query: ``[B, H, tokens, D]``, the queries of the first real tokens of each row.
-            key: ``[B, H, tokens, D]``, their keys, repeated for grouped queries.
+            layers: indices of the ``L`` layers.
+            query: ``[L, B, H, tokens, D]``, the queries of the first real tokens of each row.
+            key: ``[L, B, H_key, tokens, D]``, their keys.
             scaling: factor of the scores.
         """
         ...
@@ -38,26 +38,24 @@ class MembershipRule(Protocol):
 
 @dataclass
 class FirstTokens:
-    """What one layer has seen of the first real tokens of each row, call by call.
+    """Where the first real tokens of each row stand, gathered over as many calls as it takes.
 
-    Real tokens needn't be neighbours: padding may stand before them, after them, or between two turns.
+    A token counts when its own call shows it as real, wherever it stands: padding may be left, right, or between two
+    turns of a conversation.
 
     Attributes:
-        queries: ``[B, H, tokens, D]``, the queries of the first real tokens.
         positions: long ``[B, tokens]``, where they stand in the sequence; -1 while not seen.
         count: long ``[B]``, real tokens seen so far.
     """
 
-    queries: Tensor
     positions: Tensor
     count: Tensor
 
     @classmethod
-    def before(cls, query: Tensor, tokens: int) -> FirstTokens:
-        """Nothing seen yet, for a batch whose queries look like ``query``."""
-        rows, heads, _, size = query.shape
-        positions = torch.full((rows, tokens), -1, device=query.device)
-        return cls(query.new_zeros(rows, heads, tokens, size), positions, positions.new_zeros(rows))
+    def unseen(cls, rows: int, tokens: int, device: torch.device) -> FirstTokens:
+        """Nothing seen yet."""
+        positions = torch.full((rows, tokens), -1, device=device)
+        return cls(positions, positions.new_zeros(rows))
 
     @property
     def tokens(self) -> int:
@@ -69,36 +67,28 @@ class FirstTokens:
         """Bool ``[B]``: the rows of which all wanted tokens were seen."""
         return (self.positions >= 0).all(1)
 
-    def note(self, query: Tensor, visible: Tensor) -> Tensor:
-        """Take in the queries of one call.
+    def ends(self, real: Tensor) -> list[int]:
+        """After how many of a call's new tokens some row has all its first ones, in ascending order.
 
         Args:
-            query: ``[B, H, T, D]``.
-            visible: bool ``[B, S]``, the keys that any query of this call may attend to (false: padding).
+            real: bool ``[B, T]``, the new tokens that aren't padding.
+        """
+        missing = self.tokens - self.count
+        reached = (real.cumsum(1) == missing[:, None]) & real & (missing > 0)[:, None]
+        return [int(index) + 1 for index in reached.any(0).nonzero()]
+
+    def note(self, real: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Take in a call's new tokens, the first of which stands at position ``offset``.
 
         Returns:
-            long ``[B, T]``, the place of each new token among its row's real tokens, from 0; -1 for padding.
+            bool and long ``[B, tokens]``: which of the wanted tokens are among the new ones, and where (from 0).
         """
-        offset = visible.shape[1] - query.shape[2]  # position of the first new token
-        new = visible[:, offset:]
-        order = torch.where(new, self.count[:, None] + new.cumsum(1) - 1, -1)
-        self.count = self.count + new.sum(1)
-        if self.tokens:
-            wanted = torch.arange(self.tokens, device=order.device)
-            matches = order[:, None] == wanted[:, None]  # [B, tokens, T]
-            found, index = matches.any(2), matches.to(torch.uint8).argmax(2)
-            picked = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-            self.queries = torch.where(found[:, None, :, None], picked, self.queries)
-            self.positions = torch.where(found, index + offset, self.positions)
-        return order
-
-    def pick(self, tensor: Tensor, offset: int = 0) -> Tensor:
-        """Of ``[B, N, T, X]``, which begins at position ``offset``, the first real tokens ``[B, N, tokens, X]``.
-
-        Where a first token isn't in the tensor, something else stands in its place.
-        """
-        index = (self.positions - offset).clamp(0, tensor.shape[2] - 1)[:, None, :, None]
-        return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+        place = torch.where(real, self.count[:, None] + real.cumsum(1) - 1, -1)  # [B, T], among the real tokens
+        matches = place[:, None] == torch.arange(self.tokens, device=real.device)[:, None]  # [B, tokens, T]
+        found, index = matches.any(2), matches.to(torch.uint8).argmax(2)
+        self.count = self.count + real.sum(1)
+        self.positions = torch.where(found, index + offset, self.positions)
+        return found, index
 
     def crop(self, length: int) -> None:
         """Forget tokens from position ``length`` on. Rows that are complete no longer count their tokens."""
@@ -107,4 +97,9 @@ class FirstTokens:
 
     def map_rows(self, select: Callable[[Tensor], Tensor]) -> FirstTokens:
         """The same for a batch whose rows were selected, reordered or repeated."""
-        return FirstTokens(select(self.queries), select(self.positions), select(self.count))
+        return FirstTokens(select(self.positions), select(self.count))
+
+
+def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
+    """The given tokens of each row: ``[B, N, T, X]`` and ``[B, t]`` (long) to ``[B, N, t, X]``."""
+    return tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -1,51 +1,90 @@
 """Joins a model, its cache and clustered attention while a method is applied, and takes itself out again.
 
-``transformers`` shows the cache no queries and the attention function no cache. A hook on the model sees every call's
-cache first and names it in a context variable, where the attention function (same thread, same call) finds it.
+``transformers`` shows the cache no queries and the attention function no cache. The decoder's ``forward`` is wrapped:
+it names the call's cache in a context variable, where attention and projections (same thread, same call) find it, and
+cuts a prompt after its first tokens. So the membership of all layers is decided at once, from then on everything runs
+on representatives alone, and by causality the result is that of one pass.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chai.attention import causal_mask, clustered_attention, multi_head_attention
-from chai.cache import ClusteredCache, ClusteredLayer
-from chai.membership import FirstTokens, MembershipRule
+from chai.attention import take_heads
+from chai.cache import ClusteredCache, ClusteredLayer, GrowingLayer
+from chai.kernels import all_heads_attention, attend
+from chai.membership import MembershipRule
+from chai.projections import sliced_projections
 
 ATTENTION = "clustered_heads"  # our name in transformers' registry (its text must not contain "flash" or "sdpa")
 
 #: Families whose attention goes through transformers' dispatch in the order we rely on, each covered by a test.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox")
 
-_ACTIVE: ContextVar[ClusteredCache | None] = ContextVar("active_cache", default=None)
+
+@dataclass(frozen=True)
+class Call:
+    """What attention needs to know of the call that is running.
+
+    Attributes:
+        cache: the call's.
+        plain: nothing is padding, so that each token sees all before it.
+        first: while memberships are open, which first tokens are in this call (:meth:`FirstTokens.note`).
+        decided: while memberships are open, long indices of the rows that have theirs; ``None``: no row.
+    """
+
+    cache: ClusteredCache
+    plain: bool
+    first: tuple[Tensor, Tensor] | None = None
+    decided: Tensor | None = None
+
+
+_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def active_cache() -> ClusteredCache | None:
     """The cache of the call that is running in this thread."""
-    return _ACTIVE.get()
+    call = _CALL.get()
+    return None if call is None else call.cache
 
 
-def new_cache(model: PreTrainedModel, rule: MembershipRule) -> ClusteredCache:
-    """An empty cache: clustered layers where k < H, plain ones where every head is its own cluster."""
-    heads = model.config.num_attention_heads
-    layers: list = [
-        ClusteredLayer(rule, index) if rule.clusters_of(index) < heads else DynamicLayer()
-        for index in range(model.config.num_hidden_layers)
+def new_cache(model: PreTrainedModel, rule: MembershipRule, reserve: int = 0) -> ClusteredCache:
+    """An empty cache: clustered layers where k < H, plain ones where every head is its own cluster.
+
+    Args:
+        model: whose shape it takes.
+        rule: of the memberships.
+        reserve: tokens to make room for at once, where the length is known; the cache grows beyond it all the same.
+    """
+    config = model.config
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = [
+        ClusteredLayer(key_heads, reserve) if rule.clusters_of(index) < heads else GrowingLayer(reserve)
+        for index in range(config.num_hidden_layers)
     ]
-    stock = DynamicCache(config=model.config).layers
+    stock = DynamicCache(config=config).layers
     windows = [getattr(layer, "sliding_window", None) for layer in stock] or [None] * len(layers)
-    return ClusteredCache(rule, layers, windows)
+    return ClusteredCache(rule, layers, heads, key_heads, windows)
 
 
 @contextmanager
@@ -59,28 +98,26 @@ def clustered(model: PreTrainedModel, rule: MembershipRule) -> Iterator[PreTrain
     previous = model.config._attn_implementation
     if previous == ATTENTION:
         raise ValueError("a clustering method is applied to this model already: leave its `with` block first")
-    names = list(inspect.signature(model.forward).parameters)
-
-    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        kwargs["past_key_values"] = cache = _own_cache(kwargs.get("past_key_values"), model, rule)
-        _ACTIVE.set(cache)
-        return (), kwargs
-
-    def after(*_: object) -> None:
-        _ACTIVE.set(None)
-
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.set_attn_implementation, previous)
         model.set_attn_implementation(ATTENTION)
+        stack.enter_context(sliced_projections(model, active_cache))
+        stack.enter_context(replaced_forward(model.get_decoder(), _in_parts(model, rule)))
         yield model
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let ``forward`` stand for the module's own inside the block; on this very object, its class stays as it is."""
+    own = module.__dict__.get("forward")  # set where another library (accelerate) has wrapped it before
+    module.forward = forward
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(previous)
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -92,6 +129,90 @@ def check_family(config: PreTrainedConfig) -> None:
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(f"models of the family '{family}' aren't supported; supported: {', '.join(FAMILIES)}")
+
+
+def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
+    """The decoder's forward on a cache of ours, cut wherever some row has seen all its first tokens."""
+    original = model.get_decoder().forward
+    names = list(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        rows, count = tokens.shape[:2]
+        kwargs["past_key_values"] = cache = _own_cache(kwargs.get("past_key_values"), model, rule)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"attention_mask is a {type(mask).__name__}; valid: a 2-D or 4-D tensor, or none")
+        plain = mask is None or (mask.ndim == 2 and bool(mask.all()))
+        if cache.first is None:
+            cache.begin(rows, tokens.device)
+        assert cache.first is not None
+        if len(cache.first.count) != rows:
+            raise ValueError(f"the cache holds {len(cache.first.count)} sequences, this call has {rows}")
+        if cache.settled:
+            return _call(original, Call(cache, plain), kwargs)
+        real = _real(mask, rows, count, tokens.device)
+        offset, outputs, begin = cache.get_seq_length(), [], 0
+        for end in sorted({*cache.first.ends(real), count}):
+            decided = cache.decided.nonzero()[:, 0] if cache.decided is not None else None
+            call = Call(
+                cache,
+                plain,
+                None if cache.settled else cache.first.note(real[:, begin:end], offset + begin),
+                decided if decided is not None and len(decided) else None,
+            )
+            outputs.append(_call(original, call, _part(kwargs, begin, end, count)))
+            cache.settle()
+            begin = end
+        return outputs[0] if len(outputs) == 1 else _join(outputs)
+
+    return forward
+
+
+def _call(original: Callable, call: Call, kwargs: dict[str, Any]) -> Any:
+    token = _CALL.set(call)
+    try:
+        return original(**kwargs)
+    finally:
+        _CALL.reset(token)
+
+
+def _real(mask: Tensor | None, rows: int, count: int, device: torch.device) -> Tensor:
+    """Bool ``[B, T]``: the new tokens that aren't padding, that is, that anything may attend to."""
+    if mask is None:
+        return torch.ones(rows, count, dtype=torch.bool, device=device)
+    if mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = allowed.any(2)[:, 0]
+    return mask[:, -count:].bool().expand(rows, -1)
+
+
+def _part(kwargs: dict[str, Any], begin: int, end: int, count: int) -> dict[str, Any]:
+    """The arguments of a call for its tokens from ``begin`` to ``end`` (of ``count``) alone."""
+    part = dict(kwargs)
+    for name in ("input_ids", "inputs_embeds", "position_ids"):
+        if part.get(name) is not None:
+            part[name] = part[name][:, begin:end]
+    mask = part.get("attention_mask")
+    if mask is not None:
+        seen = mask.shape[-1] - count + end
+        part["attention_mask"] = mask[:, :seen] if mask.ndim == 2 else mask[:, :, begin:end, :seen]
+    return part
+
+
+def _join(parts: list[Any]) -> Any:
+    """Outputs of the parts of a call as those of the whole; tokens are dimension 1 of every tensor."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts, 1)
+    if isinstance(first, dict):  # transformers' ModelOutput
+        return type(first)(**{name: _join([part[name] for part in parts]) for name in first})
+    if isinstance(first, tuple):
+        return tuple(_join(list(items)) for items in zip(*parts, strict=True))
+    assert first is None or isinstance(first, Cache)
+    return first
 
 
 def _own_cache(cache: object, model: PreTrainedModel, rule: MembershipRule) -> ClusteredCache:
@@ -118,7 +239,7 @@ def _own_cache(cache: object, model: PreTrainedModel, rule: MembershipRule) -> C
 
 
 def _attention_forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -128,67 +249,45 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls: ``[B, H, T, D]`` in, ``[B, T, H, D]`` out."""
-    cache = active_cache()
-    if cache is None:
+    call = _CALL.get()
+    if call is None:
         raise RuntimeError(
             "clustered attention was called outside a call of the model that the method was applied to "
             "(a part of it was called by itself, or another model shares its config object)"
         )
-    layer = cache.layers[module.layer_idx]  # type: ignore[index]
-    if not isinstance(layer, ClusteredLayer):  # k = H: stock attention, so nothing at all changes
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if dropout or refused:
         raise ValueError(f"clustered head attention doesn't support {', '.join(refused) or 'dropout'}")
+    index = cast(int, module.layer_idx)
+    layer, window = call.cache.layers[index], call.cache.windows[index]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend(layer, query, key, value, attention_mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
 
+    def all_heads() -> Tensor:  # just what the model does by itself
+        return sdpa_attention_forward(
+            module, query, key.contiguous(), value, attention_mask, scaling=scaling, **kwargs
+        )[0]
 
-def _attend(
-    layer: ClusteredLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """Attention of one layer for one call: clustered from the token on at which a row's membership is known.
-
-    The first real tokens of each row use all heads (paper, section 3.3), whether they come in one call with the rest
-    or token by token; so the result doesn't depend on how a prompt is cut into calls.
-    """
-    if layer.compacted:
-        assert layer.clusters is not None
-        return clustered_attention(query, key, value, layer.clusters, scaling, mask, layer.key_heads)
-    if mask is None:
-        mask = causal_mask(query.shape[2], value.shape[2], query.device)
-    visible = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(2)[:, 0]
-    order = layer.observe(query, visible.expand(len(query), -1), scaling)
-    if layer.clusters is None:
-        return multi_head_attention(query, key, value, scaling, mask)
-    out = clustered_attention(query, key, value, layer.clusters, scaling, mask)
-    if layer.first is not None and layer.first.tokens:
-        out = _restore_first_tokens(out, layer.first, order, query, key, value, mask, scaling)
-    if layer.all_decided:
-        layer.compact()
-    return out
-
-
-def _restore_first_tokens(
-    out: Tensor,
-    first: FirstTokens,
-    order: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-) -> Tensor:
-    """``out`` with each row's first real tokens taken from all heads; an undecided row has no others yet."""
-    offset = value.shape[2] - query.shape[2]
-    rows = first.pick(mask.expand(len(query), -1, -1, -1), offset)  # [B, 1, tokens, S]
-    exact = multi_head_attention(first.pick(query, offset), key, value, scaling, rows)  # [B, H, tokens, D]
-    order = order[:, None, :, None]  # [B, 1, T, 1]
-    index = order.clamp(0, first.tokens - 1).expand(-1, out.shape[1], -1, out.shape[3])
-    return torch.where((order >= 0) & (order < first.tokens), exact.gather(2, index), out)
+    plain = call.plain and (window is None or value.shape[2] <= window)
+    mask = None if plain else attention_mask
+    if not isinstance(layer, ClusteredLayer):
+        out = all_heads_attention(query, key, value, scaling, mask, all_heads)
+    elif layer.compacted:
+        assert layer.plan is not None
+        representatives = layer.plan.clusters.representatives
+        if query.shape[1] != representatives.shape[1]:  # a model whose projections can't be sliced
+            query = take_heads(query, representatives)
+        out = attend(query, key, value, layer.plan, scaling, mask)
+    else:
+        assert call.first is not None
+        layer.observe(query, *call.first, scaling)
+        out = all_heads()
+        if call.decided is not None and layer.plan is not None:
+            rows = call.decided.to(out.device)
+            plan = layer.plan.map_rows(lambda tensor: tensor[rows])
+            own = mask[rows] if mask is not None and len(mask) > 1 else mask
+            chosen = take_heads(query[rows], plan.clusters.representatives)
+            out = out.index_copy(0, rows, attend(chosen, key[rows], value[rows], plan, scaling, own))
+    return out.contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _attention_forward)

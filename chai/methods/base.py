@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -28,8 +29,13 @@ class Method(ABC):
         """Apply to ``model`` inside a ``with`` block; the model is restored at its end, also after an exception."""
 
     @abstractmethod
-    def new_cache(self, model: PreTrainedModel) -> Cache:
-        """An empty K,V cache for one batch, to be passed as ``past_key_values``."""
+    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
+        """An empty K,V cache for one batch, to be passed as ``past_key_values``.
+
+        Args:
+            model: that it is for.
+            reserve: tokens to make room for at once, where the length is known; a hint.
+        """
 
     @abstractmethod
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
@@ -59,8 +65,18 @@ class ClusteredMethod(Method):
     saving: ClassVar[Saving] = "real"
 
     @abstractmethod
-    def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
-        """Membership of one layer for some rows, from queries and keys ``[B, H, tokens, D]`` of their first tokens."""
+    def decide(
+        self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> list[HeadClusters]:
+        """Memberships of all clustered layers at once.
+
+        Args:
+            layers: indices of the ``L`` layers.
+            counts: k of each.
+            query: ``[L, B, H, tokens, D]``, of the first tokens of each row.
+            key: ``[L, B, H_key, tokens, D]``.
+            scaling: factor of the scores.
+        """
 
     @property
     def first_tokens(self) -> int:
@@ -71,9 +87,9 @@ class ClusteredMethod(Method):
         """Apply; see :func:`chai.runtime.clustered`."""
         return clustered(model, self._rule(model))
 
-    def new_cache(self, model: PreTrainedModel) -> Cache:
+    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
         """An empty :class:`chai.cache.ClusteredCache`."""
-        return new_cache(model, self._rule(model))
+        return new_cache(model, self._rule(model), reserve)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """K of each layer."""
@@ -100,16 +116,18 @@ class MethodRule:
 
     @property
     def tokens(self) -> int:
-        """See :class:`chai.cache.MembershipRule`."""
+        """See :class:`chai.membership.MembershipRule`."""
         return self.method.first_tokens
 
     def clusters_of(self, layer: int) -> int:
-        """See :class:`chai.cache.MembershipRule`."""
+        """See :class:`chai.membership.MembershipRule`."""
         return self.counts[layer]
 
-    def decide(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
-        """See :class:`chai.cache.MembershipRule`."""
-        return self.method.decide(layer, self.counts[layer], query, key, scaling)
+    def decide(
+        self, layers: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> list[HeadClusters]:
+        """See :class:`chai.membership.MembershipRule`."""
+        return self.method.decide(layers, [self.counts[layer] for layer in layers], query, key, scaling)
 
 
 def plain_cache(model: PreTrainedModel) -> Cache:

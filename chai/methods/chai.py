@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,11 +60,17 @@ class Chai(ClusteredMethod):
         """``tokens``."""
         return self.tokens
 
-    def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
-        """Cluster the heads by what they attend to in the first tokens."""
-        points = head_features(query, key, scaling, causal=self.features == "causal")
-        if self.membership == "kmeans":
-            labels, _, _ = kmeans(points, k, seed=self.seed, restarts=self.restarts)
-        else:
-            labels = agglomerative(points, k)
-        return choose_representatives(points, labels, k, self.representative)
+    def decide(
+        self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> list[HeadClusters]:
+        """Cluster the heads of every layer by what they attend to in the first tokens."""
+        group = query.shape[2] // key.shape[2]
+        points = head_features(query, key.repeat_interleave(group, 2), scaling, causal=self.features == "causal")
+        found = []
+        for own, k in zip(points, counts, strict=True):
+            if self.membership == "kmeans":
+                labels, _, _ = kmeans(own, k, seed=self.seed, restarts=self.restarts)
+            else:
+                labels = agglomerative(own, k)
+            found.append(choose_representatives(own, labels, k, self.representative))
+        return found

@@ -21,8 +21,8 @@ class Mha(Method):
         """Nothing to apply and nothing to restore."""
         return nullcontext(model)
 
-    def new_cache(self, model: PreTrainedModel) -> Cache:
-        """A stock ``DynamicCache``."""
+    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
+        """A stock ``DynamicCache``, which reserves nothing."""
         return plain_cache(model)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:

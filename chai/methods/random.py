@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +23,17 @@ class Random(ClusteredMethod):
         seed: of the choice.
     """
 
-    def decide(self, layer: int, k: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> HeadClusters:
+    def decide(
+        self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> list[HeadClusters]:
         """The same random membership for every row."""
-        rows, heads = query.shape[:2]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
-        representatives = torch.randperm(heads, generator=generator)[:k].sort().values
-        assignment = torch.randint(k, (heads,), generator=generator)
-        assignment[representatives] = torch.arange(k)
-        device = query.device
-        return HeadClusters(
-            assignment.to(device).expand(rows, -1).contiguous(),
-            representatives.to(device).expand(rows, -1).contiguous(),
-        )
+        rows, heads = query.shape[1:3]
+        found = []
+        for layer, k in zip(layers, counts, strict=True):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+            representatives = torch.randperm(heads, generator=generator)[:k].sort().values
+            assignment = torch.randint(k, (heads,), generator=generator)
+            assignment[representatives] = torch.arange(k)
+            both = (tensor.to(query.device).repeat(rows, 1) for tensor in (assignment, representatives))
+            found.append(HeadClusters(*both))
+        return found

@@ -8,9 +8,11 @@ import random
 import pytest
 import torch
 
-from chai.attention import clustered_attention, multi_head_attention
+from chai.attention import clustered_attention, multi_head_attention, reference_attention
 from chai.clustering import HeadClusters
 from tests.oracle import attend_one_by_one
+
+BOTH = pytest.mark.parametrize("attention", [clustered_attention, reference_attention])
 
 
 def random_clusters(rng: random.Random, rows: int, heads: int, k: int) -> HeadClusters:
@@ -27,8 +29,9 @@ def random_clusters(rng: random.Random, rows: int, heads: int, k: int) -> HeadCl
     return clusters
 
 
+@BOTH
 @pytest.mark.parametrize("seed", range(12))
-def test_clustered_attention_equals_the_loop(seed):
+def test_clustered_attention_equals_the_loop(attention, seed):
     rng = random.Random(seed)
     heads = rng.choice([1, 4, 6, 8])
     key_heads = rng.choice([n for n in (1, 2, 3, 4, 6, 8) if heads % n == 0])
@@ -46,22 +49,24 @@ def test_clustered_attention_equals_the_loop(seed):
     sources = clusters.representatives.gather(1, clusters.assignment)
     expected = attend_one_by_one(query, key, value, scaling, additive, sources, tokens=0)
     for form in (mask, additive):
-        actual = clustered_attention(query, key, value, clusters, scaling, form)
+        actual = attention(query, key, value, clusters, scaling, form)
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_kept_keys_give_what_all_keys_give():
+@BOTH
+def test_kept_keys_give_what_all_keys_give(attention):
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 8, 5, 4, generator=generator) for _ in range(3))
     clusters = random_clusters(rng, 2, 8, 3)
     kept = torch.stack([key[row, clusters.representatives[row]] for row in range(2)])
     which = torch.arange(3).expand(2, -1)
-    expected = clustered_attention(query, key, value, clusters)
-    torch.testing.assert_close(clustered_attention(query, kept, value, clusters, key_heads=which), expected)
+    expected = attention(query, key, value, clusters)
+    torch.testing.assert_close(attention(query, kept, value, clusters, key_heads=which), expected)
 
 
+@BOTH
 @pytest.mark.parametrize(("queries", "keys"), itertools.product([1, 4], [4, 9]))
-def test_every_head_its_own_cluster_is_multi_head_attention(queries, keys):
+def test_every_head_its_own_cluster_is_multi_head_attention(attention, queries, keys):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, queries, 4, generator=generator)
     key, value = (torch.randn(2, 3, keys, 4, generator=generator) for _ in range(2))
@@ -73,20 +78,20 @@ def test_every_head_its_own_cluster_is_multi_head_attention(queries, keys):
         attn_mask=torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries),
         enable_gqa=True,
     )
-    torch.testing.assert_close(clustered_attention(query, key, value, HeadClusters(own, own)), expected)
+    torch.testing.assert_close(attention(query, key, value, HeadClusters(own, own)), expected)
     torch.testing.assert_close(multi_head_attention(query, key, value), expected)
 
 
-def test_identical_heads_lose_nothing():
+@BOTH
+def test_identical_heads_lose_nothing(attention):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 7, 4, generator=generator).repeat_interleave(3, 1) for _ in range(2))
     value = torch.randn(1, 6, 7, 4, generator=generator)
     clusters = HeadClusters(torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[1, 3]]))
-    torch.testing.assert_close(
-        clustered_attention(query, key, value, clusters), multi_head_attention(query, key, value)
-    )
+    torch.testing.assert_close(attention(query, key, value, clusters), multi_head_attention(query, key, value))
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -97,7 +102,7 @@ def test_identical_heads_lose_nothing():
         ({"query": torch.zeros(1, 4, 5, 4)}, "clusters are for"),
     ],
 )
-def test_shapes_that_stock_kernels_might_broadcast_are_refused(change, message):
+def test_shapes_that_stock_kernels_might_broadcast_are_refused(attention, change, message):
     arguments = {
         "query": torch.zeros(1, 8, 5, 4),
         "key": torch.zeros(1, 8, 5, 4),
@@ -105,4 +110,4 @@ def test_shapes_that_stock_kernels_might_broadcast_are_refused(change, message):
         "clusters": HeadClusters(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)),
     }
     with pytest.raises(ValueError, match=message):
-        clustered_attention(**{**arguments, **change})
+        attention(**{**arguments, **change})

@@ -68,7 +68,8 @@ def test_clustered_path_with_one_head_per_cluster_is_multi_head_attention(family
     from chai.cache import ClusteredCache, ClusteredLayer
 
     def all_clustered(model, rule):
-        return ClusteredCache(rule, [ClusteredLayer(rule, index) for index in range(LAYERS)])
+        key_heads = getattr(model.config, "num_key_value_heads", None) or HEADS
+        return ClusteredCache(rule, [ClusteredLayer(key_heads) for _ in range(LAYERS)], HEADS, key_heads)
 
     monkeypatch.setattr(chai.runtime, "new_cache", all_clustered)
     with Chai(clusters=HEADS)(model):
@@ -346,8 +347,11 @@ def test_a_dynamic_cache_of_the_caller_becomes_ours_and_is_refused_elsewhere():
     with method(model):
         with pytest.raises(ValueError, match="StaticCache"):
             model(**batch, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        assert model.model(**batch).last_hidden_state.shape[:2] == batch["input_ids"].shape  # the decoder alone
         with pytest.raises(RuntimeError, match="outside a call of the model"):
-            model.model(**batch)
+            hidden = torch.zeros(1, 4, 64)
+            places = model.model.rotary_emb(hidden, torch.arange(4)[None])
+            model.model.layers[0](hidden, position_embeddings=places)
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+"""Clustered attention by torch's own fused kernel: each head's scores are computed from its representative's Q and K.
+
+Nothing is saved in the scores, but a fused kernel on an accelerator never writes them to memory, which no plain
+formulation of the clusters matches there. The cache and the projections save all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from chai.attention import causal_mask, take_heads
+from chai.kernels.plan import HeadPlan
+
+
+def stock_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Arguments and result as in :func:`chai.kernels.dense.dense_attention`."""
+    count, length = query.shape[2], value.shape[2]
+    assignment = plan.clusters.assignment
+    if mask is None and 1 < count < length:
+        mask = causal_mask(count, length, query.device)
+    out = functional.scaled_dot_product_attention(
+        take_heads(query, assignment),
+        take_heads(key, plan.key_heads.gather(1, assignment)),
+        value.repeat_interleave(assignment.shape[1] // value.shape[1], 1),
+        attn_mask=mask,
+        is_causal=mask is None and count > 1,
+        scale=scaling,
+    )
+    return out.transpose(1, 2)
+
+
+def all_heads_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, stock: Callable[[], Tensor]
+) -> Tensor:
+    """Multi-head attention by the faster of the stock implementations; ``[B, T, H, D]``.
+
+    torch's fused kernel decodes half-precision types on a CPU several times slower than plain products do.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key: ``[B, H_key, S, D]``.
+        value: ``[B, H_key, S, D]``.
+        scaling: factor of the scores.
+        mask: ``[B or 1, 1, T, S]``; ``None`` means causal.
+        stock: the fused kernel's result.
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type != "cpu" or not half or query.shape[2] != 1:
+        return stock()
+    rows, heads, _, size = query.shape
+    grouped = (query * scaling).view(rows * key.shape[1], -1, size)
+    scores = torch.bmm(grouped, key.transpose(2, 3).flatten(0, 1)).view(rows, heads, 1, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    return torch.bmm(weights.view(rows * value.shape[1], -1, key.shape[2]), value.flatten(0, 1)).view(
+        rows, 1, heads, -1
+    )

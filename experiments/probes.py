@@ -1,0 +1,223 @@
+"""What the probes share: fair timing, caches filled to a length, the machine's own peak, and the run around it all."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Cache, PreTrainedModel
+
+from chai.cache import ClusteredCache, ClusteredLayer
+from chai.models import ModelError
+from experiments.config import ConfigError, TaskConfig, check_clusters
+from experiments.console import complain
+from experiments.identity import settle_identity
+from experiments.runs import RunError, RunFolder
+
+MARK = "under observation"
+FIRST = 5  # tokens that really go through a model whose cache is then filled
+
+
+def prepare(config: DictConfig) -> DictConfig:
+    """The configuration of a probe: no task, and the model's identity settled."""
+    config = config.copy()
+    config.task = OmegaConf.structured(TaskConfig(name="none"))
+    settle_identity(config)
+    check_clusters(config)
+    return config
+
+
+def record(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> int:
+    """Do the work of a run between its start and its end, whatever that is; returns the exit code."""
+    try:
+        folder.start()
+        folder.finish(work())
+        return 0
+    except (RunError, ModelError) as error:
+        reason = str(error)
+    except ConfigError:
+        folder.fail("wrong configuration")
+        raise
+    except KeyboardInterrupt:
+        folder.fail("interrupted")
+        raise
+    except Exception as error:  # whatever it was: the run's own status tells
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+    complain(reason)
+    folder.fail(reason)
+    return 1
+
+
+def pick_lengths(asked: list[int] | None, positions: int, random_init: bool) -> list[int]:
+    """The sequence lengths to probe: those asked for, or powers of two up to 2,048 that the model has positions for.
+
+    Raises:
+        ConfigError: a length beyond the model's positions.
+    """
+    if asked is None:
+        return [length for length in (128, 256, 512, 1024, 2048) if random_init or length <= positions] or [positions]
+    beyond = [length for length in asked if length > positions]
+    if beyond and not random_init:
+        raise ConfigError(f"experiment.lengths has {beyond[0]}; the model has {positions} positions")
+    return sorted(set(asked))
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor() or platform.machine()]
+    try:
+        with open("/proc/cpuinfo") as handle:
+            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")] or names
+    except OSError:
+        pass  # not Linux: the architecture has to do
+    return f"{names[0]}, {torch.get_num_threads()} threads"
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs another and returns its milliseconds, from idle to idle device."""
+    if device.type == "cuda":
+
+        def on_gpu(work: Callable[[], object]) -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            begin.record()
+            work()
+            end.record()
+            torch.cuda.synchronize(device)
+            return begin.elapsed_time(end)
+
+        return on_gpu
+
+    def on_cpu(work: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e3
+
+    return on_cpu
+
+
+def interleave(
+    works: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    after: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each work, round by round in turn (A B C, B C A, ...), after one discarded round.
+
+    Args:
+        works: what to time, by name.
+        rounds: times of each.
+        device: that it runs on.
+        after: what to do, untimed, after a work, by its name.
+    """
+    timed = stopwatch(device)
+    found: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    for turn in range(rounds + 1):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            took = timed(works[name])
+            if after and name in after:
+                after[name]()
+            if turn:
+                found[name].append(took)
+    return found
+
+
+def machine_peak(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine reaches on its own: a large matrix product, and reading a large tensor."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    large = torch.randn(1 << (30 if device.type == "cuda" else 26), device=device)
+    times = interleave({"product": lambda: left @ right, "read": lambda: large.sum()}, 5, device)
+    return {
+        "gflop_per_s": 2 * size**3 / min(times["product"]) / 1e6,
+        "gb_per_s": large.nbytes / min(times["read"]) / 1e6,
+    }
+
+
+def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
+    """The same weights as another model object, with an attention implementation of its own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
+    other.set_attn_implementation(implementation)
+    return other
+
+
+def random_tokens(model: PreTrainedModel, rows: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids ``[rows, length]``; never zeros, whose attention would be like no text's."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, model.config.vocab_size, (rows, length), generator=generator)
+    return ids.to(model.device)
+
+
+def fill(model: PreTrainedModel, cache: Cache, rows: int, length: int) -> None:
+    """Bring a cache to ``length`` tokens: the first through the model, so that memberships are real, then random ones.
+
+    A token's time and memory don't depend on what the cache holds, and filling takes no prefill of the whole.
+    """
+    model(random_tokens(model, rows, min(FIRST, length)), past_key_values=cache, use_cache=True)
+    missing = length - cache.get_seq_length()
+    if missing <= 0:
+        return
+    for layer in cache.layers:
+        keys, values = layer.keys, layer.values
+        new = [tensor.new_empty(*tensor.shape[:2], missing, tensor.shape[3]).normal_() for tensor in (keys, values)]
+        layer.update(*new)
+
+
+def formula_bytes(cache: Cache, heads: list[int], shape: Any, itemsize: int, rows: int) -> int:
+    """What the cache must hold by arithmetic: in each layer the key heads that are read, and all values.
+
+    With grouped queries the membership says which key heads are read; without, there is one for each representative.
+    """
+    total = 0
+    for index, (layer, k) in enumerate(zip(cache.layers, heads, strict=True)):
+        kept = shape.kept_keys(k)
+        if isinstance(layer, ClusteredLayer) and shape.key_heads != shape.heads and isinstance(cache, ClusteredCache):
+            clusters = cache.clusters(index)
+            assert clusters is not None
+            groups = clusters.representatives // (shape.heads // shape.key_heads)
+            kept = max(len(set(row)) for row in groups.tolist())
+        total += rows * cache.get_seq_length() * shape.size * (kept + shape.key_heads) * itemsize
+    return total
+
+
+def peak_memory(device: torch.device, prepare: Callable[[], Any], work: Callable[[Any], None]) -> int:
+    """The most bytes alive at once while ``work`` runs on what ``prepare`` made, that included.
+
+    On the CPU from the allocator's own events, which count what is alive, not what the system has handed out.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        made = prepare()
+        torch.cuda.reset_peak_memory_stats(device)
+        work(made)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        made = prepare()
+        with record_function(MARK):
+            work(made)
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    alive = most = 0
+    marked = False
+    for event in events:
+        if event.name() == MARK:
+            marked, most = True, alive
+        elif event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive) if marked else most
+    return most

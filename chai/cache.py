@@ -47,6 +47,10 @@ class GrowingTensor:
     def append(self, new: Tensor) -> Tensor:
         """Add tokens; returns all."""
         count, needed = new.shape[self.dim], self.length + new.shape[self.dim]
+        if torch.is_grad_enabled() and new.requires_grad:  # what a gradient may need isn't overwritten
+            self.buffer = torch.cat([self.view, new], self.dim) if self.length else new
+            self.length = needed
+            return self.buffer
         if self.buffer is None or needed > self.buffer.shape[self.dim]:
             shape = list(new.shape)
             shape[self.dim] = self._room(needed)
@@ -187,9 +191,8 @@ class ClusteredLayer(GrowingLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens; returns the keys that are kept and all values.
 
-        Args:
-            key_states: ``[B, H_key, T, D]``, or only the heads that are kept, once compacted.
-            value_states: ``[B, H_value, T, D]``.
+        ``key_states`` is ``[B, H_key, T, D]``, or only the heads that are kept once compacted; ``value_states`` is
+        ``[B, H_value, T, D]``.
         """
         if self.compacted:
             assert self.plan is not None
@@ -210,7 +213,8 @@ class ClusteredLayer(GrowingLayer):
 
         Args:
             query: ``[B, H, T, D]``.
-            found, index: ``[B, tokens]``, see :meth:`chai.membership.FirstTokens.note`.
+            found: ``[B, tokens]``, see :meth:`chai.membership.FirstTokens.note`.
+            index: likewise.
             scaling: factor of the scores.
         """
         picked = take_tokens(query, index)

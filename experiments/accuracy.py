@@ -62,6 +62,8 @@ def _score_all(folders: list[RunFolder], method: Method) -> int:
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
     say(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
+    if note := method.note(architecture):
+        say(note)
     try:
         model, tokenizer = load_model(source), load_tokenizer(source)
     except ModelError as error:

@@ -99,6 +99,8 @@ def run(config: DictConfig) -> int:
         raise ConfigError(
             f"experiment.clusters has {max(options.clusters)}; the model has {architecture.num_attention_heads} heads"
         )
+    if note := method.note(architecture):
+        say(note)
     positions = architecture.max_position_embeddings
     lengths = pick_lengths(options.lengths, positions, source.random_init)
     if source.random_init:  # positions that aren't trained anyway

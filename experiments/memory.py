@@ -71,6 +71,8 @@ def run(config: DictConfig) -> int:
         method.check(architecture)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
+    if note := method.note(architecture):
+        say(note)
     positions = architecture.max_position_embeddings
     lengths = pick_lengths(options.lengths, positions, source.random_init)
     if source.random_init:  # positions that aren't trained anyway

@@ -41,6 +41,10 @@ class Method(ABC):
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """For each layer of a model of this configuration, the number of heads whose scores are computed."""
 
+    def note(self, config: PreTrainedConfig) -> str:
+        """One line that a user should know about this method on such a model; mostly none."""
+        return ""
+
     def check(self, config: PreTrainedConfig) -> None:
         """Verify that the method can run on such a model, before its weights are loaded.
 

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers import PreTrainedConfig
 
-from chai.clustering import HeadClusters, Representative, agglomerative, choose_representatives, head_features, kmeans
+from chai.clustering import (
+    HeadClusters,
+    Representative,
+    agglomerative,
+    group_clusters,
+    head_features,
+    kmeans,
+    layer_clusters,
+)
 from chai.methods.base import ClusteredMethod
 
 
@@ -31,6 +40,8 @@ class Chai(ClusteredMethod):
         representative: the member ``nearest`` the cluster's mean, or the ``lowest`` head.
         features: ``causal`` attention, or ``unmasked`` scores of the first tokens.
         restarts: of k-means.
+        group_aware: for grouped-query models, choose representatives that read as few key heads as k of them can, so
+            that whole key heads leave the cache; takes the place of ``membership`` and ``representative``.
 
     Raises:
         ValueError: a value outside its choices.
@@ -41,6 +52,7 @@ class Chai(ClusteredMethod):
     representative: Representative = "nearest"
     features: Literal["causal", "unmasked"] = "causal"
     restarts: int = 10
+    group_aware: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -64,13 +76,27 @@ class Chai(ClusteredMethod):
         self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
     ) -> list[HeadClusters]:
         """Cluster the heads of every layer by what they attend to in the first tokens."""
-        group = query.shape[2] // key.shape[2]
+        group, rows = query.shape[2] // key.shape[2], query.shape[1]
         points = head_features(query, key.repeat_interleave(group, 2), scaling, causal=self.features == "causal")
-        found = []
-        for own, k in zip(points, counts, strict=True):
-            if self.membership == "kmeans":
-                labels, _, _ = kmeans(own, k, seed=self.seed, restarts=self.restarts)
-            else:
-                labels = agglomerative(own, k)
-            found.append(choose_representatives(own, labels, k, self.representative))
-        return found
+        if self.group_aware:
+            return group_clusters(points, key.shape[2], counts)
+        if self.membership == "kmeans":
+            k = torch.tensor(counts).repeat_interleave(rows)
+            labels, _, _ = kmeans(points.flatten(0, 1), k, seed=self.seed, restarts=self.restarts)
+            labels = labels.unflatten(0, (-1, rows))
+        else:
+            labels = torch.stack([agglomerative(own, k) for own, k in zip(points, counts, strict=True)])
+        return layer_clusters(points, labels, counts, self.representative)
+
+    def note(self, config: PreTrainedConfig) -> str:
+        """What a grouped-query model saves."""
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        if key_heads == heads:
+            return ""
+        counts = self.heads_kept(config)
+        kept = [-(-k * key_heads // heads) for k in counts]
+        saved = f"{50 * (1 - sum(kept) / (key_heads * len(kept))):.1f} % of the K,V bytes"
+        if self.group_aware:
+            return f"grouped queries: {min(kept)} to {max(kept)} of {key_heads} key heads are kept, which saves {saved}"
+        return f"grouped queries: at most {saved} saved, as far as representatives share keys (method.group_aware=true)"

@@ -134,7 +134,7 @@ def test_all_heads_decode_like_stock(dtype, key_heads):
         expected = torch.nn.functional.scaled_dot_product_attention(
             query.float(), key.float(), value.float(), attn_mask=own, scale=0.25, enable_gqa=True
         ).transpose(1, 2)
-        actual = all_heads_attention(query, key, value, 0.25, form, lambda: expected)
+        actual = all_heads_attention(query, key, value, 0.25, form, lambda expected=expected: expected)
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert float(error) < TOLERANCE[dtype]
 

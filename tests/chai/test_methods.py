@@ -417,3 +417,25 @@ def test_oracle_is_multi_head_attention_without_clusters():
     sources = torch.arange(4).expand(2, -1)
     expected = attend_one_by_one(query, key, value, 0.5, additive, sources, tokens=0)
     assert relative_error(multi_head_attention(query, key, value, 0.5, mask), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("k", "kept"), [(1, 1), (2, 1), (3, 2), (4, 2), (7, 4)])
+@torch.no_grad()
+def test_group_aware_clusters_free_whole_key_heads(k, kept):
+    """With four key heads of two query heads each, k representatives read no more than k / 2 of them, in every row."""
+    model, batch = make_model("mistral"), make_batch([12, 9, 14])
+    method = Chai(clusters=k, group_aware=True)
+    with method(model):
+        cache = method.new_cache(model)
+        logits = model(**batch, past_key_values=cache).logits
+        model.generate(**batch, max_new_tokens=5)
+    assert [layer.keys.shape[1] for layer in cache.layers] == [kept] * LAYERS
+    assert cache.nbytes * 2 * 4 == cache.nbytes_mha * (4 + kept)
+    for layer in range(LAYERS):
+        cache.clusters(layer).check()
+    exact = copy.deepcopy(model).double()
+    with oracle(exact, memberships(cache), tokens=5):
+        expected = exact(**batch, use_cache=False).logits
+    real = batch["attention_mask"].bool()
+    assert relative_error(logits[real], expected[real]) < 1e-5
+    assert f"to {kept} of 4 key heads are kept" in method.note(model.config)

@@ -1,0 +1,101 @@
+"""``python -m analysis.figures fig11 fig12a``: each figure as PNG and PDF, and its data as CSV.
+
+Exit codes: 0 drawn, 1 a figure's input is missing or its files can't be written, 2 a mistake in the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+from rich.console import Console
+from rich.text import Text
+
+from analysis.figures import _catalogue, _look
+from analysis.saved import MissingRun, Results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description="Draw figures of saved results.")
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(_catalogue.names()))
+    parser.add_argument("--list", action="store_true", help="name every figure, what it needs and how to make that")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (results)")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results/figures"), help="(results/figures)")
+    parser.add_argument("--model", metavar="NAME", help="runs of this model only, as its folder is called")
+    parser.add_argument("--device", metavar="SUBSTRING", help="runs on a device with this in its name only")
+    options = parser.parse_args(arguments)
+    if options.list:
+        show()
+        return 0
+    valid = _catalogue.names()
+    unknown = [name for name in options.figures if name not in valid]
+    if unknown or not options.figures:
+        close = difflib.get_close_matches(unknown[0], valid, n=1) if unknown else []
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        complain(
+            f"{f'unknown figure {unknown[0]!r}{hint}' if unknown else 'no figure named'}; valid: {', '.join(valid)}"
+        )
+        return 2
+    told: set[Path] = set()
+    codes = [
+        produce(name, Results(options.results, options.model, options.device), options.out, told)
+        for name in dict.fromkeys(options.figures)
+    ]
+    return max(codes)
+
+
+def produce(name: str, results: Results, out: Path, told: set[Path]) -> int:
+    """Draw one figure and save it; returns its exit code.
+
+    Args:
+        name: of the figure.
+        results: what it draws from.
+        out: the folder for its files.
+        told: folders of which was said already that they are left out; added to.
+    """
+    figure = _catalogue.load(name)
+    try:
+        with rc_context(_look.STYLE):
+            drawing, data = figure.draw(results)
+            out.mkdir(parents=True, exist_ok=True)
+            # No dates: the same data make the same files.
+            drawing.savefig(out / f"{name}.png", dpi=200)
+            drawing.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
+        data.to_csv(out / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    except MissingRun as error:
+        complain(f"{name}: {error}; make one with: {_catalogue.command(figure, results.model)}")
+        return 1
+    except OSError as error:
+        complain(f"{name}: can't write to {out}: {error.strerror or error}")
+        return 1
+    finally:
+        for folder, reason in results.left_out.items():
+            if folder not in told:
+                print(f"left out: {folder}: {reason}", file=sys.stderr)
+                told.add(folder)
+    print(f"{name}: {out / name}.png, .pdf, .csv from {'; '.join(map(str, results.used))}")
+    return 0
+
+
+def show() -> None:
+    """Every figure, what it needs and the command that makes it, unwrapped so that it can be copied."""
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(map(len, _catalogue.names()))
+    for name in _catalogue.names():
+        figure = _catalogue.load(name)
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {figure.TITLE}"))
+        console.print(Text.assemble(" " * width, (f"  needs experiment={figure.EXPERIMENT}: ", "dim"), figure.COMMAND))
+
+
+def complain(message: str) -> None:
+    """One line about what went wrong, to standard error."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

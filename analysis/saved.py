@@ -1,0 +1,171 @@
+"""Finished runs read back from a results folder, without the code that made them (fields: docs/results.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+ALWAYS = ("model", "method", "run_id")  # fields that every result.json has
+
+
+class MissingRun(Exception):
+    """No finished run has what is wanted; the message says what was looked for and what is there."""
+
+
+class _LeftOut(Exception):
+    """Why a folder doesn't count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies.
+        result: its ``result.json``.
+        updated: when it finished, seconds since 1970.
+        table: its ``measurements.parquet``; empty if no columns of it were asked for.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    updated: float
+    table: pd.DataFrame
+
+    @property
+    def model(self) -> str:
+        """The name that it is filed under."""
+        return str(self.result["model"])
+
+    @property
+    def method(self) -> str:
+        """Likewise."""
+        return str(self.result["method"])
+
+    @property
+    def device(self) -> str:
+        """What it was measured on."""
+        return str(self.result.get("device_name") or self.result.get("device") or "unknown device")
+
+    def __str__(self) -> str:
+        day = datetime.fromtimestamp(self.updated, timezone.utc)
+        what = f"{self.method} on {self.model}, {self.device}, {self.result.get('dtype', 'unknown dtype')}"
+        return f"{self.folder} ({what}, finished {day:%Y-%m-%d %H:%M} UTC)"
+
+
+@dataclass
+class Results:
+    """A results folder, narrowed to a model and a device where one is wanted.
+
+    Attributes:
+        root: the folder.
+        model: the only model wanted, as it is filed; ``None``: any.
+        device: a part of the device's name, in either case; ``None``: any.
+        used: the runs that were handed out, in order.
+        left_out: folders that don't count, and why.
+    """
+
+    root: Path
+    model: str | None = None
+    device: str | None = None
+    used: list[Run] = field(default_factory=list)
+    left_out: dict[Path, str] = field(default_factory=dict)
+
+    def runs(self, experiment: str, columns: Sequence[str] = (), fields: Sequence[str] = ()) -> list[Run]:
+        """Finished runs of an experiment, by folder; the others go to ``left_out``.
+
+        Args:
+            experiment: its name.
+            columns: of ``measurements.parquet`` that must be there; none: the file isn't read.
+            fields: of ``result.json`` that must be there.
+        """
+        found = []
+        for folder in sorted((self.root / experiment).glob(f"{self.model or '*'}/*/*/*")):
+            if not folder.is_dir():
+                continue
+            try:
+                run = _load(folder, columns, (*ALWAYS, *fields))
+            except _LeftOut as reason:
+                self.left_out[folder] = str(reason)
+                continue
+            if self.device is None or self.device.lower() in run.device.lower():
+                found.append(run)
+        return found
+
+    def newest(
+        self,
+        experiment: str,
+        columns: Sequence[str] = (),
+        fields: Sequence[str] = (),
+        usable: Callable[[Run], bool] = lambda run: True,
+    ) -> Run:
+        """The run to draw: of LLaMA-7B, the paper's main model, rather than others; then of CHAI; then the newest.
+
+        Args:
+            experiment: its name.
+            columns: see :meth:`runs`.
+            fields: see :meth:`runs`.
+            usable: whether a run measured what is wanted.
+
+        Raises:
+            MissingRun: there is none.
+        """
+        runs = [run for run in self.runs(experiment, columns, fields) if usable(run)]
+        if not runs:
+            raise MissingRun(self._nothing(experiment))
+        best = max(runs, key=lambda run: (run.model.startswith("llama7b"), run.method == "chai", run.updated))
+        self.used.append(best)
+        return best
+
+    def _nothing(self, experiment: str) -> str:
+        wanted = f" of model '{self.model}'" if self.model else ""
+        wanted += f" on a device named '{self.device}'" if self.device else ""
+        there = sorted({f"{run.method} on {run.model}, {run.device}" for run in Results(self.root).runs(experiment)})
+        others = f" could be used (there are: {'; '.join(there)})" if there else ""
+        return f"no finished {experiment} run{wanted} in {self.root}{others}"
+
+
+def _load(folder: Path, columns: Sequence[str], fields: Sequence[str]) -> Run:
+    status = _object(folder / "status.json")
+    if status.get("state") != "done":
+        error = f": {status['error']}" if status.get("error") else ""
+        raise _LeftOut(f"unfinished, its state is {status.get('state')}{error}")
+    result = _object(folder / "result.json")
+    lacking = [name for name in fields if name not in result]
+    if lacking:
+        raise _LeftOut(f"result.json has no {', '.join(lacking)}")
+    updated = status.get("updated")
+    table = _table(folder / "measurements.parquet", columns) if columns else pd.DataFrame()
+    return Run(folder, result, updated if isinstance(updated, (int, float)) else 0.0, table)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _LeftOut(f"no {path.name}") from None
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise _LeftOut(f"{path.name} is corrupt")
+    return value
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path)
+    except FileNotFoundError:
+        raise _LeftOut(f"no {path.name}") from None
+    except (OSError, ValueError, pa.ArrowException):
+        raise _LeftOut(f"{path.name} is corrupt") from None
+    lacking = [name for name in columns if name not in table]
+    if lacking:
+        raise _LeftOut(f"{path.name} has no {', '.join(lacking)}")
+    return table

@@ -1,0 +1,193 @@
+"""generate() in all its forms gives the tokens that the slow reference gives, with nothing sliced or dropped early."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from transformers import set_seed
+
+import chai.runtime
+from chai.attention import apply_weights, attention_weights, take_heads
+from chai.methods import Chai, Random
+from tests.models import HEADS, make_batch, make_model
+
+COUNTS = [HEADS, 3, 2]
+
+
+def slow_attention(query, key, value, plan, scaling, mask):
+    """The equation on what the fast paths are given."""
+    weights = attention_weights(query, take_heads(key, plan.key_heads), scaling, mask)
+    return apply_weights(take_heads(weights, plan.clusters.assignment), value).transpose(1, 2)
+
+
+@contextmanager
+def slow():
+    """Reference attention and whole projections instead of the fast paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chai.runtime, "attend", slow_attention)
+        patch.setattr(chai.runtime, "sliced_projections", lambda *_: nullcontext())
+        yield
+
+
+FORMS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "chunked": {"do_sample": False, "prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", [[9, 12, 7], [3, 1, 2], [2, 12, 6]], ids=["long", "short", "mixed"])
+@torch.no_grad()
+def test_generation_gives_the_tokens_of_the_slow_reference(family, form, lengths):
+    model, batch = make_model(family), make_batch(lengths)
+    options = {"max_new_tokens": 9, **FORMS[form]}
+
+    def tokens():
+        set_seed(0)
+        with Chai(clusters=COUNTS)(model):
+            return model.generate(**batch, **options)
+
+    with slow():
+        expected = tokens()
+    assert torch.equal(tokens(), expected)
+    assert expected.shape[1] > max(lengths)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_scores_of_a_padded_batch_are_those_of_the_slow_reference(side):
+    model, batch = make_model("llama"), make_batch([14, 3, 9], side=side)
+    method = Chai(clusters=COUNTS)
+    with slow(), method(model):
+        expected = model(**batch).logits
+    with method(model):
+        actual = model(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_with_its_cache():
+    """Three turns and the tokens generated in between, on one cache, are one long prompt."""
+    model, method = make_model("llama"), Chai(clusters=COUNTS)
+    turns = [make_batch([length], seed=length)["input_ids"] for length in (3, 4, 8)]
+    with method(model):
+        cache, text = method.new_cache(model), torch.zeros(1, 0, dtype=torch.long)
+        for turn in turns:
+            text = torch.cat([text, turn], 1)
+            text = model.generate(text, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        assert cache.get_seq_length() == text.shape[1] - 1
+        logits = model(text).logits
+        begin = 0
+        for turn in turns:  # every generated token is the one that a single pass over the text before it gives
+            begin += turn.shape[1]
+            assert torch.equal(logits[0, begin - 1 : begin + 4].argmax(-1), text[0, begin : begin + 5])
+            begin += 5
+
+
+@torch.no_grad()
+def test_assisted_generation_crops_the_cache():
+    """Speculative decoding appends guesses and drops the wrong ones: the tokens stay those of greedy decoding."""
+    model, assistant, batch = make_model("llama"), make_model("llama", seed=1), make_batch([9])
+    with Chai(clusters=COUNTS)(model):
+        expected = model.generate(**batch, max_new_tokens=12, do_sample=False)
+        actual = model.generate(**batch, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "qwen3"])
+@torch.no_grad()
+def test_only_the_representatives_are_projected(family):
+    """Once memberships are known, W_Q and W_K are multiplied for representatives alone; the outputs are the same."""
+    model, batch = make_model(family), make_batch([12])
+    done = []
+
+    def count(hidden, linear, heads, size):
+        done.append(len(heads))
+        return real(hidden, linear, heads, size)
+
+    real = chai.projections.project_heads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chai.projections, "project_heads", count)
+        for method in (Chai(clusters=2), Random(clusters=2, seed=1)):
+            with slow(), method(model):
+                expected = model(**batch).logits
+            done.clear()
+            with method(model):
+                actual = model(**batch).logits
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            assert done and set(done) <= {1, 2} and len(done) >= 3
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_share_or_split_their_projections():
+    """A long batch projects row by row, a short one the union of the rows' heads: both as each row alone."""
+    model, method = make_model("llama"), Chai(clusters=2)
+    for length in (40, 12):
+        batch = make_batch([length] * 3, seed=length)["input_ids"]
+        with method(model):
+            together = model(batch).logits
+            for row in range(3):
+                torch.testing.assert_close(together[row], model(batch[row : row + 1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_grows_in_chunks_and_can_reserve():
+    model, method, token = make_model("llama"), Chai(clusters=COUNTS), torch.tensor([[5]])
+    with method(model):
+        cache, buffers = method.new_cache(model), set()
+        model(make_batch([12])["input_ids"], past_key_values=cache)
+        for _ in range(60):
+            model(token, past_key_values=cache)
+            buffers.add(cache.layers[1].held_values.buffer.data_ptr())
+        assert len(buffers) <= 6  # 72 tokens in steps of 16
+        held = (2 * HEADS * 3 - (HEADS - 3) - (HEADS - 2)) * 8 * 4
+        assert cache.nbytes == 72 * held
+        assert cache.nbytes < cache.nbytes_allocated <= 80 * held
+        roomy = method.new_cache(model, reserve=100)
+        model(token.expand(1, 12), past_key_values=roomy)
+        first = roomy.layers[2].held_keys.buffer.data_ptr()
+        for _ in range(80):
+            model(token, past_key_values=roomy)
+        assert roomy.layers[2].held_keys.buffer.data_ptr() == first
+        assert roomy.nbytes == 92 * held and roomy.nbytes_allocated == 100 * held
+
+
+def test_gradients_flow_through_a_clustered_model():
+    model, batch = make_model("llama"), make_batch([12])
+    with Chai(clusters=COUNTS)(model):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+    gradient = model.model.layers[1].self_attn.q_proj.weight.grad
+    assert gradient is not None and float(gradient.abs().sum()) > 0
+
+
+@torch.no_grad()
+def test_outputs_of_the_parts_are_joined():
+    """Hidden states and tuples of a prompt that was cut have all its tokens."""
+    model, batch = make_model("llama"), make_batch([12, 9])
+    with Chai(clusters=COUNTS)(model):
+        whole = model(**batch, output_hidden_states=True)
+        plain = model(**batch, return_dict=False)
+    assert [tuple(state.shape) for state in whole.hidden_states] == [(2, 12, 64)] * 4
+    torch.testing.assert_close(plain[0], whole.logits)
+
+
+@torch.no_grad()
+def test_a_cache_for_another_batch_is_refused():
+    model, method = make_model("llama"), Chai(clusters=2)
+    with method(model):
+        cache = method.new_cache(model)
+        model(make_batch([9, 9])["input_ids"], past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 2 sequences, this call has 1"):
+            model(torch.tensor([[5]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask is a dict"):
+            model(torch.tensor([[5]]), attention_mask={"full_attention": None})

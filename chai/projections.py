@@ -19,8 +19,8 @@ from chai.cache import ClusteredCache, ClusteredLayer
 
 #: Above this part of the heads one product with all of them is as fast.
 WORTHWHILE = 0.8
-#: Tokens of a row from which each row of a batch gets products of its own, instead of sharing those of all rows' heads.
-LONG = 32
+#: What another product costs on its own, in multiply-adds that could be done in its time.
+OVERHEAD = 2_000_000
 
 
 @contextmanager
@@ -65,20 +65,16 @@ def _forward(
         if not isinstance(layer, ClusteredLayer) or not layer.compacted or layer.plan is None:
             return functional.linear(hidden, linear.weight, linear.bias)
         wanted = layer.plan.representative_rows if of_queries else layer.plan.kept_rows
-        heads = len(wanted[0])
-        if heads > WORTHWHILE * total:
+        choice = _choose(wanted, total, hidden.shape, size)
+        if choice is None:
             return functional.linear(hidden, linear.weight, linear.bias)
-        if len(wanted) == 1:
-            found = project_heads(hidden, linear, wanted[0], size)
-        elif hidden.shape[1] >= LONG:
-            found = torch.cat([project_heads(hidden[row, None], linear, own, size) for row, own in enumerate(wanted)])
-        else:
-            union = sorted({head for own in wanted for head in own})
-            if len(union) > WORTHWHILE * total:
-                return functional.linear(hidden, linear.weight, linear.bias)
-            place = {head: i for i, head in enumerate(union)}
+        if len(choice) == len(wanted):
+            parts = hidden.split(len(hidden) // len(wanted))
+            found = torch.cat([project_heads(part, linear, own, size) for part, own in zip(parts, wanted, strict=True)])
+        else:  # all rows' heads, of which each row then takes its own
+            place = {head: i for i, head in enumerate(choice[0])}
             chosen = torch.tensor([[place[head] for head in own] for own in wanted], device=hidden.device)
-            projected = project_heads(hidden, linear, union, size).unflatten(2, (-1, size))
+            projected = project_heads(hidden, linear, choice[0], size).unflatten(2, (-1, size))
             found = projected.gather(2, chosen[:, None, :, None].expand(-1, hidden.shape[1], -1, size)).flatten(2)
         if not fixed:
             return found
@@ -88,6 +84,34 @@ def _forward(
         return all_heads.scatter(2, columns, found.unflatten(2, (-1, size))).flatten(2)
 
     return forward
+
+
+def _choose(wanted: list[list[int]], total: int, shape: torch.Size, size: int) -> list[list[int]] | None:
+    """The heads to project, as one list for all rows or one for each row; ``None`` for all heads, where that is faster.
+
+    Args:
+        wanted: heads of each row, or one list that holds for all.
+        total: heads that the matrix has.
+        shape: of the hidden states, ``[B, T, d]``.
+        size: of a head.
+    """
+    rows, count, width = shape
+    union = sorted({head for own in wanted for head in own})
+    choices = [wanted] if len(wanted) == 1 else [wanted, [union]]
+    costs = []
+    for choice in choices:
+        products = sum(_runs(own) for own in choice)
+        heads = sum(len(own) for own in choice) * (rows if len(choice) == 1 else 1)
+        costs.append(heads * count * width * size + products * OVERHEAD)
+    least = min(costs)
+    if least > WORTHWHILE * (rows * total * count * width * size + OVERHEAD):
+        return None
+    return choices[costs.index(least)]
+
+
+def _runs(heads: list[int]) -> int:
+    """Stretches of neighbours among ascending heads."""
+    return sum(1 for before, head in zip([-2, *heads], heads, strict=False) if head != before + 1)
 
 
 def project_heads(hidden: Tensor, linear: nn.Linear, heads: list[int], size: int) -> Tensor:

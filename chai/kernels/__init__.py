@@ -11,22 +11,23 @@ from chai.kernels.plan import HeadPlan
 from chai.kernels.stock import all_heads_attention as all_heads_attention
 from chai.kernels.stock import stock_attention
 
+#: Queries up to which products over all heads beat a task for each cluster, on a CPU.
+SHORT = 768
+#: The same against torch's fused kernel on an accelerator, which needs many queries to be worth its scores.
+FEW = 16
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, scaling: float, mask: Tensor | None) -> Tensor:
     """Clustered attention by whatever is fastest for these shapes.
 
     Arguments and result as in :func:`chai.kernels.dense.dense_attention`.
     """
-    count, length = query.shape[2], value.shape[2]
-    if count * length <= DENSE or _needs_grad(query, key, value):
+    on_cpu = query.device.type == "cpu"
+    if query.shape[2] <= (SHORT if on_cpu else FEW) or (on_cpu and _needs_grad(query, key, value)):
         return dense_attention(query, key, value, plan, scaling, mask)
-    if query.device.type == "cpu":
+    if on_cpu:
         return grouped_attention(query, key, value, plan, scaling, mask)
     return stock_attention(query, key, value, plan, scaling, mask)
-
-
-#: Weights of a head, T * S, up to which handling all rows and heads at once beats handling each cluster by itself.
-DENSE = 1 << 16
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

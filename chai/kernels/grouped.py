@@ -8,27 +8,16 @@ keys that causality hides. A cluster of one has nothing to share, and stock atte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from chai.kernels.machine import product_dtype
 from chai.kernels.plan import Cluster, HeadPlan
 from chai.kernels.workers import run_tasks
 
 BLOCK = 256  # query rows of a task: fewer make the products slow, more don't fit the core's cache
-
-
-@cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which this machine multiplies matrices of ``dtype`` fastest.
-
-    Without instructions for bfloat16 or float16 their products are emulated, several times slower than float32's.
-    """
-    if dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return dtype
-    return torch.promote_types(dtype, torch.float32)
 
 
 def grouped_attention(
@@ -42,97 +31,109 @@ def grouped_attention(
     out = query.new_empty(rows, count, plan.clusters.heads, value.shape[3])
     for row, clusters in enumerate(plan.rows):
         own = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
-        shared = clusters
-        if _stock_is_faster(query, value, own):
-            single = [cluster for cluster in clusters if len(cluster.members) == 1]
-            if single:
-                _single_heads(query[row], key[row], value[row], single, scaling, out[row])
-            shared = [cluster for cluster in clusters if len(cluster.members) > 1]
-        if shared:
-            _shared_heads(query[row], key[row], value[row], shared, scaling, own, out[row])
+        _Row(query[row], key[row], value[row], clusters, scaling, own, out[row]).attend()
     return out
 
 
-def _stock_is_faster(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether clusters of one go to stock attention: it skips later keys only without an explicit mask."""
-    count, length = query.shape[2], value.shape[2]
-    plain = mask is None and query.shape[3] == value.shape[3] and length - count <= count // 8
-    return plain and product_dtype(query.dtype) == torch.float32
+class _Row:
+    """The attention of one row of the batch: ``query [k, T, D]``, ``key [n, S, D]``, ``value [H_value, S, D]``."""
 
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        clusters: list[Cluster],
+        scaling: float,
+        mask: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        self.query, self.key, self.value, self.mask, self.out = query, key, value, mask, out  # out is [T, H, D]
+        self.scaling = scaling
+        self.count, (_, self.length, self.size) = query.shape[1], value.shape
+        self.group = out.shape[1] // value.shape[0]  # query heads of one value head
+        self.exact = product_dtype(query.dtype, "cpu")
+        stock = self._stock_is_faster()
+        self.single = [cluster for cluster in clusters if stock and len(cluster.members) == 1]
+        self.shared = [cluster for cluster in clusters if not (stock and len(cluster.members) == 1)]
 
-def _single_heads(
-    query: Tensor, key: Tensor, value: Tensor, clusters: list[Cluster], scaling: float, out: Tensor
-) -> None:
-    """Heads that stand for themselves alone, by stock attention; ``out`` is ``[T, H, D]``."""
-    count, length = query.shape[1], value.shape[1]
-    group = out.shape[1] // value.shape[0]
-    heads = [cluster.members[0] for cluster in clusters]
-    # Stock attention is causal from the first key on, so queries get as many rows as there are keys.
-    padded = query.new_zeros(len(heads), length, query.shape[2])
-    padded[:, length - count :] = query[[cluster.index for cluster in clusters]]
-    keys = key[[cluster.key_head for cluster in clusters]].contiguous()
-    values = value[[head // group for head in heads]]
-    found = functional.scaled_dot_product_attention(
-        padded[None], keys[None], values[None], is_causal=True, scale=scaling
-    )
-    for place, head in enumerate(heads):
-        out[:, head] = found[0, place, length - count :]
+    def _stock_is_faster(self) -> bool:
+        """Whether clusters of one go to stock attention: it skips later keys only without an explicit mask."""
+        plain = self.mask is None and self.query.shape[2] == self.size
+        return plain and self.length - self.count <= self.count // 8 and self.exact == torch.float32
 
+    def attend(self) -> None:
+        """Fill ``out``: tasks of one single head, and of one cluster and one block of query rows."""
+        if self.shared:
+            self._prepare()
+        blocks = range(0, self.count, BLOCK)[::-1]  # the longest first: no core begins one when the others are done
+        tasks = [(cluster, -1) for cluster in range(len(self.single))]
+        tasks += [(cluster, begin) for cluster in range(len(self.shared)) for begin in blocks]
+        run_tasks(self._work, tasks)
 
-def _shared_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    clusters: list[Cluster],
-    scaling: float,
-    mask: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Clusters of several heads: tasks of one cluster and one block of query rows each; ``out`` is ``[T, H, D]``."""
-    count, (_, length, size) = query.shape[1], value.shape
-    offset, group, exact = length - count, out.shape[1] // value.shape[0], product_dtype(query.dtype)
-    query = (query.to(torch.promote_types(query.dtype, torch.float32)) * scaling).to(exact)
-    key = key.transpose(1, 2).to(exact)
-    # Members that read the same value head (grouped queries) have the same output, which is computed once.
-    heads = [sorted({member // group for member in cluster.members}) for cluster in clusters]
-    joined = []
-    for wanted in heads:
-        together = value.new_empty(length, len(wanted), size, dtype=exact)
-        for place, head in enumerate(wanted):
-            together[:, place] = value[head]
-        joined.append(together.flatten(1))
-    places = [
-        [(head, wanted.index(head // group)) for head in cluster.members]
-        for cluster, wanted in zip(clusters, heads, strict=True)
-    ]
-    later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=exact).triu(1)
-    widest = max(map(len, heads)) * size
+    def _prepare(self) -> None:
+        """Keys and joined values of the shared clusters, in the type that is multiplied fastest."""
+        self.keys = [self.key[cluster.key_head].T.to(self.exact) for cluster in self.shared]
+        self.joined, self.places = [], []
+        for cluster in self.shared:
+            # Members that read the same value head (grouped queries) have the same output, which is computed once.
+            heads = sorted({member // self.group for member in cluster.members})
+            together = self.value.new_empty(self.length, len(heads), self.size, dtype=self.exact)
+            for place, head in enumerate(heads):
+                together[:, place] = self.value[head]
+            self.joined.append(together.flatten(1))
+            self.places.append([(head, heads.index(head // self.group)) for head in cluster.members])
+        self.later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=self.exact).triu(1)
 
-    def work(tasks: Iterator[tuple[int, int]]) -> None:
-        scores_room, weights_room = query.new_empty(2, BLOCK * length)
-        out_room = query.new_empty(BLOCK * widest)
-        for number, begin in tasks:
-            cluster, values = clusters[number], joined[number]
-            end = min(begin + BLOCK, count)
-            rows, seen = end - begin, offset + end
-            scores = scores_room[: rows * seen].view(rows, seen)
-            torch.mm(query[cluster.index, begin:end], key[cluster.key_head, :, :seen], out=scores)
-            if mask is None:
-                scores[:, seen - rows :] += later[:rows, :rows]
-            elif mask.dtype == torch.bool:
-                scores.masked_fill_(~mask[begin:end, :seen], torch.finfo(exact).min)
+    def _work(self, tasks: Iterator[tuple[int, int]]) -> None:
+        """What each core does until no task is left, in rooms of its own."""
+        one = self.query.new_empty(2, self.length, self.size) if self.single else None
+        widest = max((values.shape[1] for values in self.joined), default=0) if self.shared else 0
+        room = torch.empty(BLOCK * (2 * self.length + widest) if self.shared else 0, dtype=self.exact)
+        for cluster, begin in tasks:
+            if begin < 0:
+                assert one is not None
+                self._single_head(self.single[cluster], one)
             else:
-                scores += mask[begin:end, :seen]
-            weights = weights_room[: rows * seen].view(rows, seen)
-            if exact == torch.float32:
-                torch.softmax(scores, -1, out=weights)
-            else:
-                weights.copy_(torch.softmax(scores, -1, dtype=torch.promote_types(exact, torch.float32)))
-            found = out_room[: rows * values.shape[1]].view(rows, -1)
-            torch.mm(weights, values[:seen], out=found)
-            found = found.view(rows, -1, size)
-            for head, place in places[number]:
-                out[begin:end, head] = found[:, place]
+                self._block(cluster, begin, min(begin + BLOCK, self.count), room)
 
-    # The longest first, so that no core starts a long task when the others are done.
-    run_tasks(work, [(number, begin) for number in range(len(clusters)) for begin in range(0, count, BLOCK)[::-1]])
+    def _single_head(self, cluster: Cluster, room: Tensor) -> None:
+        """A head that stands for itself alone, by stock attention."""
+        missing, head = self.length - self.count, cluster.members[0]
+        query, key = self.query[cluster.index], room[0].copy_(self.key[cluster.key_head])
+        if missing:  # stock attention is causal from the first key on: as many queries as keys
+            room[1, :missing] = 0
+            room[1, missing:] = query
+            query = room[1]
+        found = functional.scaled_dot_product_attention(
+            query[None, None],
+            key[None, None],
+            self.value[None, None, head // self.group],
+            is_causal=True,
+            scale=self.scaling,
+        )
+        self.out[:, head] = found[0, 0, missing:]
+
+    def _block(self, number: int, begin: int, end: int, room: Tensor) -> None:
+        """Some query rows of a cluster."""
+        cluster, values = self.shared[number], self.joined[number]
+        rows, seen = end - begin, self.length - self.count + end
+        size = rows * seen
+        scores, weights = room[:size].view(rows, seen), room[size : 2 * size].view(rows, seen)
+        found = room[2 * size : 2 * size + rows * values.shape[1]].view(rows, -1)
+        query = self.query[cluster.index, begin:end].to(self.exact)
+        torch.addmm(scores, query, self.keys[number][:, :seen], beta=0, alpha=self.scaling, out=scores)
+        if self.mask is None:
+            scores[:, seen - rows :] += self.later[:rows, :rows]
+        elif self.mask.dtype == torch.bool:
+            scores.masked_fill_(~self.mask[begin:end, :seen], torch.finfo(self.exact).min)
+        else:
+            scores += self.mask[begin:end, :seen]
+        if self.exact == torch.bfloat16:
+            weights.copy_(torch.softmax(scores, -1, dtype=torch.float32))
+        else:
+            torch.softmax(scores, -1, out=weights)
+        torch.mm(weights, values[:seen], out=found)
+        found = found.view(rows, -1, self.size)
+        for head, place in self.places[number]:
+            self.out[begin:end, head] = found[:, place]

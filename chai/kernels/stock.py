@@ -22,17 +22,22 @@ def stock_attention(
     """Arguments and result as in :func:`chai.kernels.dense.dense_attention`."""
     count, length = query.shape[2], value.shape[2]
     assignment = plan.clusters.assignment
-    if mask is None and 1 < count < length:
-        mask = causal_mask(count, length, query.device)
+    group, missing = assignment.shape[1] // value.shape[1], length - count
+    query, causal = take_heads(query, assignment), mask is None and count > 1
+    if causal and missing:
+        if missing <= count // 8:  # causal from the first key on: the kernel then skips later keys
+            query = functional.pad(query, (0, 0, missing, 0))
+        else:
+            mask, causal = causal_mask(count, length, query.device), False
     out = functional.scaled_dot_product_attention(
-        take_heads(query, assignment),
+        query,
         take_heads(key, plan.key_heads.gather(1, assignment)),
-        value.repeat_interleave(assignment.shape[1] // value.shape[1], 1),
+        value if group == 1 else value.repeat_interleave(group, 1),
         attn_mask=mask,
-        is_causal=mask is None and count > 1,
+        is_causal=causal,
         scale=scaling,
     )
-    return out.transpose(1, 2)
+    return out[:, :, -count:].transpose(1, 2)
 
 
 def all_heads_attention(

@@ -144,7 +144,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, clusters: HeadClusters, ke
 
 def take_heads(tensor: Tensor, heads: Tensor) -> Tensor:
     """The given heads of each row: ``[B, N, X, Y]`` and ``[B, n]`` (long) to ``[B, n, X, Y]``."""
-    return tensor.gather(1, heads[:, :, None, None].expand(-1, -1, *tensor.shape[2:]))
+    if len(heads) == 1:
+        return tensor.index_select(1, heads[0])
+    return tensor[torch.arange(len(heads), device=heads.device)[:, None], heads]
 
 
 def _check_heads(name: str, tensor: Tensor, heads: int) -> None:

@@ -222,12 +222,15 @@ class ClusteredLayer(GrowingLayer):
         self.queries = torch.where(found[:, None, :, None], picked, before)
         self.scaling = scaling
 
-    def assign(self, ready: Tensor, clusters: HeadClusters) -> None:
+    def assign(self, ready: Tensor, clusters: HeadClusters) -> HeadClusters:
         """Take in the membership of some rows.
 
         Args:
             ready: bool ``[B]``, these rows.
             clusters: theirs, in this order.
+
+        Returns:
+            those of all rows; of rows without a membership yet, anything.
         """
         device = clusters.assignment.device if self.queries is None else self.queries.device
         ready = ready.to(device)
@@ -239,13 +242,17 @@ class ClusteredLayer(GrowingLayer):
             representatives = self.plan.clusters.representatives.clone()
         assignment[ready] = clusters.assignment.to(device)
         representatives[ready] = clusters.representatives.to(device)
-        self.plan = HeadPlan.with_all_keys(HeadClusters(assignment, representatives), self.key_heads)
+        clusters = HeadClusters(assignment, representatives)
+        self.plan = HeadPlan.with_all_keys(clusters, self.key_heads)
+        return clusters
 
-    def compact(self) -> None:
+    def compact(self, clusters: HeadClusters) -> None:
         """Keep only the key heads that representatives read; called when every row has its membership."""
-        assert self.plan is not None
-        self.plan = plan = HeadPlan.with_read_keys(self.plan.clusters, self.key_heads)
+        plan = HeadPlan.with_read_keys(clusters, self.key_heads)
         self.compacted, self.queries = True, None
+        if self.keys is not None:
+            plan = plan.map_rows(lambda tensor: tensor.to(self.device))
+        self.plan = plan
         if self.get_seq_length() > 0:
             self.keys = self._seen(self.held_keys.replace(lambda keys: take_heads(keys, plan.kept)))
 
@@ -361,10 +368,12 @@ class ClusteredCache(Cache):
         found = self.rule.decide([index for index, _ in self.clustered], query, key, scaling)
         self.decided = self.decided | ready
         self.settled = bool(self.decided.all())
+        at_once = bool(ready.all())
         for (_, layer), clusters in zip(self.clustered, found, strict=True):
-            layer.assign(ready, clusters)
+            if not at_once:
+                clusters = layer.assign(ready, clusters)
             if self.settled:
-                layer.compact()
+                layer.compact(clusters)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

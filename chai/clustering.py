@@ -87,9 +87,7 @@ def head_features(query: Tensor, key: Tensor, scaling: float, causal: bool = Tru
     return scores.softmax(-1).flatten(-2)
 
 
-def kmeans(
-    points: Tensor, k: int | Tensor, *, seed: int = 0, restarts: int = 10, iterations: int = 50
-) -> tuple[Tensor, Tensor, Tensor]:
+def kmeans(points: Tensor, k: int | Tensor, *, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     """K-means of many small problems at once, each with its own number of clusters.
 
     Ward's clustering is the start. Then points change clusters, one at a time, while that lowers the inertia, which
@@ -103,8 +101,6 @@ def kmeans(
     Args:
         points: ``[N, P, F]``, ``N`` problems of ``P`` points.
         k: clusters, ``1 <= k <= P``; one number, or long ``[N]`` with one for each problem.
-        seed: accepted from callers that give one, but without effect, like ``restarts``: nothing is drawn.
-        restarts: without effect.
         iterations: at most so many times a point of a problem changes clusters.
 
     Returns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,105 +18,53 @@ from typing import Any
 
 import pandas as pd
 import torch
+from chai.attention import causal_mask
+from chai.clustering import HeadClusters
+from chai.costs import LayerShape, layer_shape, model_decode_entries, model_prefill_flops
+from chai.kernels import all_heads_attention, attend
+from chai.kernels.plan import HeadPlan
+from chai.methods.base import ClusteredMethod, Method
+from experiments.config import ConfigError
+from experiments.probe_tables import show_latency
+from experiments.probes import ProbeOptions, Subject, fill, interleave, machine_peak, random_tokens, run_probe, twin
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from chai.attention import causal_mask
-from chai.clustering import HeadClusters
-from chai.costs import LayerShape, layer_shape, model_decode_entries, model_prefill_flops
-from chai.kernels import all_heads_attention, attend
-from chai.kernels.plan import HeadPlan
-from chai.methods import load_method
-from chai.methods.base import ClusteredMethod, Method
-from chai.models import load_config, load_model
-from experiments.accuracy import model_source
-from experiments.config import ConfigError, to_dataclass
-from experiments.console import say
-from experiments.probe_tables import show_latency
-from experiments.probes import (
-    device_name,
-    fill,
-    interleave,
-    machine_peak,
-    pick_lengths,
-    prepare,
-    random_tokens,
-    record,
-    twin,
-)
-from experiments.runs import RunFolder, settings_id, versions, write_atomically
-
 PARTS, PHASES = ("attention", "layer", "model"), ("prefill", "decode")
 
 
 @dataclass
-class Options:
+class Options(ProbeOptions):
     """``experiment.*``: see conf/experiment/latency.yaml."""
 
-    lengths: list[int] | None = None
     parts: list[str] = field(default_factory=lambda: list(PARTS))
     phases: list[str] = field(default_factory=lambda: list(PHASES))
     clusters: list[int] | None = None
     rounds: int = 9
-    rows: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid in (("parts", PARTS), ("phases", PHASES)):
             wrong = [value for value in getattr(self, name) if value not in valid]
             if wrong or not getattr(self, name):
                 raise ValueError(f"{name} has {wrong[0] if wrong else 'nothing'!r}; valid: {', '.join(valid)}")
-        for name in ("rounds", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 1 or more")
-        for name in ("lengths", "clusters"):
-            if getattr(self, name) is not None and min(getattr(self, name), default=0) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: a list of numbers of 1 or more")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; valid: 1 or more")
+        if self.clusters is not None and min(self.clusters, default=0) < 1:
+            raise ValueError(f"clusters is {self.clusters}; valid: a list of numbers of 1 or more")
+
+    def check(self, heads: int) -> None:
+        """Refuse more clusters than heads."""
+        if self.clusters and max(self.clusters) > heads:
+            raise ConfigError(f"experiment.clusters has {max(self.clusters)}; the model has {heads} heads")
 
 
 def run(config: DictConfig) -> int:
-    """Measure, unless it is done; returns the exit code.
-
-    Raises:
-        ConfigError: options, or a method, that the model can't run with.
-    """
-    config = prepare(config)
-    options = to_dataclass(Options, config.experiment, "experiment")
-    method = to_dataclass(load_method(config.method.name), config.method, "method")
-    folder = RunFolder(config)
-    if folder.is_done and not config.force:
-        say(f"done already: {folder.path} (force=true does it again)")
-        show_latency(folder.path)
-        return 0
-    source = model_source(config)
-    architecture = load_config(source)
-    try:
-        method.check(architecture)
-    except ValueError as error:
-        raise ConfigError(f"method: {error}") from None
-    if options.clusters and max(options.clusters) > architecture.num_attention_heads:
-        raise ConfigError(
-            f"experiment.clusters has {max(options.clusters)}; the model has {architecture.num_attention_heads} heads"
-        )
-    if note := method.note(architecture):
-        say(note)
-    positions = architecture.max_position_embeddings
-    lengths = pick_lengths(options.lengths, positions, source.random_init)
-    if source.random_init:  # positions that aren't trained anyway
-        source = dataclasses.replace(
-            source, architecture={**source.architecture, "max_position_embeddings": max(positions, *lengths)}
-        )
-
-    def work() -> dict[str, Any]:
-        with torch.no_grad():
-            return _measure(config, folder, Probe(load_model(source), config.method.name, method, options, lengths))
-
-    code = record(folder, work)
-    if code == 0:
-        show_latency(folder.path)
-    return code
+    """Measure, unless it is done; returns the exit code."""
+    return run_probe(config, Options, _measure, show_latency)
 
 
 @dataclass
@@ -128,13 +77,12 @@ class Implementation:
 
 @dataclass
 class Probe:
-    """What is measured, and on what."""
+    """What is measured, on what, and how."""
 
     model: PreTrainedModel
     name: str  # the method's
     method: Method
     options: Options
-    lengths: list[int]
 
     @property
     def device(self) -> torch.device:
@@ -183,53 +131,28 @@ class Probe:
         return interleave(works, self.options.rounds * 3, self.device, after)
 
 
-def _measure(config: DictConfig, folder: RunFolder, probe: Probe) -> dict[str, Any]:
-    """All parts; writes the rows, returns the result."""
-    model, options = probe.model, probe.options
-    say(f"{config.method.name} on {config.model.name}, {device_name(probe.device)}: lengths {probe.lengths}")
-    peak = machine_peak(probe.device, model.dtype)
-    shape, rows = layer_shape(model), []
+def _measure(subject: Subject, options: Options) -> dict[str, Any]:
+    """All parts, phases and lengths."""
+    model = subject.model
+    probe = Probe(model, subject.name, subject.method, options)
+    peak, shape, rows = machine_peak(probe.device, model.dtype), layer_shape(model), []
     single = one_layer(model) if "layer" in options.parts else None
-    for phase in options.phases:
-        for length in probe.lengths:
-            if "attention" in options.parts:
-                for k in probe.counts:
-                    times = attention_times(probe, shape, phase, length, k)
-                    cost = attention_cost(probe, shape, phase, length)
-                    rows += summarize("attention", phase, length, k, times, cost, peak, shape.heads)
-            if single is not None:
-                for k in probe.counts:
-                    times = model_times(probe, single, phase, length, k)
-                    cost = layer_cost(probe, shape, phase, length)
-                    rows += summarize("layer", phase, length, k, times, cost, peak, shape.heads)
-            if "model" in options.parts:
-                times = model_times(probe, model, phase, length, None)
-                rows += summarize(
-                    "model", phase, length, None, times, model_cost(probe, phase, length), peak, shape.heads
-                )
+    for phase, length in itertools.product(options.phases, subject.lengths):
+        works: list[tuple[str, int | None, dict[str, list[float]], Cost]] = []
+        if "attention" in options.parts:
+            cost = attention_cost(probe, shape, phase, length)
+            works += [("attention", k, attention_times(probe, shape, phase, length, k), cost) for k in probe.counts]
+        if single is not None:
+            cost = layer_cost(probe, shape, phase, length)
+            works += [("layer", k, model_times(probe, single, phase, length, k), cost) for k in probe.counts]
+        if "model" in options.parts:
+            times = model_times(probe, model, phase, length, None)
+            works.append(("model", None, times, model_cost(probe, phase, length)))
+        for part, k, times, cost in works:
+            rows += summarize(part, phase, length, k, times, cost, peak, shape.heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
-    write_atomically(folder.path / "measurements.parquet", lambda path: frame.to_parquet(path, index=False))
-    return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
-        "metrics": headline(frame),
-        "membership": membership_times(probe),
-        "peak": peak,
-        "layers": model.config.num_hidden_layers,
-        "heads": shape.heads,
-        "key_heads": shape.key_heads,
-        "heads_kept": probe.method.heads_kept(model.config),
-        "batch_size": options.rows,
-        "seed": config.seed,
-        "settings_id": settings_id(config),
-        "run_id": folder.id,
-        "device": str(model.device),
-        "device_name": device_name(probe.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
+    subject.write(frame)
+    return {"metrics": headline(frame), "membership": membership_times(probe), "peak": peak}
 
 
 def one_layer(model: PreTrainedModel) -> PreTrainedModel:

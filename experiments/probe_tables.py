@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -22,8 +21,7 @@ def show_latency(folder: Path) -> None:
     kept = result["heads_kept"]
     table = _table(f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['device_name']}")
     table.add_column("Part", no_wrap=True)
-    units = [f"{name} ms" for name in names]
-    for column in ("Tokens", "k", *units, "Speed-up", "Limit", "Rate", "Of peak"):
+    for column in ("Tokens", "k", *(f"{name} ms" for name in names), "±", "Gain", "Limit", "Rate", "Peak"):
         table.add_column(column, justify="right", no_wrap=True)
     groups = list(frame.groupby(["part", "phase", "length", "k"], sort=False, dropna=False))
     order = {name: place for place, name in enumerate(dict.fromkeys(frame.part))}
@@ -39,11 +37,12 @@ def show_latency(folder: Path) -> None:
         table.add_row(
             f"{part} {phase}",
             f"{length}",
-            f"{k}" if not pd.isna(k) else f"{sum(kept) / len(kept):.1f} mean" if len(set(kept)) > 1 else f"{kept[0]}",
-            *(_milliseconds(by_name[name]) if name in by_name else "" for name in names),
-            f"{own.speedup:.2f}x ({own.best_baseline})" if own else "",
-            f"{own.limit:.2f}x" if own else "",
-            f"{shown.rate:.0f} {shown.rate_unit}" if shown.rate >= 10 else f"{shown.rate:.1f} {shown.rate_unit}",
+            _counts(kept) if pd.isna(k) else f"{k}",
+            *(_milliseconds(by_name[name].ms) if name in by_name else "" for name in names),
+            f"{100 * max((row.ms_p75 - row.ms_p25) / 2 / row.ms for row in by_name.values()):.0f} %",
+            f"{own.speedup:.2f} {own.best_baseline}" if own else "",
+            f"{own.limit:.2f}" if own else "",
+            f"{shown.rate:{'.0f' if shown.rate >= 10 else '.1f'}} {shown.rate_unit.replace('FLOP', 'F')}",
             f"{100 * shown.of_peak:.0f} %",
         )
     console.print(table)
@@ -55,18 +54,21 @@ def show_latency(folder: Path) -> None:
             highlight=False,
         )
     console.print(
-        "Medians (± half the distance of the quartiles) of interleaved rounds. Speed-up: against the best baseline,\n"
-        "median of the rounds' ratios. Limit: of operations (prefill) or bytes read (decode), by arithmetic. Rate:\n"
-        "needed operations or bytes by time; of peak: of what a large product, or reading a large tensor, reaches here.",
+        "Medians of interleaved rounds; ±: half the distance of their quartiles, the widest of the row. Gain: against\n"
+        "the best baseline, which is named. Limit: by operations (prefill) or bytes read (decode). Rate: needed\n"
+        "operations (GF: 1e9) or bytes by time. Peak: its share of what a large product, or reading memory, reaches.",
         style="dim",
         highlight=False,
     )
 
 
-def _milliseconds(row: Any) -> str:
-    spread = (row.ms_p75 - row.ms_p25) / 2
-    digits = 0 if row.ms >= 100 else 1 if row.ms >= 10 else 2
-    return f"{row.ms:.{digits}f} ± {spread:.{digits}f}"
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _counts(kept: list[int]) -> str:
+    """Counts of all layers in few characters: one number, or the mean of several."""
+    return f"{kept[0]}" if len(set(kept)) == 1 else f"~{sum(kept) / len(kept):.1f}"
 
 
 def show_memory(folder: Path) -> None:

@@ -3,36 +3,157 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import platform
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import pandas as pd
 import torch
+from chai.cache import ClusteredCache, ClusteredLayer
+from chai.costs import layer_shape
+from chai.methods import load_method
+from chai.methods.base import Method
+from chai.models import ModelError, load_config, load_model
+from experiments.accuracy import model_source
+from experiments.config import ConfigError, TaskConfig, check_clusters, to_dataclass
+from experiments.console import complain, say
+from experiments.identity import settle_identity
+from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Cache, PreTrainedModel
 
-from chai.cache import ClusteredCache, ClusteredLayer
-from chai.models import ModelError
-from experiments.config import ConfigError, TaskConfig, check_clusters
-from experiments.console import complain
-from experiments.identity import settle_identity
-from experiments.runs import RunError, RunFolder
-
 MARK = "under observation"
 FIRST = 5  # tokens that really go through a model whose cache is then filled
 
 
-def prepare(config: DictConfig) -> DictConfig:
-    """The configuration of a probe: no task, and the model's identity settled."""
+@dataclass
+class ProbeOptions:
+    """``experiment.*`` that all probes have.
+
+    Attributes:
+        lengths: of the sequences, in tokens; ``None``: powers of two.
+        rows: sequences in a batch.
+    """
+
+    lengths: list[int] | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; valid: 1 or more")
+        if self.lengths is not None and min(self.lengths, default=0) < 8:
+            raise ValueError(f"lengths is {self.lengths}; valid: a list of numbers of 8 or more")
+
+    def check(self, heads: int) -> None:
+        """Refuse what a model with so many heads can't run with."""
+
+
+P = TypeVar("P", bound=ProbeOptions)
+
+
+@dataclass
+class Subject:
+    """What is probed: a model, a method and its name, sequence lengths; and where the numbers go."""
+
+    model: PreTrainedModel
+    name: str
+    method: Method
+    lengths: list[int]
+    folder: RunFolder
+
+    def write(self, rows: pd.DataFrame) -> None:
+        """Save the measurements."""
+        write_atomically(self.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
+
+
+def run_probe(
+    config: DictConfig,
+    options_type: type[P],
+    measure: Callable[[Subject, P], dict[str, Any]],
+    show: Callable[[Path], None],
+) -> int:
+    """A probe from its configuration to its table; returns the exit code.
+
+    Args:
+        config: as composed.
+        options_type: of ``experiment.*``; has ``lengths`` and ``rows``.
+        measure: does the work, writes its rows, returns what is particular in ``result.json``.
+        show: prints the table of a run's folder.
+
+    Raises:
+        ConfigError: options, or a method, that the model can't run with. Nothing is written then.
+    """
     config = config.copy()
     config.task = OmegaConf.structured(TaskConfig(name="none"))
     settle_identity(config)
     check_clusters(config)
-    return config
+    options = to_dataclass(options_type, config.experiment, "experiment")
+    method = to_dataclass(load_method(config.method.name), config.method, "method")
+    folder = RunFolder(config)
+    if folder.is_done and not config.force:
+        say(f"done already: {folder.path} (force=true does it again)")
+        show(folder.path)
+        return 0
+    source = model_source(config)
+    try:
+        architecture = load_config(source)
+    except ModelError as error:
+        complain(str(error))
+        return 1
+    try:
+        method.check(architecture)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from None
+    options.check(architecture.num_attention_heads)
+    positions = architecture.max_position_embeddings
+    lengths = pick_lengths(options.lengths, positions, source.random_init)
+    if source.random_init:  # positions that aren't trained anyway
+        shape = {**source.architecture, "max_position_embeddings": max(positions, *lengths)}
+        source = dataclasses.replace(source, architecture=shape)
+    if note := method.note(architecture):
+        say(note)
+    say(f"{config.method.name} on {config.model.name}: {', '.join(map(str, lengths))} tokens")
+
+    def work() -> dict[str, Any]:
+        with torch.no_grad():
+            subject = Subject(load_model(source), config.method.name, method, lengths, folder)
+            return common(config, subject, options) | measure(subject, options)
+
+    code = record(folder, work)
+    if code == 0:
+        show(folder.path)
+    return code
+
+
+def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[str, Any]:
+    """What the results of all probes say of themselves."""
+    model = subject.model
+    return {
+        "experiment": config.experiment.name,
+        "method": config.method.name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "layers": model.config.num_hidden_layers,
+        "heads": model.config.num_attention_heads,
+        "key_heads": layer_shape(model).key_heads,
+        "heads_kept": subject.method.heads_kept(model.config),
+        "savings": {"kind": subject.method.saving},
+        "batch_size": options.rows,
+        "seed": config.seed,
+        "settings_id": settings_id(config),
+        "run_id": subject.folder.id,
+        "device": str(model.device),
+        "device_name": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
 
 
 def record(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> int:

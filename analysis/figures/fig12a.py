@@ -12,7 +12,7 @@ from analysis.saved import Results
 TITLE = "Time to first token against sequence length (paper, Figure 12a)"
 EXPERIMENT = _latency.EXPERIMENT
 COMMAND = _latency.COMMAND
-CLAIM = _latency.Claim(1.73, 2048, f"paper: 1.73{TIMES} (LLaMA-7B, V100, unfused baseline)")
+CLAIM = _latency.Claim(1.73, 2048, f"paper: 1.73{TIMES} (LLaMA-7B, V100)")
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:

@@ -63,7 +63,7 @@ def dense_attention(
 
 
 def _block(query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, slots: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of some rows and queries; ``query`` is scaled and in the order of the key heads, ``slots`` ``[B * H]``."""
+    """Some rows and queries; ``query`` is scaled and in the order of the key heads, ``slots`` is ``[B * H]``."""
     rows, _, count, size = query.shape
     length, heads, stored = key.shape[2], plan.clusters.heads, plan.stored
     query = query.reshape(rows * stored, plan.width * count, size)

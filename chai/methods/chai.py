@@ -34,12 +34,11 @@ class Chai(ClusteredMethod):
 
     Attributes:
         clusters: see :class:`chai.methods.base.ClusteredMethod`.
-        seed: of the k-means starts.
+        seed: without effect, for nothing is drawn.
         tokens: real tokens before the membership is decided.
         membership: ``kmeans`` (section 3.5) or ``agglomerative`` (average linkage, cosine distance).
         representative: the member ``nearest`` the cluster's mean, or the ``lowest`` head.
         features: ``causal`` attention, or ``unmasked`` scores of the first tokens.
-        restarts: of k-means.
         group_aware: for grouped-query models, choose representatives that read as few key heads as k of them can, so
             that whole key heads leave the cache; takes the place of ``membership`` and ``representative``.
 
@@ -51,7 +50,6 @@ class Chai(ClusteredMethod):
     membership: Literal["kmeans", "agglomerative"] = "kmeans"
     representative: Representative = "nearest"
     features: Literal["causal", "unmasked"] = "causal"
-    restarts: int = 10
     group_aware: bool = False
 
     def __post_init__(self) -> None:
@@ -63,9 +61,8 @@ class Chai(ClusteredMethod):
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        for name in ("tokens", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 1 or more")
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}; valid: 1 or more")
 
     @property
     def first_tokens(self) -> int:
@@ -82,7 +79,7 @@ class Chai(ClusteredMethod):
             return group_clusters(points, key.shape[2], counts)
         if self.membership == "kmeans":
             k = torch.tensor(counts).repeat_interleave(rows)
-            labels, _, _ = kmeans(points.flatten(0, 1), k, seed=self.seed, restarts=self.restarts)
+            labels, _, _ = kmeans(points.flatten(0, 1), k)
             labels = labels.unflatten(0, (-1, rows))
         else:
             labels = torch.stack([agglomerative(own, k) for own, k in zip(points, counts, strict=True)])

@@ -116,6 +116,7 @@ def test_only_the_representatives_are_projected(family):
     real = chai.projections.project_heads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chai.projections, "project_heads", count)
+        patch.setattr(chai.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
         for method in (Chai(clusters=2), Random(clusters=2, seed=1)):
             with slow(), method(model):
                 expected = model(**batch).logits
@@ -127,9 +128,11 @@ def test_only_the_representatives_are_projected(family):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("overhead", [0, 3_000, 10_000_000], ids=["by row", "union", "all"])
 @torch.no_grad()
-def test_rows_of_a_batch_share_or_split_their_projections():
-    """A long batch projects row by row, a short one the union of the rows' heads: both as each row alone."""
+def test_rows_of_a_batch_share_or_split_their_projections(overhead, monkeypatch):
+    """Row by row, the union of the rows' heads, or all heads: each row comes out as it does alone."""
+    monkeypatch.setattr(chai.projections, "OVERHEAD", overhead)
     model, method = make_model("llama"), Chai(clusters=2)
     for length in (40, 12):
         batch = make_batch([length] * 3, seed=length)["input_ids"]

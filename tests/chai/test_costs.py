@@ -1,0 +1,48 @@
+"""The arithmetic of chai/costs.py against torch's own counter and against live caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from chai.costs import head_weights, layer_shape, model_decode_entries, model_prefill_flops
+from chai.methods import Chai
+from tests.models import HEADS, LAYERS, make_batch, make_model
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "qwen3", "gpt_neox"])
+@torch.no_grad()
+def test_operations_of_a_prompt_are_those_counted(family):
+    """Eager attention multiplies whole squares; ours counts what causality leaves of them."""
+    model, tokens = make_model(family), 24
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(make_batch([tokens])["input_ids"], logits_to_keep=1)
+    shape = layer_shape(model)
+    hidden = LAYERS * 2 * shape.size * 2 * shape.heads * (tokens * tokens - tokens * (tokens + 1) // 2)
+    expected = model_prefill_flops(model, tokens, [HEADS] * LAYERS) + hidden
+    rotary = LAYERS * 0 if family == "opt" else counter.get_total_flops() - expected  # angles: positions x frequencies
+    assert 0 <= rotary <= 2 * tokens * shape.size
+    assert counter.get_total_flops() == expected + rotary
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_entries_of_the_cache_are_those_that_live(family):
+    model = make_model(family)
+    method = Chai(clusters=[HEADS, 4, 2], group_aware=True)
+    with method(model):
+        cache = method.new_cache(model)
+        model(make_batch([20])["input_ids"], past_key_values=cache)
+    shape = layer_shape(model)
+    assert cache.nbytes == 4 * sum(shape.cache_entries(20, k) for k in (HEADS, 4, 2))
+    weights = sum(shape.weights(k) for k in (HEADS, 4, 2)) + head_weights(model)
+    assert model_decode_entries(model, 20, [HEADS, 4, 2]) == cache.nbytes // 4 + weights
+
+
+def test_fewer_clusters_never_cost_more():
+    shape = layer_shape(make_model("mistral"))
+    for cost in (shape.weights, lambda k: shape.prefill_flops(50, k), lambda k: shape.decode_entries(50, k)):
+        costs = [cost(k) for k in range(1, HEADS + 1)]
+        assert costs == sorted(costs) and costs[0] < costs[-1]

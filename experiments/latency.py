@@ -18,6 +18,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
 from chai.attention import causal_mask
 from chai.clustering import HeadClusters
 from chai.costs import LayerShape, layer_shape, model_decode_entries, model_prefill_flops
@@ -27,11 +33,6 @@ from chai.methods.base import ClusteredMethod, Method
 from experiments.config import ConfigError
 from experiments.probe_tables import show_latency
 from experiments.probes import ProbeOptions, Subject, fill, interleave, machine_peak, random_tokens, run_probe, twin
-from omegaconf import DictConfig
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PARTS, PHASES = ("attention", "layer", "model"), ("prefill", "decode")
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from omegaconf import DictConfig
+from transformers import Cache, PreTrainedModel
+
 from chai.cache import ClusteredCache, cache_bytes
 from chai.costs import layer_shape
 from chai.methods.base import Method
 from chai.methods.mha import Mha
 from experiments.probe_tables import show_memory
 from experiments.probes import ProbeOptions, Subject, fill, formula_bytes, peak_memory, random_tokens, run_probe
-from omegaconf import DictConfig
-from transformers import Cache, PreTrainedModel
 
 
 @dataclass

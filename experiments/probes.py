@@ -14,6 +14,11 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Cache, PreTrainedModel
+
 from chai.cache import ClusteredCache, ClusteredLayer
 from chai.costs import layer_shape
 from chai.methods import load_method
@@ -24,10 +29,6 @@ from experiments.config import ConfigError, TaskConfig, check_clusters, to_datac
 from experiments.console import complain, say
 from experiments.identity import settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Cache, PreTrainedModel
 
 MARK = "under observation"
 FIRST = 5  # tokens that really go through a model whose cache is then filled

@@ -35,7 +35,6 @@ FORMS = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
     "beams": {"num_beams": 3, "do_sample": False},
-    "sampled beams": {"num_beams": 2, "do_sample": True},
     "several": {"do_sample": True, "num_return_sequences": 3},
     "chunked": {"do_sample": False, "prefill_chunk_size": 4},
 }

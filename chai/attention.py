@@ -62,7 +62,7 @@ def expand_heads(key: Tensor, heads: int) -> Tensor:
 def multi_head_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Plain attention of all heads, ``[B, H, T, D]``; arguments as in :func:`clustered_attention`."""
+    """Reference for all heads, ``[B, H, T, D]``; arguments as in :func:`clustered_attention`."""
     _check_heads("key", key, query.shape[1])
     _check_heads("value", value, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

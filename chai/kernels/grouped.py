@@ -129,10 +129,7 @@ class _Row:
             scores.masked_fill_(~self.mask[begin:end, :seen], torch.finfo(self.exact).min)
         else:
             scores += self.mask[begin:end, :seen]
-        if self.exact == torch.bfloat16:
-            weights.copy_(torch.softmax(scores, -1, dtype=torch.float32))
-        else:
-            torch.softmax(scores, -1, out=weights)
+        torch.softmax(scores, -1, out=weights)  # torch sums in fp32, whatever the type, and rounds once at the end
         torch.mm(weights, values[:seen], out=found)
         found = found.view(rows, -1, self.size)
         for head, place in self.places[number]:

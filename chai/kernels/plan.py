@@ -48,6 +48,9 @@ class HeadPlan:
 
         Rows may need different numbers of them (grouped queries); the largest decides, other rows repeat one.
         """
+        if key_heads == clusters.heads:
+            own = torch.arange(clusters.k, device=clusters.representatives.device)
+            return cls(clusters, own.expand_as(clusters.representatives), clusters.representatives)
         wanted = clusters.representatives // (clusters.heads // key_heads)  # [B, k]
         needed = torch.nn.functional.one_hot(wanted, key_heads).amax(1).bool()  # [B, key_heads]
         most = int(needed.sum(1).max())
@@ -86,13 +89,23 @@ class HeadPlan:
         return _once(self.kept)
 
     @cached_property
+    def in_order(self) -> bool:
+        """Each representative reads a stored key head of its own, in this order (always without grouped queries)."""
+        own = torch.arange(self.stored, device=self.key_heads.device)
+        return self.stored == self.clusters.k and torch.equal(self.key_heads, own.expand_as(self.key_heads))
+
+    @cached_property
     def width(self) -> int:
         """Most representatives of any row that read the same key head (1 without grouped queries)."""
+        if self.in_order:
+            return 1
         return int(torch.nn.functional.one_hot(self.key_heads, self.stored).sum(1).max())
 
     @cached_property
     def slots(self) -> Tensor:
         """Long ``[B, k]``: where each representative stands in a grid of ``stored x width`` queries."""
+        if self.in_order:
+            return self.key_heads
         reads = torch.nn.functional.one_hot(self.key_heads, self.stored)  # [B, k, n]
         rank = reads.cumsum(1).gather(2, self.key_heads[..., None])[..., 0] - 1
         return self.key_heads * self.width + rank
@@ -100,10 +113,10 @@ class HeadPlan:
     @cached_property
     def queries(self) -> Tensor | None:
         """Long ``[B, stored * width]``: the representative in each slot of the grid; ``None`` where it is its own."""
+        if self.in_order:
+            return None
         size = self.stored * self.width
         own = torch.arange(self.clusters.k, device=self.key_heads.device).expand_as(self.key_heads)
-        if size == self.clusters.k and torch.equal(self.slots, own):
-            return None
         return self.key_heads.new_zeros(len(self.key_heads), size).scatter_(1, self.slots, own)
 
     @cached_property

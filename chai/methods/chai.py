@@ -9,15 +9,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
-from chai.clustering import (
-    HeadClusters,
-    Representative,
-    agglomerative,
-    group_clusters,
-    head_features,
-    kmeans,
-    layer_clusters,
-)
+from chai.clustering import HeadClusters, Representative, agglomerative, cluster_layers, head_features, represent_layers
+from chai.key_groups import group_clusters
 from chai.methods.base import ClusteredMethod
 
 
@@ -73,17 +66,14 @@ class Chai(ClusteredMethod):
         self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
     ) -> list[HeadClusters]:
         """Cluster the heads of every layer by what they attend to in the first tokens."""
-        group, rows = query.shape[2] // key.shape[2], query.shape[1]
+        group = query.shape[2] // key.shape[2]
         points = head_features(query, key.repeat_interleave(group, 2), scaling, causal=self.features == "causal")
         if self.group_aware:
             return group_clusters(points, key.shape[2], counts)
         if self.membership == "kmeans":
-            k = torch.tensor(counts).repeat_interleave(rows)
-            labels, _, _ = kmeans(points.flatten(0, 1), k)
-            labels = labels.unflatten(0, (-1, rows))
-        else:
-            labels = torch.stack([agglomerative(own, k) for own, k in zip(points, counts, strict=True)])
-        return layer_clusters(points, labels, counts, self.representative)
+            return cluster_layers(points, counts, self.representative)
+        labels = torch.stack([agglomerative(own, k) for own, k in zip(points, counts, strict=True)])
+        return represent_layers(points, labels, counts, self.representative)
 
     def note(self, config: PreTrainedConfig) -> str:
         """What a grouped-query model saves."""

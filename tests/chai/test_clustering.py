@@ -16,12 +16,11 @@ from sklearn.metrics import adjusted_rand_score
 from chai.clustering import (
     HeadClusters,
     agglomerative,
-    choose_representatives,
-    group_clusters,
     head_features,
     kmeans,
-    layer_clusters,
+    represent_layers,
 )
+from chai.key_groups import group_clusters
 
 MICROWORLD = Path(__file__).resolve().parents[2] / "experiments" / "microworld"
 ENGLISH = (
@@ -129,7 +128,7 @@ def test_every_cluster_has_a_head_even_where_heads_coincide(distinct):
     for row in labels:
         assert sorted(set(row.tolist())) == [0, 1, 2, 3, 4]
     assert float(inertia.max()) < 1e-10
-    choose_representatives(points, labels, 5).check()
+    represent_layers(points[None], labels[None], [5])[0].check()
     mixed, _, _ = kmeans(points, torch.tensor([5, 1, 8]))
     assert [sorted(set(row.tolist())) for row in mixed] == [[0, 1, 2, 3, 4], [0], list(range(8))]
 
@@ -144,7 +143,7 @@ def test_too_many_clusters_are_refused(k):
 def test_representatives_against_a_loop(rule):
     points, _ = planted(4, 12, 3, noise=0.5)
     labels, _, _ = kmeans(points, 3)
-    clusters = choose_representatives(points, labels, 3, rule)
+    clusters = represent_layers(points[None], labels[None], [3], rule)[0]
     clusters.check()
     for row in range(4):
         for c in range(3):
@@ -164,9 +163,9 @@ def test_layers_at_once_equal_each_alone(rule):
     points, _ = planted(15, 12, 3, noise=0.5)
     labels, _, _ = kmeans(points, torch.tensor(counts).repeat_interleave(3))
     points, labels = points.unflatten(0, (5, 3)), labels.unflatten(0, (5, 3))
-    for layer, found in enumerate(layer_clusters(points, labels, counts, rule)):
+    for layer, found in enumerate(represent_layers(points, labels, counts, rule)):
         found.check()
-        alone = choose_representatives(points[layer], labels[layer], counts[layer], rule)
+        alone = represent_layers(points[layer][None], labels[layer][None], [counts[layer]], rule)[0]
         assert torch.equal(found.assignment, alone.assignment)
         assert torch.equal(found.representatives, alone.representatives)
 
@@ -246,7 +245,9 @@ def test_tie_of_two_heads_goes_to_the_lower_whatever_rounding_says():
     for scale in (1.0, 1 + 1e-7, 1 - 1e-7):
         nudged = points.clone()
         nudged[0, 1] *= scale
-        assert int(choose_representatives(nudged, torch.zeros(1, 2, dtype=torch.long), 1).representatives) == 0
+        assert (
+            int(represent_layers(nudged[None], torch.zeros(1, 2, dtype=torch.long)[None], [1])[0].representatives) == 0
+        )
 
 
 def test_agglomerative_finds_planted_directions():

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 
 from chai.attention import multi_head_attention
-from chai.clustering import choose_representatives, kmeans
+from chai.clustering import kmeans, represent_layers
 from chai.methods import Chai, Mha, Random
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 from tests.oracle import attend_one_by_one, oracle
@@ -155,14 +155,14 @@ def test_membership_is_that_of_the_stock_models_attention(family, side):
     # Later layers see the clustered layers below them; the first sees just what the stock model's first layer sees.
     points = first_real_attention(model, batch)[0]
     labels, _, _ = kmeans(points, 4)
-    expected = choose_representatives(points, labels, 4)
+    (expected,) = represent_layers(points[None], labels[None], [4])
     assert torch.equal(cache.clusters(0).assignment, expected.assignment)
     assert torch.equal(cache.clusters(0).representatives, expected.representatives)
     with Chai(clusters=[HEADS, HEADS, 4])(model):  # nothing clustered below the last layer
         last = DynamicCache()
         model(**batch, past_key_values=last)
     points = first_real_attention(model, batch)[2]
-    expected = choose_representatives(points, kmeans(points, 4)[0], 4)
+    (expected,) = represent_layers(points[None], kmeans(points, 4)[0][None], [4])
     assert torch.equal(last.clusters(2).assignment, expected.assignment)
 
 

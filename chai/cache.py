@@ -65,8 +65,11 @@ class GrowingTensor:
     def replace(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Let another dimension change (rows, heads); what ``change`` makes of the tokens held takes their place."""
         changed = change(self.view)
-        self.buffer, self.length = None, 0
-        return self.append(changed)
+        if self.reserve > self.length:
+            self.buffer, self.length = None, 0
+            return self.append(changed)
+        self.buffer = changed
+        return changed
 
     def crop(self, length: int) -> Tensor:
         """Drop tokens from ``length`` on."""
@@ -165,6 +168,7 @@ class ClusteredLayer(GrowingLayer):
         queries: ``[B, H, tokens, D]``, queries of the first tokens while the membership is open.
         plan: who reads what; of the decided rows alone until compacted, ``None`` before.
         compacted: keys of redundant heads have been dropped (all rows have their membership).
+        undivided: the next tokens are a whole prompt, from which :meth:`decide_now` decides.
     """
 
     keys_dim = -1
@@ -180,6 +184,7 @@ class ClusteredLayer(GrowingLayer):
         self.scaling = 1.0
         self.plan: HeadPlan | None = None
         self.compacted = False
+        self.undivided = False
 
     @property
     def nbytes_mha(self) -> int:
@@ -194,6 +199,12 @@ class ClusteredLayer(GrowingLayer):
         ``key_states`` is ``[B, H_key, T, D]``, or only the heads that are kept once compacted; ``value_states`` is
         ``[B, H_value, T, D]``.
         """
+        if self.undivided:  # most of these keys are dropped in a moment
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, self.held_values.append(value_states)
+            self.undivided = False
+            return self.keys, self.values
         if self.compacted:
             assert self.plan is not None
             if self.plan.kept.device != key_states.device:  # decided before the layer's device was known
@@ -221,6 +232,23 @@ class ClusteredLayer(GrowingLayer):
         before = torch.zeros_like(picked) if self.queries is None else self.queries
         self.queries = torch.where(found[:, None, :, None], picked, before)
         self.scaling = scaling
+
+    def decide_now(self, index: int, query: Tensor, key: Tensor, rule: MembershipRule, scaling: float) -> HeadPlan:
+        """Find this layer's membership before other layers have theirs, and store what it keeps of the first keys.
+
+        Args:
+            index: of this layer.
+            query: ``[B, H, tokens, D]``, of the first tokens.
+            key: ``[B, H_key, tokens, D]``, likewise.
+            rule: decides.
+            scaling: factor of the scores.
+        """
+        assert self.keys is not None
+        keys = self.keys
+        self.compact(rule.decide([index], query[None], key[None], scaling)[0])
+        assert self.plan is not None
+        self.keys = self._seen(self.held_keys.append(self._stored(take_heads(keys, self.plan.kept))))
+        return self.plan
 
     def assign(self, ready: Tensor, clusters: HeadClusters) -> HeadClusters:
         """Take in the membership of some rows.
@@ -253,7 +281,7 @@ class ClusteredLayer(GrowingLayer):
         if self.keys is not None:
             plan = plan.map_rows(lambda tensor: tensor.to(self.device))
         self.plan = plan
-        if self.get_seq_length() > 0:
+        if self.held_keys.length:
             self.keys = self._seen(self.held_keys.replace(lambda keys: take_heads(keys, plan.kept)))
 
     def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
@@ -362,6 +390,17 @@ class ClusteredCache(Cache):
             queries.append(layer.queries[ready.to(here)].to(ready.device))
             keys.append(take_tokens(layer.keys[ready.to(here)], positions.to(here)).to(ready.device))
         self._decide(ready, torch.stack(queries), torch.stack(keys), self.clustered[0][1].scaling)
+
+    def decide_in_layers(self) -> None:
+        """Let every layer decide by itself in the next call, which begins with the first tokens of all rows."""
+        assert self.first is not None
+        assert self.decided is not None
+        rows, tokens = self.first.positions.shape
+        places = torch.arange(tokens, device=self.first.positions.device)
+        self.first = FirstTokens(places.repeat(rows, 1), torch.full_like(self.first.count, tokens))
+        self.decided, self.settled = torch.ones_like(self.decided), True
+        for _, layer in self.clustered:
+            layer.undivided = True
 
     def _decide(self, ready: Tensor, query: Tensor, key: Tensor, scaling: float) -> None:
         assert self.decided is not None

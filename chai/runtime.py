@@ -3,7 +3,8 @@
 ``transformers`` shows the cache no queries and the attention function no cache. The decoder's ``forward`` is wrapped:
 it names the call's cache in a context variable, where attention and projections (same thread, same call) find it, and
 cuts a prompt after its first tokens. So the membership of all layers is decided at once, from then on everything runs
-on representatives alone, and by causality the result is that of one pass.
+on representatives alone, and by causality the result is that of one pass. A prompt too short to pay for a pass of its
+first tokens (:func:`_one_pass`) isn't cut: each layer then decides its membership as it comes to it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -31,6 +33,7 @@ from transformers.masking_utils import sdpa_mask
 
 from chai.attention import take_heads
 from chai.cache import ClusteredCache, ClusteredLayer, GrowingLayer
+from chai.costs import LayerShape, layer_shape
 from chai.kernels import all_heads_attention, attend
 from chai.membership import MembershipRule
 from chai.projections import sliced_projections
@@ -50,12 +53,14 @@ class Call:
         plain: nothing is padding, so that each token sees all before it.
         first: while memberships are open, which first tokens are in this call (:meth:`FirstTokens.note`).
         decided: while memberships are open, long indices of the rows that have theirs; ``None``: no row.
+        one_pass: all rows' first tokens lead this call, and each layer decides its membership from them.
     """
 
     cache: ClusteredCache
     plain: bool
     first: tuple[Tensor, Tensor] | None = None
     decided: Tensor | None = None
+    one_pass: bool = False
 
 
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -135,6 +140,7 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
     """The decoder's forward on a cache of ours, cut wherever some row has seen all its first tokens."""
     original = model.get_decoder().forward
     names = list(inspect.signature(original).parameters)
+    shape = layer_shape(model)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -153,6 +159,9 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
             raise ValueError(f"the cache holds {len(cache.first.count)} sequences, this call has {rows}")
         if cache.settled:
             return _call(original, Call(cache, plain), kwargs)
+        if plain and cache.get_seq_length() == 0 and _one_pass(shape, cache, rows, count, tokens.device):
+            cache.decide_in_layers()
+            return _call(original, Call(cache, plain, one_pass=True), kwargs)
         real = _real(mask, rows, count, tokens.device)
         offset, outputs, begin = cache.get_seq_length(), [], 0
         for end in sorted({*cache.first.ends(real), count}):
@@ -169,6 +178,25 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
         return outputs[0] if len(outputs) == 1 else _join(outputs)
 
     return forward
+
+
+#: What another layer of a pass costs on its own (its weights are read, its operations launched), in multiply-adds that
+#: could be done in its time: so many, and so many for each entry of its weights.
+LAYER_OVERHEAD, WEIGHT_OVERHEAD = 140_000_000, 40
+
+
+def _one_pass(shape: LayerShape, cache: ClusteredCache, rows: int, count: int, device: torch.device) -> bool:
+    """Whether a prompt is faster uncut: with all heads' Q and K projected, but the first tokens not by themselves.
+
+    On an accelerator, a decision in every layer would wait for the device as many times.
+    """
+    first = cache.rule.tokens
+    if device.type != "cpu" or not first < count:
+        return False
+    saved = sum(shape.weights(shape.heads) - shape.weights(cache.rule.clusters_of(i)) for i, _ in cache.clustered)
+    layers = len(cache.layers)
+    cost = layers * (LAYER_OVERHEAD + WEIGHT_OVERHEAD * shape.weights(shape.heads))
+    return rows * (count - first) * saved < cost
 
 
 def _call(original: Callable, call: Call, kwargs: dict[str, Any]) -> Any:
@@ -277,6 +305,8 @@ def _attention_forward(
         if query.shape[1] != representatives.shape[1]:  # a model whose projections can't be sliced
             query = take_heads(query, representatives)
         out = attend(query, key, value, layer.plan, scaling, mask)
+    elif call.one_pass:
+        out = _decide_and_attend(call.cache, index, query, key, value, scaling, mask)
     else:
         assert call.first is not None
         layer.observe(query, *call.first, scaling)
@@ -288,6 +318,28 @@ def _attention_forward(
             chosen = take_heads(query[rows], plan.clusters.representatives)
             out = out.index_copy(0, rows, attend(chosen, key[rows], value[rows], plan, scaling, own))
     return out.contiguous(), None
+
+
+def _decide_and_attend(
+    cache: ClusteredCache, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """A whole prompt through one layer: its first tokens with all heads, the others on the representatives' alone."""
+    layer, count = cast(ClusteredLayer, cache.layers[index]), cache.rule.tokens
+    queries, keys, values = (tensor[:, :, :count].contiguous() for tensor in (query, key, value))
+    plan = layer.decide_now(index, queries, keys, cache.rule, scaling)
+    start = functional.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=None if mask is None else mask[:, :, :count, :count],
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    chosen = take_heads(query[:, :, count:], plan.clusters.representatives)
+    assert layer.keys is not None
+    rest = attend(chosen, layer.keys, value, plan, scaling, None if mask is None else mask[:, :, count:])
+    return torch.cat([start.transpose(1, 2), rest], 1)
 
 
 AttentionInterface.register(ATTENTION, _attention_forward)

@@ -24,8 +24,9 @@ def slow_attention(query, key, value, plan, scaling, mask):
 
 @contextmanager
 def slow():
-    """Reference attention and whole projections instead of the fast paths."""
+    """Reference attention, whole projections and prompts cut after their first tokens instead of the fast paths."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chai.runtime, "_one_pass", lambda *_: False)
         patch.setattr(chai.runtime, "attend", slow_attention)
         patch.setattr(chai.runtime, "sliced_projections", lambda *_: nullcontext())
         yield
@@ -57,6 +58,29 @@ def test_generation_gives_the_tokens_of_the_slow_reference(family, form, lengths
         expected = tokens()
     assert torch.equal(tokens(), expected)
     assert expected.shape[1] > max(lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "mistral_sliding", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
+    """Logits, what the cache holds, and how it goes on."""
+    model, batch = make_model(family), make_batch([14, 14, 14])
+    method, found = Chai(clusters=COUNTS), []
+    for one_pass in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chai.runtime, "_one_pass", lambda *_, answer=one_pass: answer)
+            with method(model):
+                cache = method.new_cache(model)
+                logits = model(**batch, past_key_values=cache).logits
+                more = model(batch["input_ids"][:, 3:9], past_key_values=cache).logits
+        layers = [cache.clusters(index) for index in range(len(COUNTS))]
+        found.append((logits, more, cache.nbytes, [layer and layer.assignment for layer in layers]))
+    (logits, more, size, clusters), (cut_logits, cut_more, cut_size, cut_clusters) = found
+    torch.testing.assert_close(logits, cut_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(more, cut_more, rtol=1e-4, atol=1e-4)
+    assert size == cut_size
+    assert clusters[0] is None and cut_clusters[0] is None
+    assert all(torch.equal(a, b) for a, b in zip(clusters[1:], cut_clusters[1:], strict=True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -116,6 +140,7 @@ def test_only_the_representatives_are_projected(family):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chai.projections, "project_heads", count)
         patch.setattr(chai.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
+        patch.setattr(chai.runtime, "_one_pass", lambda *_: False)  # which projects all heads
         for method in (Chai(clusters=2), Random(clusters=2, seed=1)):
             with slow(), method(model):
                 expected = model(**batch).logits

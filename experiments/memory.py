@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from chai.cache import ClusteredCache, cache_bytes
 from chai.costs import layer_shape
@@ -66,21 +66,14 @@ def decode(model: PreTrainedModel, method: Method, length: int, options: Options
     steps = min(options.steps, length - 8)
     token = random_tokens(model, options.rows, 1)
 
-    def prepare() -> Cache:
-        cache = method.new_cache(model, reserve=length if options.reserve else 0)
-        fill(model, cache, options.rows, length - steps)
-        return cache
-
-    held: list[Cache] = []
-
-    def work(cache: Cache) -> None:
-        held.append(cache)
-        for _ in range(steps):
-            model(token, past_key_values=cache, use_cache=True)
-
     with method(model):
-        peak = peak_memory(model.device, prepare, work)
-    cache = held.pop()
+        cache = method.new_cache(model, reserve=length if options.reserve else 0)
+        peak = peak_memory(
+            model.device,
+            lambda: fill(model, cache, options.rows, length - steps),
+            lambda: model(token, past_key_values=cache, use_cache=True),
+            steps,
+        )
     live = cache_bytes(cache)
     counts = method.heads_kept(model.config)
     return {

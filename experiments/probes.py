@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
 
 from chai.cache import ClusteredCache, ClusteredLayer
@@ -30,7 +30,7 @@ from experiments.console import complain, say
 from experiments.identity import settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 
-MARK = "under observation"
+OBSERVED = 32  # steps whose memory events are held at a time
 FIRST = 5  # tokens that really go through a model whose cache is then filled
 
 
@@ -316,30 +316,42 @@ def formula_bytes(cache: Cache, heads: list[int], shape: Any, itemsize: int, row
     return total
 
 
-def peak_memory(device: torch.device, prepare: Callable[[], Any], work: Callable[[Any], None]) -> int:
-    """The most bytes alive at once while ``work`` runs on what ``prepare`` made, that included.
+def peak_memory(device: torch.device, prepare: Callable[[], object], step: Callable[[], object], steps: int) -> int:
+    """The most bytes alive at once during some steps, what is left of ``prepare`` before them included.
 
-    On the CPU from the allocator's own events, which count what is alive, not what the system has handed out.
+    On the CPU from the allocator's own events, which count what is alive, not what the system has handed out. A few
+    steps are observed at a time, for their events are many.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
-        made = prepare()
+        prepare()
         torch.cuda.reset_peak_memory_stats(device)
-        work(made)
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        made = prepare()
-        with record_function(MARK):
-            work(made)
-    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    alive = most = 0
-    marked = False
-    for event in events:
-        if event.name() == MARK:
-            marked, most = True, alive
-        elif event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive) if marked else most
+    alive, _ = _observed(prepare)
+    most = alive
+    for begin in range(0, steps, OBSERVED):
+
+        def some(count: int = min(OBSERVED, steps - begin)) -> None:
+            for _ in range(count):
+                step()
+
+        change, highest = _observed(some)
+        most = max(most, alive + highest)
+        alive += change
     return most
+
+
+def _observed(work: Callable[[], object]) -> tuple[int, int]:
+    """By how much the bytes alive change while ``work`` runs, and by how much they rise at most meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    alive = most = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return alive, most

@@ -13,7 +13,7 @@ from chai.cache import cache_bytes
 from chai.methods import Chai
 from experiments.cli import run_experiment
 from experiments.config import compose_config
-from experiments.probes import fill, interleave, peak_memory, twin
+from experiments.probes import OBSERVED, fill, interleave, peak_memory, twin
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 SMALL = [
@@ -150,10 +150,17 @@ def test_filled_caches_have_their_length_and_go_on():
     assert cache.nbytes * 2 * HEADS * LAYERS == cache_bytes(stock) * (2 * HEADS * LAYERS - 5 - 6) * 31 // 30
 
 
-def test_peak_memory_counts_what_lives_at_once():
-    def work(made):
-        for _ in range(3):
-            torch.zeros(500, dtype=torch.uint8)
+@pytest.mark.parametrize("steps", [0, 3, OBSERVED + 5])
+def test_peak_memory_counts_what_lives_at_once(steps):
+    held = []
 
-    peak = peak_memory(torch.device("cpu"), lambda: torch.zeros(10_000, dtype=torch.uint8), work)
-    assert 10_500 <= peak < 11_500
+    def prepare():
+        held.append(torch.zeros(10_000, dtype=torch.uint8))
+
+    def step():
+        held.append(torch.zeros(100, dtype=torch.uint8))
+        torch.zeros(5000, dtype=torch.uint8)
+
+    expected = 10_000 + (100 * steps + 5000 if steps else 0)
+    peak = peak_memory(torch.device("cpu"), prepare, step, steps)
+    assert expected <= peak < 1.1 * expected + 64 * steps  # the allocator's own rounding

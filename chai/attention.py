@@ -82,7 +82,7 @@ def clustered_attention(
 
     Args:
         query: ``[B, H, T, D]``; only the representatives' heads are read.
-        key: ``[B, H_key, S, D]``, the key heads that are kept; fastest where ``S`` is the contiguous axis.
+        key: ``[B, H_key, S, D]``, the key heads that are kept.
         value: ``[B, H_value, S, D_value]``; ``H_value`` divides ``H``.
         clusters: the membership, one row for each row of the batch.
         scaling: factor of the scores; ``D ** -0.5`` if not given.

@@ -13,154 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from chai.attention import take_heads
 from chai.clustering import HeadClusters
+from chai.growing import GrowingLayer
 from chai.kernels.plan import HeadPlan
 from chai.membership import FirstTokens, MembershipRule, take_tokens
 
 
-class GrowingTensor:
-    """A tensor to which tokens are appended along one dimension, with room for some more behind the last.
-
-    The whole is copied once in a while (a 32nd of its length) instead of at every token; so much of it is spare room.
-
-    Attributes:
-        dim: the tokens' dimension, negative.
-        length: tokens held.
-        buffer: with the spare room; ``None`` while empty.
-    """
-
-    def __init__(self, dim: int, reserve: int = 0) -> None:
-        self.dim = dim
-        self.length = 0
-        self.reserve = reserve
-        self.buffer: Tensor | None = None
-
-    @property
-    def view(self) -> Tensor:
-        """The tokens held."""
-        assert self.buffer is not None
-        return self.buffer.narrow(self.dim, 0, self.length)
-
-    def append(self, new: Tensor) -> Tensor:
-        """Add tokens; returns all."""
-        count, needed = new.shape[self.dim], self.length + new.shape[self.dim]
-        if torch.is_grad_enabled() and new.requires_grad:  # what a gradient may need isn't overwritten
-            self.buffer = torch.cat([self.view, new], self.dim) if self.length else new
-            self.length = needed
-            return self.buffer
-        if self.buffer is None or needed > self.buffer.shape[self.dim]:
-            shape = list(new.shape)
-            shape[self.dim] = self._room(needed)
-            buffer = new.new_empty(shape)
-            if self.length:
-                buffer.narrow(self.dim, 0, self.length).copy_(self.view)
-            self.buffer = buffer
-        self.buffer.narrow(self.dim, self.length, count).copy_(new)
-        self.length = needed
-        return self.view
-
-    def replace(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Let another dimension change (rows, heads); what ``change`` makes of the tokens held takes their place."""
-        changed = change(self.view)
-        if self.reserve > self.length:
-            self.buffer, self.length = None, 0
-            return self.append(changed)
-        self.buffer = changed
-        return changed
-
-    def crop(self, length: int) -> Tensor:
-        """Drop tokens from ``length`` on."""
-        self.length = length
-        return self.view
-
-    def _room(self, needed: int) -> int:
-        step = max(16, needed // 32 // 16 * 16)
-        return max(-(-needed // step) * step, self.reserve)
-
-
-class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, all heads. ``keys`` and ``values`` are views of what is held, ``[B, N, S, D]``.
-
-    Attributes:
-        reserve: tokens to make room for at the start.
-    """
-
-    keys_dim = -2  # of the tokens in the keys' buffer
-
-    def __init__(self, reserve: int = 0) -> None:
-        super().__init__()
-        self.reserve = reserve
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-        super().reset()
-        self.held_keys = GrowingTensor(self.keys_dim, self.reserve)
-        self.held_values = GrowingTensor(-2, self.reserve)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
-
-    @property
-    def nbytes_allocated(self) -> int:
-        """The same with the spare room."""
-        return sum(held.buffer.nbytes for held in (self.held_keys, self.held_values) if held.buffer is not None)
-
-    @property
-    def nbytes_mha(self) -> int:
-        """Bytes that all key heads and all values of these tokens take."""
-        return self.nbytes
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new tokens (``[B, N, T, D]`` each); returns all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._seen(self.held_keys.append(self._stored(key_states)))
-        self.values = self.held_values.append(value_states)
-        return self.keys, self.values
-
-    def _stored(self, keys: Tensor) -> Tensor:
-        return keys
-
-    def _seen(self, stored: Tensor) -> Tensor:
-        return stored
-
-    def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Let everything that is per row follow a change of the batch; ``select`` takes rows of any tensor."""
-        if self.get_seq_length() > 0:
-            self.keys = self._seen(self.held_keys.replace(select))
-            self.values = self.held_values.replace(select)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of ``beam_idx`` (long ``[B]``)."""
-        self.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        self.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens."""
-        super().crop(tokens_to_remove)  # checks, and drops views
-        length = self.get_seq_length()
-        if length < self.held_keys.length:
-            self.keys = self._seen(self.held_keys.crop(length))
-            self.values = self.held_values.crop(length)
-
-
 class ClusteredLayer(GrowingLayer):
     """One clustered layer: all keys while the membership is open, then those of the representatives.
-
-    Keys are stored with the tokens as the contiguous axis, in which a vector times all keys runs at the memory's speed.
 
     Attributes:
         keys: ``[B, H_key, S, D]`` until compacted, then ``[B, n, S, D]`` with the ``n`` key heads that are read.
@@ -170,8 +32,6 @@ class ClusteredLayer(GrowingLayer):
         compacted: keys of redundant heads have been dropped (all rows have their membership).
         undivided: the next tokens are a whole prompt, from which :meth:`decide_now` decides.
     """
-
-    keys_dim = -1
 
     def __init__(self, key_heads: int, reserve: int = 0) -> None:
         self.key_heads = key_heads  # the model's
@@ -213,12 +73,6 @@ class ClusteredLayer(GrowingLayer):
                 key_states = take_heads(key_states, self.plan.kept)
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _stored(self, keys: Tensor) -> Tensor:
-        return keys.transpose(2, 3)
-
-    def _seen(self, stored: Tensor) -> Tensor:
-        return stored.transpose(2, 3)
-
     def observe(self, query: Tensor, found: Tensor, index: Tensor, scaling: float) -> None:
         """Note the queries of the first tokens among those of a call.
 
@@ -247,7 +101,7 @@ class ClusteredLayer(GrowingLayer):
         keys = self.keys
         self.compact(rule.decide([index], query[None], key[None], scaling)[0])
         assert self.plan is not None
-        self.keys = self._seen(self.held_keys.append(self._stored(take_heads(keys, self.plan.kept))))
+        self.keys = self.held_keys.append(take_heads(keys, self.plan.kept))
         return self.plan
 
     def assign(self, ready: Tensor, clusters: HeadClusters) -> HeadClusters:
@@ -282,7 +136,7 @@ class ClusteredLayer(GrowingLayer):
             plan = plan.map_rows(lambda tensor: tensor.to(self.device))
         self.plan = plan
         if self.held_keys.length:
-            self.keys = self._seen(self.held_keys.replace(lambda keys: take_heads(keys, plan.kept)))
+            self.keys = self.held_keys.replace(lambda keys: take_heads(keys, plan.kept))
 
     def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Rows of everything, membership included."""

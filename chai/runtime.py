@@ -32,8 +32,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from chai.attention import take_heads
-from chai.cache import ClusteredCache, ClusteredLayer, GrowingLayer
+from chai.cache import ClusteredCache, ClusteredLayer
 from chai.costs import LayerShape, layer_shape
+from chai.growing import GrowingLayer
 from chai.kernels import all_heads_attention, attend
 from chai.membership import MembershipRule
 from chai.projections import sliced_projections
@@ -287,16 +288,17 @@ def _attention_forward(
     if dropout or refused:
         raise ValueError(f"clustered head attention doesn't support {', '.join(refused) or 'dropout'}")
     index = cast(int, module.layer_idx)
-    layer, window = call.cache.layers[index], call.cache.windows[index]
+    layer, window = cast(GrowingLayer, call.cache.layers[index]), call.cache.windows[index]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def all_heads() -> Tensor:  # just what the model does by itself
-        return sdpa_attention_forward(
-            module, query, key.contiguous(), value, attention_mask, scaling=scaling, **kwargs
-        )[0]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
 
     plain = call.plain and (window is None or value.shape[2] <= window)
     mask = None if plain else attention_mask
+    settled = layer.compacted if isinstance(layer, ClusteredLayer) else True
+    if settled and query.shape[2] == 1 and query.dtype.itemsize == 2 and query.device.type == "cpu":
+        key, value, mask = layer.padded(mask)
     if not isinstance(layer, ClusteredLayer):
         out = all_heads_attention(query, key, value, scaling, mask, all_heads)
     elif layer.compacted:

@@ -217,7 +217,6 @@ def attention_times(probe: Probe, shape: LayerShape, phase: str, length: int, k:
         else:
             plan = HeadPlan.with_read_keys(balanced(rows, shape.heads, k, device), shape.key_heads)
             kept = key.gather(1, plan.kept[:, :, None, None].expand(-1, -1, length, shape.size))
-            kept = kept.transpose(2, 3).contiguous().transpose(2, 3)  # as the cache holds them
             chosen = query[:, :k].contiguous()
             works[probe.name] = lambda: attend(chosen, kept, value, plan, scaling, None)
     if device.type == "cuda" and phase == "decode":

@@ -24,7 +24,7 @@ def dense_attention(
 
     Args:
         query: ``[B, k, T, D]``, the representatives' queries.
-        key: ``[B, n, S, D]``, the key heads that are stored; fastest where ``S`` is its contiguous axis.
+        key: ``[B, n, S, D]``, the key heads that are stored.
         value: ``[B, H_value, S, D_value]``.
         plan: who reads what.
         scaling: factor of the scores.
@@ -66,8 +66,13 @@ def _block(query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, slots: Ten
     """Some rows and queries; ``query`` is scaled and in the order of the key heads, ``slots`` is ``[B * H]``."""
     rows, _, count, size = query.shape
     length, heads, stored = key.shape[2], plan.clusters.heads, plan.stored
-    query = query.reshape(rows * stored, plan.width * count, size)
-    scores = torch.bmm(query, key.transpose(2, 3).flatten(0, 1)).view(rows, -1, count, length)
+    query, key = query.reshape(rows * stored, plan.width * count, size), key.flatten(0, 1)
+    if count == 1:
+        # Keys times queries, not the reverse: so rows of keys are read as they lie, which is the fastest.
+        scores = torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
+    else:
+        scores = torch.bmm(query, key.transpose(1, 2))
+    scores = scores.reshape(rows, -1, count, length)
     if mask is None and count > 1:
         later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
         scores[..., length - count :].masked_fill_(later, torch.finfo(scores.dtype).min)

@@ -83,6 +83,37 @@ def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
     assert all(torch.equal(a, b) for a, b in zip(clusters[1:], cut_clusters[1:], strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("lengths", [[14], [14, 3, 9]], ids=["one", "padded"])
+@torch.no_grad()
+def test_half_precision_decodes_on_padded_lengths(family, lengths):
+    """On a CPU only, where each new length would make oneDNN compile; what lies behind the last token isn't seen."""
+    model, batch = make_model(family).to(torch.bfloat16), make_batch(lengths)
+    method, shapes = Chai(clusters=COUNTS), set()
+
+    def note(query, key, value, plan, scaling, mask):
+        if query.shape[2] == 1:
+            shapes.add(key.shape[2])
+        return slow_attention(query, key, value, plan, scaling, mask)
+
+    def scores(attend):
+        with pytest.MonkeyPatch.context() as patch, method(model):
+            patch.setattr(chai.runtime, "attend", attend)
+            cache, mask = method.new_cache(model), batch["attention_mask"]
+            found = [model(**batch, past_key_values=cache).logits[:, -1]]
+            for token in range(70):
+                for layer in cache.layers:  # no trace of what a longer sequence left there before
+                    layer.held_values.buffer[:, :, layer.held_values.length :] = 1e3
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                ids = torch.full((len(lengths), 1), 3 + token)
+                found.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        return torch.stack(found)
+
+    expected = scores(note)
+    assert {64, 128} <= shapes <= {64, 128, 15, 16}  # the prompt is cut into parts, which may be of one token
+    torch.testing.assert_close(scores(chai.runtime.attend), expected, rtol=0.05, atol=0.3)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_scores_of_a_padded_batch_are_those_of_the_slow_reference(side):
@@ -175,10 +206,10 @@ def test_the_cache_grows_in_chunks_and_can_reserve():
         for _ in range(60):
             model(token, past_key_values=cache)
             buffers.add(cache.layers[1].held_values.buffer.data_ptr())
-        assert len(buffers) <= 6  # 72 tokens in steps of 16
+        assert len(buffers) <= 3  # 72 tokens in steps of 64
         held = (2 * HEADS * 3 - (HEADS - 3) - (HEADS - 2)) * 8 * 4
         assert cache.nbytes == 72 * held
-        assert cache.nbytes < cache.nbytes_allocated <= 80 * held
+        assert cache.nbytes < cache.nbytes_allocated <= 128 * held
         roomy = method.new_cache(model, reserve=100)
         model(token.expand(1, 12), past_key_values=roomy)
         first = roomy.layers[2].held_keys.buffer.data_ptr()

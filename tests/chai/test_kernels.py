@@ -68,8 +68,7 @@ def run(path, query, key, value, clusters, scaling, mask, all_keys=False):
     plan = build(clusters, key.shape[1])
     kept = torch.stack([own[heads] for own, heads in zip(key, plan.kept, strict=True)])
     chosen = torch.stack([own[heads] for own, heads in zip(query, clusters.representatives, strict=True)])
-    held = kept.transpose(2, 3).contiguous().transpose(2, 3)  # the cache's own layout
-    return path(chosen, held, value, plan, scaling, mask)
+    return path(chosen, kept, value, plan, scaling, mask)
 
 
 @pytest.mark.parametrize("name", PATHS)

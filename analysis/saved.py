@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,22 @@ import pandas as pd
 import pyarrow as pa
 
 ALWAYS = ("model", "method", "run_id")  # fields that every result.json has
+MAIN = ("llama7b",)  # the paper's main model, whose runs are drawn rather than others
 
 
 class MissingRun(Exception):
-    """No finished run has what is wanted; the message says what was looked for and what is there."""
+    """No finished run has what is wanted; the message says what was looked for and what is there.
+
+    Attributes:
+        model: the one whose run is missing, where a certain one was asked for.
+    """
+
+    def __init__(self, message: str, model: str | None = None):
+        super().__init__(message)
+        self.model = model
 
 
-class _LeftOut(Exception):
+class LeftOut(Exception):
     """Why a folder doesn't count."""
 
 
@@ -62,11 +71,11 @@ class Run:
 
 @dataclass
 class Results:
-    """A results folder, narrowed to a model and a device where one is wanted.
+    """A results folder, narrowed to models and a device where some are wanted.
 
     Attributes:
         root: the folder.
-        model: the only model wanted, as it is filed; ``None``: any.
+        model: the only model wanted, as it is filed, or several with commas between; ``None``: any.
         device: a part of the device's name, in either case; ``None``: any.
         used: the runs that were handed out, in order.
         left_out: folders that don't count, and why.
@@ -78,6 +87,15 @@ class Results:
     used: list[Run] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The only models wanted; none: any."""
+        return tuple(dict.fromkeys(name.strip() for name in (self.model or "").split(",") if name.strip()))
+
+    def of(self, model: str) -> Results:
+        """The same narrowed to one model; what it hands out and leaves out is kept here too."""
+        return replace(self, model=model)
+
     def runs(self, experiment: str, columns: Sequence[str] = (), fields: Sequence[str] = ()) -> list[Run]:
         """Finished runs of an experiment, by folder; the others go to ``left_out``.
 
@@ -87,17 +105,48 @@ class Results:
             fields: of ``result.json`` that must be there.
         """
         found = []
-        for folder in sorted((self.root / experiment).glob(f"{self.model or '*'}/*/*/*")):
+        models = self.models or ("*",)
+        for folder in sorted({folder for name in models for folder in (self.root / experiment).glob(f"{name}/*/*/*")}):
             if not folder.is_dir():
                 continue
             try:
                 run = _load(folder, columns, (*ALWAYS, *fields))
-            except _LeftOut as reason:
+            except LeftOut as reason:
                 self.left_out[folder] = str(reason)
                 continue
             if self.device is None or self.device.lower() in run.device.lower():
                 found.append(run)
         return found
+
+    def ranked(
+        self,
+        experiment: str,
+        columns: Sequence[str] = (),
+        fields: Sequence[str] = (),
+        usable: Callable[[Run], bool] = lambda run: True,
+        prefer: Sequence[str] = MAIN,
+    ) -> list[Run]:
+        """Runs to draw, best first: of a preferred model rather than others; then of CHAI; then the newest.
+
+        Args:
+            experiment: its name.
+            columns: see :meth:`runs`.
+            fields: see :meth:`runs`.
+            usable: whether a run measured what is wanted.
+            prefer: models, the most wanted first; with random weights, they count as the same.
+
+        Raises:
+            MissingRun: there is none.
+        """
+
+        def rank(run: Run) -> tuple[int, bool, float]:
+            wanted = [place for place, name in enumerate(prefer) if run.model.startswith(name)]
+            return -min(wanted, default=len(prefer)), run.method == "chai", run.updated
+
+        runs = [run for run in self.runs(experiment, columns, fields) if usable(run)]
+        if not runs:
+            raise self.missing(experiment)
+        return sorted(runs, key=rank, reverse=True)
 
     def newest(
         self,
@@ -106,55 +155,48 @@ class Results:
         fields: Sequence[str] = (),
         usable: Callable[[Run], bool] = lambda run: True,
     ) -> Run:
-        """The run to draw: of LLaMA-7B, the paper's main model, rather than others; then of CHAI; then the newest.
-
-        Args:
-            experiment: its name.
-            columns: see :meth:`runs`.
-            fields: see :meth:`runs`.
-            usable: whether a run measured what is wanted.
-
-        Raises:
-            MissingRun: there is none.
-        """
-        runs = [run for run in self.runs(experiment, columns, fields) if usable(run)]
-        if not runs:
-            raise MissingRun(self._nothing(experiment))
-        best = max(runs, key=lambda run: (run.model.startswith("llama7b"), run.method == "chai", run.updated))
+        """The first of :meth:`ranked`, noted as used."""
+        best = self.ranked(experiment, columns, fields, usable)[0]
         self.used.append(best)
         return best
 
-    def _nothing(self, experiment: str) -> str:
-        wanted = f" of model '{self.model}'" if self.model else ""
+    def missing(self, experiment: str) -> MissingRun:
+        """What to raise when no run of an experiment can be drawn."""
+        wanted = f" of model {' or '.join(map(repr, self.models))}" if self.models else ""
         wanted += f" on a device named '{self.device}'" if self.device else ""
         there = sorted({f"{run.method} on {run.model}, {run.device}" for run in Results(self.root).runs(experiment)})
         others = f" could be used (there are: {'; '.join(there)})" if there else ""
-        return f"no finished {experiment} run{wanted} in {self.root}{others}"
+        return MissingRun(f"no finished {experiment} run{wanted} in {self.root}{others}", self.model)
 
 
 def _load(folder: Path, columns: Sequence[str], fields: Sequence[str]) -> Run:
-    status = _object(folder / "status.json")
+    status = read_object(folder / "status.json")
     if status.get("state") != "done":
         error = f": {status['error']}" if status.get("error") else ""
-        raise _LeftOut(f"unfinished, its state is {status.get('state')}{error}")
-    result = _object(folder / "result.json")
+        raise LeftOut(f"unfinished, its state is {status.get('state')}{error}")
+    result = read_object(folder / "result.json")
     lacking = [name for name in fields if name not in result]
     if lacking:
-        raise _LeftOut(f"result.json has no {', '.join(lacking)}")
+        raise LeftOut(f"result.json has no {', '.join(lacking)}")
     updated = status.get("updated")
     table = _table(folder / "measurements.parquet", columns) if columns else pd.DataFrame()
     return Run(folder, result, updated if isinstance(updated, (int, float)) else 0.0, table)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        LeftOut: it is missing or anything else.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise _LeftOut(f"no {path.name}") from None
+        raise LeftOut(f"no {path.name}") from None
     except (OSError, ValueError):
         value = None
     if not isinstance(value, dict):
-        raise _LeftOut(f"{path.name} is corrupt")
+        raise LeftOut(f"{path.name} is corrupt")
     return value
 
 
@@ -162,10 +204,10 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except FileNotFoundError:
-        raise _LeftOut(f"no {path.name}") from None
+        raise LeftOut(f"no {path.name}") from None
     except (OSError, ValueError, pa.ArrowException):
-        raise _LeftOut(f"{path.name} is corrupt") from None
+        raise LeftOut(f"{path.name} is corrupt") from None
     lacking = [name for name in columns if name not in table]
     if lacking:
-        raise _LeftOut(f"{path.name} has no {', '.join(lacking)}")
+        raise LeftOut(f"{path.name} has no {', '.join(lacking)}")
     return table

@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name every figure, what it needs and how to make that")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (results)")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results/figures"), help="(results/figures)")
-    parser.add_argument("--model", metavar="NAME", help="runs of this model only, as its folder is called")
+    parser.add_argument(
+        "--model", metavar="NAME", help="runs of this model only, as its folder is called (A,B: of these)"
+    )
     parser.add_argument("--device", metavar="SUBSTRING", help="runs on a device with this in its name only")
     options = parser.parse_args(arguments)
     if options.list:
@@ -68,7 +70,7 @@ def produce(name: str, results: Results, out: Path, told: set[Path]) -> int:
             drawing.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
         data.to_csv(out / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     except MissingRun as error:
-        complain(f"{name}: {error}; make one with: {_catalogue.command(figure, results.model)}")
+        complain(f"{name}: {error}; make one with: {_catalogue.command(figure, error.model or results.model)}")
         return 1
     except OSError as error:
         complain(f"{name}: can't write to {out}: {error.strerror or error}")
@@ -89,7 +91,8 @@ def show() -> None:
     for name in _catalogue.names():
         figure = _catalogue.load(name)
         console.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {figure.TITLE}"))
-        console.print(Text.assemble(" " * width, (f"  needs experiment={figure.EXPERIMENT}: ", "dim"), figure.COMMAND))
+        command = _catalogue.command(figure, None)
+        console.print(Text.assemble(" " * width, (f"  needs experiment={figure.EXPERIMENT}: ", "dim"), command))
 
 
 def complain(message: str) -> None:

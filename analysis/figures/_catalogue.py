@@ -35,10 +35,23 @@ def load(name: str) -> FigureModule:
     return cast(FigureModule, importlib.import_module(f"{__package__}.{name}"))
 
 
+#: Commands for a small input without a GPU, by experiment, where the figure's own command wants one.
+WITHOUT_GPU = {"profile": "python run.py experiment=profile model=tiny"}
+
+
 def command(figure: FigureModule, model: str | None) -> str:
-    """The command that makes a figure's input, for the wanted model if there is one."""
+    """The command that makes a figure's input, for the wanted model if there is one (several: a command for each)."""
     if model is None:
-        return figure.COMMAND
+        small = WITHOUT_GPU.get(figure.EXPERIMENT)
+        return figure.COMMAND + (f" (without a GPU: {small})" if small else "")
+    return "; ".join(_for_model(figure, name) for name in Results(Path(), model).models)
+
+
+def _for_model(figure: FigureModule, model: str) -> str:
     base, random = model.removesuffix("-random"), model.endswith("-random")
-    words = [word for word in figure.COMMAND.split() if not re.match(r"model[.=]", word)]
+    if base == "tiny" and figure.EXPERIMENT in WITHOUT_GPU:
+        words = WITHOUT_GPU[figure.EXPERIMENT].split()
+    else:
+        words = figure.COMMAND.split()
+    words = [word for word in words if not re.match(r"model[.=]", word)]
     return " ".join([*words, f"model={base}", *(["model.random_init=true"] if random else [])])

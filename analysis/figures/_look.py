@@ -23,6 +23,9 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # text stays text in the PDF
 }  # fmt: skip
 
+WIDTH = 7.4  # inches
+LINE = 102  # characters of a heading that fit into that
+SMALL = 6.5  # points, of the footer
 INK, GREY = "#222222", "#777777"
 TIMES = "\N{MULTIPLICATION SIGN}"
 #: Okabe-Ito: told apart with colour-blind eyes. The markers tell them apart without colour.
@@ -59,12 +62,17 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def clusters(counts: Sequence[int]) -> str:
-    """Clusters per layer, as ``k = 4 in all 32 layers`` or in runs, as ``k = 32x18, 4x14 (clusters x layers)``."""
+def clusters(counts: Sequence[int], most: int = 6) -> str:
+    """Clusters per layer, as ``k = 4 in all 32 layers`` or in runs, as ``k = 32x18, 4x14 (clusters x layers)``.
+
+    Args:
+        counts: of each layer.
+        most: runs; if there are more, only the range and the mean are given.
+    """
     runs = [(k, len(list(same))) for k, same in groupby(counts)]
     if len(runs) == 1:
         return f"k = {counts[0]} in all {len(counts)} layers"
-    if len(runs) > 6:
+    if len(runs) > most:
         return f"k = {min(counts)} to {max(counts)}, {sum(counts) / len(counts):.1f} on average"
     return "k = " + ", ".join(f"{k}{TIMES}{layers}" for k, layers in runs) + f" (clusters {TIMES} layers)"
 
@@ -72,7 +80,9 @@ def clusters(counts: Sequence[int]) -> str:
 def describe(run: Run) -> str:
     """The model, its layers and heads, and the method's clusters."""
     counts = run.result["heads_kept"]
-    return f"{label(run.model)}: {len(counts)} layers of {run.result['heads']} heads; {clusters(counts)}"
+    model = f"{label(run.model)}: {len(counts)} layers of {run.result['heads']} heads; "
+    words = clusters(counts)
+    return model + (words if len(model + words) <= LINE else clusters(counts, most=1))
 
 
 def panels(run: Run, title: str, widths: tuple[float, float] = (1, 1)) -> tuple[Figure, list[Axes]]:
@@ -94,18 +104,36 @@ def finish(figure: Figure, run: Run, notes: str) -> None:
     handles = [axes.get_legend_handles_labels()[0] for axes in figure.axes]
     rows = max(map(len, handles))
     height = 3.2 + 0.15 * rows  # inches: longer legends take nothing from the panels
-    figure.set_size_inches(7.4, height)
+    figure.set_size_inches(WIDTH, height)
     for axes in figure.axes:
-        below = axes.transAxes + ScaledTranslation(0, -0.44, figure.dpi_scale_trans)  # inches: ticks and axis label
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0)
-    made = [run.device, str(run.result["dtype"]), f"batch {run.result['batch_size']}"]
+        legend_below(axes)
+    footer(figure, [notes, provenance(run, f"batch {run.result['batch_size']}")])
+
+
+def legend_below(axes: Axes) -> None:
+    """A panel's legend, under its axis where it covers no data."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    below = axes.transAxes + ScaledTranslation(0, -0.44, figure.dpi_scale_trans)  # inches: ticks and axis label
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0)
+
+
+def provenance(run: Run, *what: str) -> str:
+    """Where the numbers are from: device, dtype, what was measured, version of torch, run id."""
     torch = run.result["versions"].get("torch")
-    made += [f"torch {torch}"] if torch else []
-    made += [f"run {run.result['run_id']}"]
-    figure.text(0.02, 0.04 / height, notes + "\n" + " · ".join(made), fontsize=6.5, color=GREY, linespacing=1.35)
+    made = [run.device, str(run.result["dtype"]), *what, *([f"torch {torch}"] if torch else [])]
+    return " · ".join([*made, f"run {run.result['run_id']}"])
+
+
+def footer(figure: Figure, lines: Sequence[str]) -> None:
+    """Small print at the bottom of a figure whose size is final; panels that are laid out by constraints keep clear."""
+    height = figure.get_size_inches()[1]
+    space = 0.06 + 0.12 * len(lines)  # inches
+    style: dict[str, Any] = {"fontsize": SMALL, "color": GREY, "linespacing": 1.35, "parse_math": False}
+    figure.text(0.02, 0.04 / height, "\n".join(lines), **style)
     engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    engine.set(rect=(0, 0.3 / height, 1, 1 - 0.3 / height), w_pad=0.08, wspace=0.04)
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, space / height, 1, 1 - space / height), w_pad=0.08, wspace=0.04)
 
 
 def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:

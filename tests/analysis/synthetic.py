@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import safetensors.numpy
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 PARAMS_7B = [32] * 18 + [4] * 14
@@ -67,3 +70,94 @@ def latency(
                         }
                     )
     return pd.DataFrame(rows).astype({"k": "Int64"})
+
+
+SENTENCE = (
+    "<s> ▁The ▁quick ▁brown ▁fox ▁jumps ▁over ▁$ 5 . ▁So ▁it ▁had ▁been <0x0A> ▁in ▁2019 , ▁when ▁all ▁of ▁them ▁saw "
+    "▁an ▁extraordinarily ▁lazy ▁dog ▁— ▁asleep ▁by ▁its 中 ▁fire"
+).split()
+#: The same in an alphabet of bytes.
+BYTES = (
+    "</s> The Ġquick Ġbrown Ġfox Ġjumps Ġover Ġ$ 5 . ĠSo Ġit Ġhad Ġbeen Ċ Ġin Ġ2019 , Ġwhen Ġall Ġof Ġthem Ġsaw "
+    "Ġan Ġextraordinarily Ġlazy Ġdog ĠâĢĶ Ġasleep Ġby Ġits ä\N{CEDILLA}Ń Ġfire"
+).split()
+
+
+def profile(
+    layers: int, heads: int, samples: int = 2, history: int = 24, tokens: list[str] = SENTENCE, uniform: float = 0.0
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Arrays of the profile experiment and its kept samples: planted clusters, fewer of them with depth.
+
+    Args:
+        layers: how many.
+        heads: of each.
+        samples: kept ones; the second is shorter.
+        history: tokens.
+        tokens: of the first sample.
+        uniform: share of heads with nearly uniform attention.
+    """
+    rng = np.random.default_rng(layers * heads)
+    m, depth = len(tokens), np.linspace(0, 1, layers)
+    kept = [{"tokens": tokens if sample == 0 else tokens[: m - 3 * sample]} for sample in range(samples)]
+    clusters = np.maximum(np.rint(heads * (1 - depth) ** 2), 3).astype(np.int64)
+    assignment = np.empty((layers, heads), np.int64)
+    representatives = np.full((layers, clusters.max()), -1, np.int64)
+    maps = np.zeros((samples, layers, heads, m), np.float32)
+    correlation = np.empty((samples, layers, heads, heads), np.float32)
+    sizes, k_axis = np.zeros((layers, heads, heads)), np.arange(1, heads + 1)
+    for layer, k in enumerate(clusters):
+        weights = 0.5 ** np.arange(k)
+        rest = rng.choice(k, heads - k, p=weights / weights.sum())
+        assignment[layer] = rng.permutation([*range(k), *rest])
+        representatives[layer, :k] = [np.flatnonzero(assignment[layer] == cluster)[0] for cluster in range(k)]
+        for sample, text in enumerate(kept):
+            length = len(text["tokens"])
+            logits = rng.normal(0, 1.6, (k, length))[assignment[layer]] + rng.normal(0, 0.35, (heads, length))
+            logits[:, 0] += 4 * depth[layer]
+            logits[rng.permutation(heads)[: int(uniform * heads * (1 - depth[layer]))]] *= 0.05
+            maps[sample, layer, :, :length] = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            correlation[sample, layer] = np.corrcoef(maps[sample, layer, :, :length])
+        for count in k_axis:
+            sizes[layer, count - 1, :count] = 1 + (heads - count) * (w := 0.55 ** np.arange(count)) / w.sum()
+    error = (
+        (1.2 - depth)[:, None] * heads * np.exp(-(k_axis - 1) / (0.35 * clusters[:, None] + 1)) * (1 - k_axis / heads)
+    )
+    n = np.arange(1, history + 1)
+    entropy = -(maps[0] * np.log(np.maximum(maps[0], 1e-30))).sum(-1) / np.log(m)
+    fixed = (clusters == heads)[:, None]
+    arrays = {
+        "clusters": clusters, "assignment": assignment, "representatives": representatives,
+        "error": error, "error_sd": 0.1 * error, "error_static": 1.5 * error,
+        "correlation": correlation.mean(0), "sample_correlation": correlation, "maps": maps,
+        "cluster_sizes": sizes, "cluster_sizes_sd": np.sqrt(sizes) * 0.3,
+        "changes": np.where(fixed, 0, (0.3 + 0.3 * rng.random((layers, 1))) * n[:-1] ** -1.3),
+        "agreement": np.where(fixed, 1, 1 - np.exp(-n / (2 + 6 * rng.random((layers, 1))))),
+        "entropy": entropy.astype(float), "first_token": maps[0, :, :, 0].astype(float),
+        "own_token": maps[0, :, :, -1].astype(float),
+    }  # fmt: skip
+    return arrays, kept
+
+
+def save_profile(
+    root: Path, arrays: dict[str, np.ndarray], kept: list[dict[str, Any]], run_id: str, **fields: Any
+) -> Path:
+    """A finished profile on disk; ``updated``, ``model``, ``key_heads`` ... replace what is there by default."""
+    updated = fields.pop("updated", 1_790_000_000)
+    layers, heads = arrays["assignment"].shape
+    result = {"experiment": "profile", "model": "llama7b", "method": "none", "task": "c4", "run_id": run_id}
+    result |= {"heads": heads, "layers": layers, "key_heads": heads, "heads_kept": arrays["clusters"].tolist()}
+    result |= {"dtype": "float16", "device": "cuda", "device_name": "NVIDIA H200", "batch_size": 1, "seed": 0}
+    result |= {"versions": {"torch": "2.13.0"}, "metrics": {}, **fields}
+    folder = root / "profile" / result["model"] / "none" / result["task"] / run_id
+    folder.mkdir(parents=True)
+    content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    (folder / "profile.safetensors").write_bytes(content)
+    model = {"name": result["model"], "layers": layers, "heads": heads, "key_heads": result["key_heads"]}
+    corpus = {"name": result["task"], "source": "allenai/c4", "fingerprint": "f", "samples": 1024, "tokens": 500_000}
+    about = {"format": 1, "model": model, "corpus": corpus | {"longest": 2048}, "features": "causal"}
+    about |= {"rule": {"name": "plateau", "threshold": 0.05}, "decide_tokens": 5, "kept": kept, "saving": 0.2}
+    about |= {"versions": result["versions"], "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "profile.json").write_text(json.dumps(about))
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "status.json").write_text(json.dumps({"state": "done", "updated": updated}))
+    return folder

@@ -15,7 +15,7 @@ from chai.methods.base import Method
 from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
 from experiments.config import ConfigError, check_clusters, to_dataclass
 from experiments.console import complain, say
-from experiments.identity import settle_identity
+from experiments.identity import check_profile, settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 from experiments.summary import show_results
 from experiments.tasks import build_task, members
@@ -38,6 +38,7 @@ def run(config: DictConfig) -> int:
     for single in singles:
         settle_identity(single)
         check_clusters(single)
+        check_profile(single)
     method = to_dataclass(load_method(config.method.name), singles[0].method, "method")
     folders = [RunFolder(single) for single in singles]
     todo = [folder for folder in folders if config.force or not folder.is_done]

@@ -68,13 +68,29 @@ class TaskConfig:
 
 
 @dataclass
+class CorpusConfig:
+    """Where texts come from: a local file before the hub, and the hub before the embedded generator."""
+
+    name: str = "???"
+    path: str | None = None  # .jsonl with `column` in each line, or any other file with a text a line
+    hub_id: str | None = None
+    revision: str = "main"
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    fingerprint: str | None = None  # of the file at `path`; filled in
+
+
+@dataclass
 class RunConfig:
-    """Everything that ``run.py`` is told."""
+    """Everything that ``run.py`` is told; ``profile`` and ``corpus`` are null where an experiment has no such thing."""
 
     experiment: Any = field(default_factory=dict)
     method: Any = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    profile: Any = None
+    corpus: CorpusConfig | None = None
     seed: int = 0
     limit: int | None = None
     batch_size: int = 16
@@ -89,6 +105,7 @@ def register() -> None:
     store.store(name="schema", node=RunConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="task", name="schema", node=TaskConfig)
+    store.store(group="corpus", name="schema", node=CorpusConfig)
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
 
 
@@ -208,22 +225,24 @@ def check_clusters(config: DictConfig) -> None:
     Raises:
         ConfigError: says how to give them.
     """
-    if "clusters" in config.method and config.method.clusters is None:
+    given = config.method.get("clusters"), config.method.get("profile"), config.profile
+    if "clusters" in config.method and all(one is None for one in given):
         raise ConfigError(
-            f"model '{config.model.name}' has no cluster counts of its own: give method.clusters, "
-            "a list with one count for each layer ('[8,6,4,4]'), one count for all, or a preset's name"
+            f"model '{config.model.name}' has no cluster counts of its own: give method.clusters, a list with one "
+            "count for each layer ('[8,6,4,4]'), one count for all, or a preset's name; or method.profile=FOLDER"
         )
 
 
 def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
-    """``section`` (without its ``name``) as an instance of ``cls``, types checked.
+    """``section`` (without its ``name`` and ``fingerprint``) as an instance of ``cls``, types checked.
 
     Raises:
         ConfigError: a missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
     """
     values = OmegaConf.to_container(section, resolve=True)
     assert isinstance(values, dict)
-    values.pop("name", None)
+    for identity in ("name", "fingerprint"):
+        values.pop(identity, None)
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from experiments.config import ConfigError
 from experiments.runs import read_json
 from experiments.tasks import data_path
 
@@ -37,7 +38,51 @@ def settle_identity(config: DictConfig) -> None:
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():
-        config.task.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        config.task.fingerprint = fingerprint_file(path)
+    if config.corpus is not None and config.corpus.path is not None:
+        path = Path(config.corpus.path)
+        if config.corpus.hub_id is None:  # given alone, it isn't a copy of a known corpus
+            config.corpus.name = path.stem
+        if path.is_file():
+            config.corpus.fingerprint = fingerprint_file(path)
+    if config.method.get("profile") is not None:
+        about = profile_about(config)
+        with open_dict(config.method):
+            config.method.fingerprint = hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else None
+
+
+def profile_about(config: DictConfig) -> Path:
+    """The ``profile.json`` that ``method.profile`` names by its folder or by one of its files."""
+    path = Path(config.method.profile)
+    return (path.parent if path.suffix in (".json", ".safetensors") else path) / "profile.json"
+
+
+def check_profile(config: DictConfig) -> None:
+    """Refuse a profile that was made of other weights than the run's; its shape is the library's matter.
+
+    Raises:
+        ConfigError: names both models.
+    """
+    if config.method.get("profile") is None or config.model.random_init:
+        return
+    there = (read_json(profile_about(config)) or {}).get("model", {})
+    for name, here in (("fingerprint", config.model.fingerprint), ("id", config.model.hub_id)):
+        if None not in (there.get(name), here) and there[name] != here:
+            raise ConfigError(
+                f"method.profile={config.method.profile} is of another model, {there.get('name')} ({name} "
+                f"{there[name]}), than {config.model.name} ({here}); make one with experiment=profile"
+            )
+        if None not in (there.get(name), here):
+            return
+
+
+def fingerprint_file(path: Path) -> str:
+    """A digest of a file's content."""
+    total = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for block in iter(lambda: handle.read(SAMPLE), b""):
+            total.update(block)
+    return total.hexdigest()[:16]
 
 
 def fingerprint_model(folder: Path) -> str:

@@ -27,10 +27,10 @@ from chai.models import ModelError, load_config, load_model
 from experiments.accuracy import model_source
 from experiments.config import ConfigError, TaskConfig, check_clusters, to_dataclass
 from experiments.console import complain, say
-from experiments.identity import settle_identity
+from experiments.identity import check_profile, settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 
-OBSERVED = 32  # steps whose memory events are held at a time
+OBSERVED = 4  # steps whose memory events are held at a time: torch's profiler fails on more of a large model
 FIRST = 5  # tokens that really go through a model whose cache is then filled
 
 
@@ -95,6 +95,7 @@ def run_probe(
     config.task = OmegaConf.structured(TaskConfig(name="none"))
     settle_identity(config)
     check_clusters(config)
+    check_profile(config)
     options = to_dataclass(options_type, config.experiment, "experiment")
     method = to_dataclass(load_method(config.method.name), config.method, "method")
     folder = RunFolder(config)

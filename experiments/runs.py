@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 #: What a run's result doesn't depend on: where it ran and where its files were.
 MACHINE_ONLY = (
     "device", "results_dir", "force", "model.device_map", "model.path", "task.data_dir",
-    "experiment.install", "experiment.checkpoint_every",
+    "experiment.install", "experiment.checkpoint_every", "corpus.path", "method.profile",
 )  # fmt: skip
 
 
@@ -39,9 +39,10 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
         *parents, last = key.split(".")
         node: Any = whole
         for parent in parents:
-            node = node.get(parent, {})
+            node = node.get(parent) or {}
         node.pop(last, None)
-    return {str(key): value for key, value in whole.items()}
+    # What an experiment doesn't have at all can't tell its runs apart.
+    return {str(key): value for key, value in whole.items() if value is not None or key not in ("profile", "corpus")}
 
 
 def digest(value: Any) -> str:

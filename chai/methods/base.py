@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai.clustering import HeadClusters
 from chai.presets import resolve_clusters
+from chai.profile import Profile
 from chai.runtime import check_family, clustered, new_cache
 
 #: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
@@ -61,12 +62,20 @@ class ClusteredMethod(Method):
         clusters: number of clusters of each layer: a list, one count for all layers, or the name of a preset
             (:data:`chai.presets.PRESETS`).
         seed: of everything random in the choice.
+        profile: folder of a profile (:mod:`chai.profile`), whose counts take the place of ``clusters``.
+
+    Raises:
+        ProfileError: there is no such profile, or it is damaged.
     """
 
-    clusters: list[int] | int | str
+    clusters: list[int] | int | str | None = None
     seed: int = 0
+    profile: str | None = None
 
     saving: ClassVar[Saving] = "real"
+
+    def __post_init__(self) -> None:
+        self._profile = None if self.profile is None else Profile.load(self.profile)
 
     @abstractmethod
     def decide(
@@ -96,7 +105,16 @@ class ClusteredMethod(Method):
         return new_cache(model, self._rule(model), reserve)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """K of each layer."""
+        """K of each layer.
+
+        Raises:
+            ValueError: counts or a profile that don't fit the model, or neither.
+        """
+        if self._profile is not None:
+            self._profile.check(config)
+            return self._profile.counts
+        if self.clusters is None:
+            raise ValueError("neither clusters nor a profile is given")
         return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
 
     def check(self, config: PreTrainedConfig) -> None:

@@ -28,6 +28,7 @@ class Chai(ClusteredMethod):
     Attributes:
         clusters: see :class:`chai.methods.base.ClusteredMethod`.
         seed: without effect, for nothing is drawn.
+        profile: see :class:`chai.methods.base.ClusteredMethod`.
         tokens: real tokens before the membership is decided.
         membership: ``kmeans`` (section 3.5) or ``agglomerative`` (average linkage, cosine distance).
         representative: the member ``nearest`` the cluster's mean, or the ``lowest`` head.
@@ -46,6 +47,7 @@ class Chai(ClusteredMethod):
     group_aware: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = {
             "membership": ("kmeans", "agglomerative"),
             "representative": ("nearest", "lowest"),

@@ -21,6 +21,7 @@ class Random(ClusteredMethod):
     Attributes:
         clusters: see :class:`chai.methods.base.ClusteredMethod`.
         seed: of the choice.
+        profile: see :class:`chai.methods.base.ClusteredMethod`.
     """
 
     def decide(

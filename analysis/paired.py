@@ -79,7 +79,9 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
             raise Unpaired(f"{metric} under {name} isn't 0 or 1 for each item")
     both = baseline.merge(other, on="doc_id", suffixes=("", "_other"))
     if not len(both) == len(baseline) == len(other):
-        raise Unpaired(f"not the same items: {len(baseline)} under MHA, {len(other)} under the method, {len(both)} both")
+        raise Unpaired(
+            f"not the same items: {len(baseline)} under MHA, {len(other)} under the method, {len(both)} both"
+        )
     if both.empty:
         raise Unpaired("no items")
     differing = both.doc_hash != both.doc_hash_other

@@ -152,7 +152,7 @@ def _rows(spec: Spec, scores: Sequence[Score], paper: Sequence[PaperRow]) -> lis
     if not paper and not baselines:
         rows.append(Row(METHODS["mha"], "mha", {}, _cells(spec, [], {}, None), None))
     for wanted in paper:
-        matching = [group for group in variants.values() if _fits(group[0], wanted)]
+        matching = sorted((group for group in variants.values() if _fits(group[0], wanted)), key=_order)
         for group in matching:
             rows.append(_row(spec, group, baselines, wanted))
         if not matching:

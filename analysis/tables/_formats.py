@@ -26,14 +26,16 @@ def markdown(table: Table) -> str:
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     ]
     rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    drawn = [f"| {' | '.join(line)} |" for line in [aligned[0], rule, *aligned[1:]]]
+    drawn = [f"|{' | '.join(line)}|" for line in [aligned[0], rule, *aligned[1:]]]
     parts = [f"### {_title(table)}", "\n".join(drawn), "\n".join(map(_bullet, notes(table)))]
     if wanted := commands(table):
         width = max(len(name) for name, _ in wanted)
         shown = "\n".join(f"    {name:<{width}}  {line}" for name, line in wanted)
         parts.append(f"Missing cells are filled by:\n\n{shown}")
         if COUNTS in shown:
-            parts.append(f"{COUNTS}: clusters, one number for all layers or a list ('[8,6,4,4]'); none are published.")
+            parts.append(
+                f"{COUNTS}: clusters, one number for all layers or a list ('[8,6,4,4]'); none are published for it."
+            )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -68,7 +70,7 @@ def _title(table: Table) -> str:
 def _escape(words: str) -> str:
     """Plain text as LaTeX."""
     special = {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    special |= {"<": "$<$"} | {char: f"\\{char}" for char in "&%$#_{}"}
+    special |= {"<": "$<$", "…": ", "} | {char: f"\\{char}" for char in "&%$#_{}"}
     escaped = "".join(special.get(char, char) for char in words)
     escaped = re.sub(r"(?<=\d)(\*+)$", r"$^{\1}$", escaped)
     return re.sub(r"(?<![\w.-])([-+])(?=\d)", r"$\1$", escaped)

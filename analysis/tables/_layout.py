@@ -65,7 +65,7 @@ def _interval(cell: Cell) -> str:
         return ""
     if cell.change.lost + cell.change.gained == 0:
         return "no flips"  # the interval would have no width, and promise too much
-    return f"{signed(100 * cell.change.low)}, {signed(100 * cell.change.high)}"
+    return f"{signed(100 * cell.change.low)}…{signed(100 * cell.change.high)}"
 
 
 def _paper(row: Row, cell: Cell) -> str:
@@ -101,7 +101,7 @@ def notes(table: Table) -> list[str]:
         ]
         if row.paper and row.paper.note:
             found.append(f"Paper, {row.paper.source}, {row.paper.label}: {row.paper.note}.")
-    return found
+    return list(dict.fromkeys(found))  # several rows of ours can stand beside one of the paper
 
 
 def _said(row: Row) -> str:

@@ -118,7 +118,7 @@ def test_without_results_the_papers_numbers_and_commands_are_printed(name, tmp_p
     lines = said.out.splitlines()
     assert max(map(len, lines)) <= 110
     for row in paper_rows(name):
-        place = next(i for i, line in enumerate(lines) if line.startswith(f"| {row.label} "))
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"|{row.label} "))
         ours, paper = lines[place].split("|")[2:-1], lines[place + 1].split("|")[2:-1]
         assert [word.strip() for word in ours] == ["ours", *["missing"] * len(row.values), ""]
         assert [word.strip() for word in paper[:1]] == ["paper"]
@@ -175,7 +175,7 @@ def test_numbers_intervals_gaps_and_savings(tmp_path, capsys):
     assert set(rows.loc["SpAtten"].state) == {"missing"} and set(rows.loc["SpAtten"].ours) == {""}
     lines = printed(capsys, "table2", "--results", tmp_path).out.splitlines()
     assert max(map(len, lines)) <= 110
-    at = next(i for i, line in enumerate(lines) if line.startswith("| CHAI  "))
+    at = next(i for i, line in enumerate(lines) if line.startswith("|CHAI  "))
     parts = [[word.strip() for word in line.split("|")[1:-1]] for line in lines[at : at + 4]]
     assert parts[0] == ["CHAI", "ours", *["-4.0*"] * 5, "real"]
     assert parts[1][:2] == ["", "95 %"] and parts[1][-1] == "19.1 %"

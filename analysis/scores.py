@@ -58,15 +58,21 @@ class Score:
         return float(self.run.result["metrics"][self.metric])
 
     @property
-    def stderr(self) -> float:
-        """Its standard error."""
-        return float(self.run.result["stderr"].get(self.metric, float("nan")))
+    def stderr(self) -> float | None:
+        """Its standard error; none of a single item."""
+        error = self.run.result["stderr"].get(self.metric)
+        return None if error is None else float(error)
 
     @property
     def saved(self) -> float:
         """The share of the K,V cache's bytes that is saved."""
         savings = self.run.result["savings"]
         return 1 - float(savings["kv_bytes"]) / float(savings["kv_bytes_mha"])
+
+    @property
+    def saving(self) -> str:
+        """``real``, ``simulated`` or ``none``."""
+        return str(self.run.result["savings"]["kind"])
 
     @property
     def settings_id(self) -> str:
@@ -108,9 +114,8 @@ def _load(run: Run) -> Score:
     samples = _samples(run.folder / "samples.parquet", str(run.result["metric"]))
     score = Score(run, config, samples)
     try:
-        value, share = score.value, score.saved
-        assert isinstance(run.result["savings"]["kind"], str) and isinstance(score.stderr, float)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        value, share, _, _ = score.value, score.saved, score.stderr, score.saving
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         raise _Corrupt("result.json lacks a score or savings that are numbers") from None
     if not 0 <= value <= 1 or share > 1:
         raise _Corrupt(f"result.json is impossible: a score of {value}, {share:.3g} of the K,V bytes saved")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from analysis.saved import Results
 from analysis.scores import EXPERIMENT, load_scores
@@ -19,9 +21,18 @@ from analysis.tables._settings import sweep
 from analysis.tables._specs import REPOSITORY, TABLES, paper_rows
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with two."""
+        complain(message)
+        sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.tables", description="Tables of saved results.")
+    parser = Parser(prog="python -m analysis.tables", description="Tables of saved results.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--list", action="store_true", help="name every table and the command that fills it")
     parser.add_argument("--format", choices=list(FORMATS), default="md", help="(md)")
@@ -38,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         wrong = f"unknown table {unknown[0]!r}{hint}" if unknown else "no table named"
         complain(f"{wrong}; valid: {', '.join(TABLES)}")
+        return 2
+    if not options.results.is_dir():
+        complain(f"--results: there is no folder {options.results}")
         return 2
     told: set[Path] = set()
     wanted = list(dict.fromkeys(options.tables))
@@ -93,4 +107,7 @@ def complain(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader has seen enough (| head); Python's own flush at exit would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -79,7 +79,7 @@ class Row:
     @property
     def saving(self) -> str:
         """``real``, ``simulated`` or ``none``; empty without a run."""
-        return "/".join(sorted({cell.score.run.result["savings"]["kind"] for cell in self.cells if cell.score}))
+        return "/".join(sorted({cell.score.saving for cell in self.cells if cell.score}))
 
     @property
     def saved(self) -> float | None:
@@ -248,4 +248,5 @@ def _mean(cells: Sequence[Cell]) -> Cell:
         return Cell(MEAN, "done", change=mean_over_tasks(changes))
     values = [cell.value for cell in cells if cell.value is not None]
     errors = [cell.stderr for cell in cells if cell.stderr is not None]
-    return Cell(MEAN, "done", value=sum(values) / len(values), stderr=math.hypot(*errors) / len(errors))
+    error = math.hypot(*errors) / len(errors) if len(errors) == len(values) else None
+    return Cell(MEAN, "done", value=sum(values) / len(values), stderr=error)

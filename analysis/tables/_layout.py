@@ -56,8 +56,7 @@ def _ours(cell: Cell) -> str:
         return cell.state
     if cell.change is not None:
         return signed(cell.points) + stars(cell)
-    assert cell.stderr is not None
-    return f"{cell.points:.1f} ± {100 * cell.stderr:.1f}"
+    return f"{cell.points:.1f}" + ("" if cell.stderr is None else f" ± {100 * cell.stderr:.1f}")
 
 
 def _interval(cell: Cell) -> str:

@@ -107,8 +107,12 @@ def where(model: str, like: Score | None) -> list[str]:
     usual = defaults(f"model/{model}")
     if not usual and path is not None:
         return [shlex.quote(f"model.path={path}")]
-    local = [shlex.quote(f"model.path={path}")] if path is not None and "path" not in usual else []
-    return [f"model={model}", *local]
+    return [f"model={model}", *([shlex.quote(f"model.path={path}")] if _elsewhere(path, usual.get("path")) else [])]
+
+
+def _elsewhere(path: str | None, usual: str | None) -> bool:
+    """Whether a run's local files weren't those that the configuration names (``${repo:experiments/...}``)."""
+    return path is not None and (usual is None or not path.endswith(usual.removeprefix("${repo:").removesuffix("}")))
 
 
 def conditions(like: Score | None) -> list[str]:
@@ -125,6 +129,6 @@ def conditions(like: Score | None) -> list[str]:
         if key in known and value != usual.get(key, missing.get(key))
     ]
     folder = like.config["task"].get("data_dir")
-    if folder is not None and "data_dir" not in defaults(f"task/{like.task}"):
+    if _elsewhere(folder, defaults(f"task/{like.task}").get("data_dir")):
         words.append(f"task.data_dir={folder}")
     return [shlex.quote(word) for word in words]

@@ -15,7 +15,13 @@ MODEL: dict[str, Any] = {
     "device_map": None, "safetensors_only": True, "random_init": False, "clusters": "llama7b_params",
     "architecture": {"model_type": "llama"}, "fingerprint": None,
 }  # fmt: skip
-TINY = MODEL | {"name": "tiny", "hub_id": None, "path": "/data/tiny", "dtype": "auto", "clusters": [8, 6, 4, 4]}
+TINY = MODEL | {
+    "name": "tiny",
+    "hub_id": None,
+    "path": "/data/experiments/microworld/model",
+    "dtype": "auto",
+    "clusters": [8, 6, 4, 4],
+}
 CHAI = {
     "clusters": "llama7b_params", "seed": 0, "tokens": 5, "membership": "kmeans", "representative": "nearest",
     "features": "causal", "group_aware": False,
@@ -76,7 +82,8 @@ def save(
     result = {
         "experiment": "accuracy", "method": method, "model": model["name"], "task": task, "metric": metric,
         "metrics": {metric: mean, ({"acc", "acc_norm"} - {metric}).pop(): 0.0},
-        "stderr": {metric: (mean * (1 - mean) / (len(answers) - 1)) ** 0.5}, "n": len(answers),
+        "stderr": {metric: (mean * (1 - mean) / (len(answers) - 1)) ** 0.5} if len(answers) > 1 else {},
+        "n": len(answers),
         "savings": {"kind": kind, "kv_bytes": round(1000 * (1 - saved)), "kv_bytes_mha": 1000, "heads_kept": [32]},
         "seconds": 1.0, "seed": 0, "settings_id": digest(identity), "run_id": digest(whole),
         "device": "cpu", "dtype": "float16", "versions": {"torch": "2.13.0"},

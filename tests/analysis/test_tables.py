@@ -367,6 +367,23 @@ def test_micro_has_every_method_found_and_the_mean(tmp_path, capsys):
     assert any(command in line for line in lines)
 
 
+def test_a_single_item_has_no_standard_error(tmp_path, capsys):
+    for task in RIGHT:
+        scored.save(tmp_path, "mha", f"micro_{task}", [1.0], model=scored.TINY, limit=1)
+    lines = printed(capsys, "micro", "--results", tmp_path).out.splitlines()
+    row = next(line for line in lines if line.startswith("|MHA"))
+    assert [word.strip() for word in row.split("|")[2:-1]] == [*["100.0"] * 6, "none"]
+
+
+@pytest.mark.parametrize("path", [None, "/elsewhere/model"])
+def test_commands_name_local_files_unless_they_are_the_usual_ones(path, tmp_path, capsys):
+    model = scored.TINY | ({"path": path} if path else {})
+    scored.save(tmp_path, "mha", "micro_piqa", scored.outcomes(160), model=model)
+    out = printed(capsys, "micro", "--results", tmp_path).out
+    assert ("model=tiny model.path=/elsewhere/model task=" in out) == bool(path)
+    assert ("model=tiny task=" in out) != bool(path)
+
+
 def test_no_interval_where_no_answer_flips(tmp_path, capsys):
     scored.save(tmp_path, "mha", "micro_piqa", scored.outcomes(200), model=scored.TINY)
     scored.save(tmp_path, "spatten", "micro_piqa", scored.outcomes(200), model=scored.TINY)
@@ -433,6 +450,21 @@ def test_markdown_rows_have_the_same_width(tmp_path, capsys):
 def test_mistakes_are_one_line_and_exit_code_two(arguments, message, tmp_path, capsys):
     said = printed(capsys, *arguments, "--results", tmp_path, code=2)
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["table1", "--format", "html"], "'html' (choose from"), (["table1", "--modle", "x"], "--modle")],
+)
+def test_wrong_options_are_one_line_too(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert f"there is no folder {tmp_path / 'x'}" in printed(capsys, "table1", "--results", tmp_path / "x", code=2).err
 
 
 def test_the_list_names_every_table_and_the_sweep_that_fills_it(capsys):

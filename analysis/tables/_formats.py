@@ -33,9 +33,7 @@ def markdown(table: Table) -> str:
         shown = "\n".join(f"    {name:<{width}}  {line}" for name, line in wanted)
         parts.append(f"Missing cells are filled by:\n\n{shown}")
         if COUNTS in shown:
-            parts.append(
-                f"{COUNTS}: clusters, one number for all layers or a list ('[8,6,4,4]'); none are published for it."
-            )
+            parts.append(f"{COUNTS}: clusters, one number or a list ('[8,6,4,4]'); none are published for this model.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

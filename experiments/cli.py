@@ -9,6 +9,7 @@ import traceback
 from omegaconf import DictConfig
 
 from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.paper import expand
 
 HELP = """\
 CHAI-lab: clustered head attention, its competitors, and how they compare.
@@ -16,6 +17,7 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py                                       CHAI on the embedded model and its five tasks
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
+  python run.py -m paper=table2                       the runs of one of the paper's tables
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
 
 Choices
@@ -46,10 +48,13 @@ def main(arguments: list[str]) -> int:
         print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in groups())))
         return 0
     try:
-        check_overrides(args.overrides, multirun=args.multirun)
+        sweeps = expand(args.overrides, multirun=args.multirun)
+        for overrides in sweeps:
+            check_overrides(overrides, multirun=args.multirun)
     except ConfigError as error:
         return refuse(error)
-    return launch(arguments)
+    flags = [argument for argument in arguments if argument not in args.overrides]
+    return max(launch([*flags, *overrides]) for overrides in sweeps)
 
 
 def refuse(error: ConfigError) -> int:

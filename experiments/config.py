@@ -115,7 +115,7 @@ def choices(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """The configuration groups of the project itself."""
+    """The configuration groups of the project itself, and ``paper``, whose files are lists of sweeps."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 

@@ -25,7 +25,11 @@ from experiments.config import (
 )
 from experiments.tasks import members
 
-EVERY = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+EVERY = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name != "paper"  # sweeps
+]
 
 
 def run(*arguments: str, cwd=REPOSITORY) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,119 @@
+"""A table as Markdown (aligned, to be read as it is), LaTeX (booktabs), or CSV (a line for each cell, all fields)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from analysis.tables._cells import Cell, Row, Table
+from analysis.tables._layout import block, commands, header, notes
+from analysis.tables._settings import COUNTS, command, text
+
+WIDTH = 110  # characters, of notes
+
+
+def markdown(table: Table) -> str:
+    """Heading, table, notes, and the commands for what is missing."""
+    lines = [header(table), *(line for row in table.rows for line in block(table, row))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = len(lines[0]) - len(table.columns) - 1  # columns of words; the others are numbers
+    aligned = [
+        [cell.ljust(width) if index < left else cell.rjust(width) for index, (cell, width) in enumerate(pairs)]
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    drawn = [f"|{' | '.join(line)}|" for line in [aligned[0], rule, *aligned[1:]]]
+    parts = [f"### {_title(table)}", "\n".join(drawn), "\n".join(map(_bullet, notes(table)))]
+    if wanted := commands(table):
+        width = max(len(name) for name, _ in wanted)
+        shown = "\n".join(f"    {name:<{width}}  {line}" for name, line in wanted)
+        parts.append(f"Missing cells are filled by:\n\n{shown}")
+        if COUNTS in shown:
+            parts.append(f"{COUNTS}: clusters, one number or a list ('[8,6,4,4]'); none are published for this model.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tex(table: Table) -> str:
+    """A ``table`` environment for a document with the package ``booktabs``."""
+    heads, numbers = header(table), len(table.columns) + 1
+    rows = [[r" & ".join(map(_escape, line)) + r" \\" for line in block(table, row)] for row in table.rows]
+    lines = [
+        *(f"% {name}: {line}" for name, line in commands(table)),
+        r"\begin{table}", r"\centering", rf"\caption{{{_escape(_title(table))}}}", rf"\label{{tab:{table.name}}}",
+        rf"\begin{{tabular}}{{{'l' * (len(heads) - numbers)}{'r' * numbers}}}", r"\toprule",
+        r" & ".join(map(_escape, heads)) + r" \\", r"\midrule",
+        *"\n\\addlinespace\n".join("\n".join(row) for row in rows).splitlines(),
+        r"\bottomrule", r"\end{tabular}", r"\par\smallskip\footnotesize",
+        *(_escape(note) for note in notes(table)),
+        r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _bullet(note: str) -> str:
+    return textwrap.fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _title(table: Table) -> str:
+    """The heading; it says so where the runs are of another model than the paper's numbers."""
+    if table.model == table.spec.model:
+        return table.spec.title
+    return f"{table.spec.title}; ours: {table.model}, another model"
+
+
+def _escape(words: str) -> str:
+    """Plain text as LaTeX."""
+    special = {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    special |= {"<": "$<$", "…": ", "} | {char: f"\\{char}" for char in "&%$#_{}"}
+    escaped = "".join(special.get(char, char) for char in words)
+    escaped = re.sub(r"(?<=\d)(\*+)$", r"$^{\1}$", escaped)
+    return re.sub(r"(?<![\w.-])([-+])(?=\d)", r"$\1$", escaped)
+
+
+def comma_separated(table: Table) -> str:
+    """A line for each cell; scores in %, changes in points, ``kv_saved`` in %."""
+    lines = [_fields(table, row, cell) for row in table.rows for cell in row.cells]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _fields(table: Table, row: Row, cell: Cell) -> dict[str, Any]:
+    change, score = cell.change, cell.score
+    metrics = score.run.result["metrics"] if score else {}
+    settings = score.settings if score else row.settings
+    fill = ""
+    if cell.state == "missing" and cell.task in table.spec.tasks:
+        fill = command(table.spec, table.model, table.like, row.method, row.settings, [cell.task])
+    return {
+        "table": table.name, "model": table.model, "row": row.label, "method": row.method,
+        "settings": " ".join(f"{key}={text(value)}" for key, value in settings.items()),
+        "task": cell.task, "state": cell.state, "metric": score.metric if score else "",
+        "kind": "score" if row.method == "mha" else "change",
+        "ours": _number(cell.points), "stderr": _number(cell.stderr, 100),
+        "low": _number(change.low if change else None, 100), "high": _number(change.high if change else None, 100),
+        "p": _number(change.p if change else None, digits=6),
+        "lost": change.lost if change else "", "gained": change.gained if change else "",
+        "n": change.n if change else (score.run.result["n"] if score else ""),
+        "acc": _number(metrics.get("acc"), 100), "acc_norm": _number(metrics.get("acc_norm"), 100),
+        "paper": "" if cell.paper is None else str(cell.paper), "paper_model": table.spec.model if row.paper else "",
+        "paper_source": row.paper.source if row.paper else "", "gap": _number(cell.gap),
+        "saving": score.saving if score else "",
+        "kv_saved": _number(score.saved if score else None, 100),
+        "run_id": score.run.result["run_id"] if score else "",
+        "mha_run_id": cell.baseline.run.result["run_id"] if cell.baseline else "",
+        "reason": cell.reason, "command": fill,
+    }  # fmt: skip
+
+
+def _number(value: float | None, scale: float = 1, digits: int = 4) -> str:
+    return "" if value is None else f"{scale * value:.{digits}f}"
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "tex": tex, "csv": comma_separated}

@@ -1,0 +1,162 @@
+"""``paper=NAME``: which sweeps it stands for, what is refused, and that one failing sweep hides no other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from experiments import paper
+from experiments.config import CONF, REPOSITORY, ConfigError, check_overrides, choices
+from experiments.paper import expand, sweeps
+
+FILES = sorted((CONF / "paper").glob("*.yaml"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of methods that are there."""
+
+    def write(*lines, model="tiny", task="micro"):
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({"model": model, "task": task, "sweeps": list(lines)}))
+        return path
+
+    return write
+
+
+def test_each_line_is_a_sweep_on_the_tables_model_and_tasks(table):
+    path = table("method=mha,chai", "method=random method.clusters=2,4")
+    assert sweeps(path, ["limit=5"]) == [
+        ["method=mha,chai", "model=tiny", "task=micro", "limit=5"],
+        ["method=random", "method.clusters=2,4", "model=tiny", "task=micro", "limit=5"],
+    ]
+    for overrides in sweeps(path, ["limit=5", "hydra.verbose=false"]):
+        check_overrides(overrides, multirun=True)
+
+
+def test_model_and_task_given_take_the_place_of_the_tables(table):
+    assert sweeps(table("method=mha"), ["task=micro_piqa", "model=llama7b", "model.dtype=bfloat16"]) == [
+        ["method=mha", "task=micro_piqa", "model=llama7b", "model.dtype=bfloat16"]
+    ]
+
+
+def test_hyper_parameters_go_to_the_methods_that_have_them(table):
+    path = table("method=mha,random,chai", "method=random method.clusters=2")
+    common = ["model=tiny", "task=micro"]
+    assert sweeps(path, ["method.clusters=4"]) == [
+        ["method=mha", *common],
+        ["method=random,chai", "method.clusters=4", *common],
+        ["method=random", "method.clusters=2", *common],
+    ]
+    assert sweeps(path, ["method.clusters=4", "method.tokens=6"])[:3] == [
+        ["method=mha", *common],
+        ["method=random", "method.clusters=4", *common],
+        ["method=chai", "method.clusters=4", "method.tokens=6", *common],
+    ]
+    with pytest.raises(ConfigError, match="method.tokns=6: no method of paper=own has such a key to set"):
+        sweeps(path, ["method.tokns=6"])
+
+
+def test_a_method_that_is_not_there_is_named(table):
+    with pytest.raises(ConfigError, match="paper=own: unknown method 'nosuch'; valid: chai, "):
+        sweeps(table("method=mha", "method=nosuch method.x=1"), [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["paper=tabel2"], "unknown paper 'tabel2' (did you mean 'table2'?); valid: figure1, micro, table1"),
+        (["paper=table1,table2"], "unknown paper 'table1,table2'"),
+        (["paper=table1", "paper=table2"], "can't read paper=table1 paper=table2; expected one paper=NAME"),
+        (["+paper=table1"], "can't read +paper=table1; expected one paper=NAME"),
+        (["~paper"], "can't read ~paper; expected one paper=NAME"),
+        (["paper=table1", "method=mha"], "method= doesn't go with paper=table1, which names its methods itself"),
+    ],
+)
+def test_mistakes_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        expand(overrides, multirun=True)
+    assert message in str(error.value)
+
+
+def test_without_m_one_line_says_so():
+    with pytest.raises(ConfigError, match="^paper=micro is a sweep: add -m$"):
+        expand(["paper=micro"], multirun=False)
+
+
+def test_a_line_without_paper_is_left_alone():
+    assert expand(["method=mha", "task=paper"], multirun=False) == [["method=mha", "task=paper"]]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_names_what_there_is(path):
+    content = yaml.safe_load(path.read_text())
+    assert set(content) == {"model", "task", "sweeps"}
+    assert content["model"] in choices("model")
+    assert set(content["task"].split(",")) <= set(choices("task"))
+    for line in content["sweeps"]:
+        assert line.startswith("method=")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_sweep_of_a_method_that_is_there_is_valid(path, table):
+    """Its keys and values are the method's."""
+    there = choices("method")
+    content = yaml.safe_load(path.read_text())
+    lines = []
+    for line in content["sweeps"]:
+        methods, _, rest = line.removeprefix("method=").partition(" ")
+        lines += [f"method={method} {rest}" for method in methods.split(",") if method in there]
+    own = sweeps(table(*lines, model=content["model"], task=content["task"]), [])
+    assert len(own) >= 2
+    for overrides in own:
+        known = [] if content["model"] != "opt66b" or "method=mha" in overrides else ["method.clusters=4"]
+        check_overrides([*overrides, *known], multirun=True)
+
+
+def test_help_and_refusal_through_the_command_line(capsys):
+    from experiments.cli import main
+
+    assert main(["--help"]) == 0
+    assert "paper=table2" in (shown := capsys.readouterr().out) and "table1, table2, table3, table4" in shown
+    assert main(["paper=micro"]) == 2
+    assert capsys.readouterr().err == "error: paper=micro is a sweep: add -m\n"
+
+
+def test_one_failing_sweep_hides_no_other(tmp_path, table):
+    """The first sweep can't run (counts beyond the heads), the others do; the exit code tells."""
+    path = table(
+        "method=random method.clusters=99", "method=mha", "method=random method.clusters=2,4", task="micro_piqa"
+    )
+    code = (
+        "import sys; from pathlib import Path; from experiments import cli, paper; "
+        f"cli.expand = lambda overrides, multirun: paper.sweeps(Path({str(path)!r}), overrides); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    results = tmp_path / "results"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", f"results_dir={results}", "limit=2", "device=cpu"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "error: method: " in done.stderr and "Traceback" not in done.stderr
+    states = {
+        f"{status.parts[-4]}": json.loads(status.read_text())["state"]
+        for status in results.glob("accuracy/tiny/*/micro_piqa/*/status.json")
+    }
+    assert states == {"mha": "done", "random": "done"}
+    assert len(list(results.glob("accuracy/tiny/random/micro_piqa/*/result.json"))) == 2
+
+
+def test_a_table_needs_no_heavy_imports():
+    code = (
+        "import sys; from experiments.cli import main; assert main(['-m', 'paper=nosuch']) == 2; "
+        "heavy = {'torch', 'transformers', 'lm_eval', 'pandas'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert paper.GROUP in done.stderr

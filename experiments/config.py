@@ -47,6 +47,7 @@ class ModelConfig:
     safetensors_only: bool = True  # refuse pickled weights
     random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
     clusters: Any = None  # the counts that `method.clusters` takes by default
+    predictor: str | None = None  # folder of a trained predictor, which `method.predictor` takes by default
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
     fingerprint: str | None = None  # of the weights at `path`; filled in
 

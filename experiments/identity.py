@@ -22,18 +22,20 @@ def settle_identity(config: DictConfig) -> None:
     """Fill in the fingerprints of local files, and name the model by what it is.
 
     A folder whose shape isn't that of the chosen model (``model.path`` given alone) is named after the folder and
-    loses the counts that were the other model's. Random weights are never filed under the real model's name.
+    loses the counts and the predictor that were the other model's. Random weights are never filed under the real
+    model's name, and have no predictor either.
     """
     model = config.model
     if model.random_init:
         model.name = f"{model.name}-random"
+        model.predictor = None
     elif model.path is not None:
         folder = Path(model.path)
         found = read_json(folder / "config.json")
         expected = model.architecture
         if found and any(found.get(key) != expected[key] for key in SHAPE if key in expected):
             model.name = folder.resolve().name
-            model.clusters = None
+            model.clusters = model.predictor = None
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():

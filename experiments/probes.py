@@ -124,7 +124,12 @@ def run_probe(
 
     def work() -> dict[str, Any]:
         with torch.no_grad():
-            subject = Subject(load_model(source), config.method.name, method, lengths, folder)
+            model = load_model(source)
+            try:
+                method.check_weights(model)
+            except ValueError as error:
+                raise RunError(f"method: {error}") from None
+            subject = Subject(model, config.method.name, method, lengths, folder)
             return common(config, subject, options) | measure(subject, options)
 
     code = record(folder, work)
@@ -157,10 +162,16 @@ def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[
     }
 
 
-def record(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> int:
-    """Do the work of a run between its start and its end, whatever that is; returns the exit code."""
+def record(folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: tuple[str, ...] = ()) -> int:
+    """Do the work of a run between its start and its end, whatever that is; returns the exit code.
+
+    Args:
+        folder: of the run.
+        work: returns the result.
+        keep: files of an earlier start to go on from.
+    """
     try:
-        folder.start()
+        folder.start(keep=keep)
         folder.finish(work())
         return 0
     except (RunError, ModelError) as error:

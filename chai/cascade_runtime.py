@@ -33,6 +33,7 @@ class Call:
 
     Attributes:
         cache: the call's.
+        real: bool ``[B, T]``, the new tokens that aren't padding.
         context: bool ``[B, T]``, the new tokens that belong to the context.
         ends: long ``[B]``, the place of the context's last token; -1 where it isn't among them.
         kept: bool ``[B, T, S]``, the tokens that each new one saw in the layer before; ``None``: all before it.
@@ -42,6 +43,7 @@ class Call:
     """
 
     cache: CascadeCache
+    real: Tensor
     context: Tensor
     ends: Tensor
     kept: Tensor | None = None
@@ -111,7 +113,8 @@ def _forward_on_cache(model: PreTrainedModel, rule: CascadeRule) -> Callable:
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attention_mask is a {type(mask).__name__}; valid: a 2-D or 4-D tensor, or none")
         rows, count = tokens.shape[:2]
-        call = Call(cache, *cache.advance(real_tokens(mask, rows, count, tokens.device)))
+        real = real_tokens(mask, rows, count, tokens.device)
+        call = Call(cache, real, *cache.advance(real))
         token = _CALL.set(call)
         try:
             output = original(**kwargs)
@@ -206,7 +209,7 @@ def _in_context(
 ) -> Tensor:
     """``[B, H, T, D]`` of a call with tokens of the context, and what they leave behind for the next layer."""
     rule, layer = call.cache.rule, cast(CascadeLayer, call.cache.layers[index])
-    for name in ("context", "ends", "kept", "heads", "votes", "sizes"):  # layers may be on several devices
+    for name in ("real", "context", "ends", "kept", "heads", "votes", "sizes"):  # layers may be on several devices
         held = getattr(call, name)
         setattr(call, name, None if held is None else held.to(query.device))
     seen = _choose_tokens(call, layer, rule.tokens[index], mask)
@@ -238,8 +241,9 @@ def _choose_tokens(call: Call, layer: CascadeLayer, share: float, mask: Tensor) 
     kept = keep_top(call.votes.masked_fill(own, torch.inf), candidates, share_of(mask.sum(-1), share))
     call.kept = kept
     place = torch.arange(length, device=mask.device)
-    last = kept[torch.arange(rows, device=mask.device), call.ends] | (place > length - count + call.ends[:, None])
-    before = torch.ones_like(last)
+    before = torch.nn.functional.pad(call.real, (length - count, 0), value=True)  # whatever is no padding
+    later = before & (place > length - count + call.ends[:, None])
+    last = kept[torch.arange(rows, device=mask.device), call.ends] | later
     if layer.kept is not None:
         before[:, : layer.kept.shape[1]] = layer.kept
     layer.kept = torch.where(call.ends[:, None] >= 0, last, before)

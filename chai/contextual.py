@@ -73,8 +73,9 @@ def head_norms(output: Tensor, heads: int) -> Tensor:
 
 
 def top_mask(scores: Tensor, keep: int) -> Tensor:
-    """Bool like ``scores`` (``[..., N]``): the ``keep`` largest of each token."""
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(keep, -1).indices, True)
+    """Bool like ``scores`` (``[..., N]``): the ``keep`` largest of each token; of equal ones the first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
 
 
 @contextmanager

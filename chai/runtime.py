@@ -163,7 +163,7 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
         if plain and cache.get_seq_length() == 0 and _one_pass(shape, cache, rows, count, tokens.device):
             cache.decide_in_layers()
             return _call(original, Call(cache, plain, one_pass=True), kwargs)
-        real = _real(mask, rows, count, tokens.device)
+        real = real_tokens(mask, rows, count, tokens.device)
         offset, outputs, begin = cache.get_seq_length(), [], 0
         for end in sorted({*cache.first.ends(real), count}):
             decided = cache.decided.nonzero()[:, 0] if cache.decided is not None else None
@@ -208,7 +208,7 @@ def _call(original: Callable, call: Call, kwargs: dict[str, Any]) -> Any:
         _CALL.reset(token)
 
 
-def _real(mask: Tensor | None, rows: int, count: int, device: torch.device) -> Tensor:
+def real_tokens(mask: Tensor | None, rows: int, count: int, device: torch.device) -> Tensor:
     """Bool ``[B, T]``: the new tokens that aren't padding, that is, that anything may attend to."""
     if mask is None:
         return torch.ones(rows, count, dtype=torch.bool, device=device)

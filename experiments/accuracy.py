@@ -69,6 +69,10 @@ def _score_all(folders: list[RunFolder], method: Method) -> int:
         model, tokenizer = load_model(source), load_tokenizer(source)
     except ModelError as error:
         return _fail_all(folders, str(error))
+    try:
+        method.check_weights(model)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from None
     failures = 0
     for folder in folders:
         try:

@@ -47,6 +47,7 @@ class ModelConfig:
     safetensors_only: bool = True  # refuse pickled weights
     random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
     clusters: Any = None  # the counts that `method.clusters` takes by default
+    predictor: str | None = None  # folder of a trained predictor, which `method.predictor` takes by default
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
     fingerprint: str | None = None  # of the weights at `path`; filled in
 
@@ -234,15 +235,14 @@ def check_clusters(config: DictConfig) -> None:
 
 
 def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
-    """``section`` (without its ``name`` and ``fingerprint``) as an instance of ``cls``, types checked.
+    """``section`` (without its ``name``) as an instance of ``cls``, types checked.
 
     Raises:
         ConfigError: a missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
     """
     values = OmegaConf.to_container(section, resolve=True)
     assert isinstance(values, dict)
-    for identity in ("name", "fingerprint"):
-        values.pop(identity, None)
+    values.pop("name", None)
     fields = {item.name: item for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from experiments.config import ConfigError
 from experiments.runs import read_json
@@ -23,18 +23,20 @@ def settle_identity(config: DictConfig) -> None:
     """Fill in the fingerprints of local files, and name the model by what it is.
 
     A folder whose shape isn't that of the chosen model (``model.path`` given alone) is named after the folder and
-    loses the counts that were the other model's. Random weights are never filed under the real model's name.
+    loses the counts and the predictor that were the other model's. Random weights are never filed under the real
+    model's name, and have no predictor either.
     """
     model = config.model
     if model.random_init:
         model.name = f"{model.name}-random"
+        model.predictor = None
     elif model.path is not None:
         folder = Path(model.path)
         found = read_json(folder / "config.json")
         expected = model.architecture
         if found and any(found.get(key) != expected[key] for key in SHAPE if key in expected):
             model.name = folder.resolve().name
-            model.clusters = None
+            model.clusters = model.predictor = None
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():
@@ -45,16 +47,6 @@ def settle_identity(config: DictConfig) -> None:
             config.corpus.name = path.stem
         if path.is_file():
             config.corpus.fingerprint = fingerprint_file(path)
-    if config.method.get("profile") is not None:
-        about = profile_about(config)
-        with open_dict(config.method):
-            config.method.fingerprint = hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else None
-
-
-def profile_about(config: DictConfig) -> Path:
-    """The ``profile.json`` that ``method.profile`` names by its folder or by one of its files."""
-    path = Path(config.method.profile)
-    return (path.parent if path.suffix in (".json", ".safetensors") else path) / "profile.json"
 
 
 def check_profile(config: DictConfig) -> None:
@@ -65,7 +57,8 @@ def check_profile(config: DictConfig) -> None:
     """
     if config.method.get("profile") is None or config.model.random_init:
         return
-    there = (read_json(profile_about(config)) or {}).get("model", {})
+    path = Path(config.method.profile)
+    there = (read_json((path if path.is_dir() else path.parent) / "profile.json") or {}).get("model", {})
     for name, here in (("fingerprint", config.model.fingerprint), ("id", config.model.hub_id)):
         if None not in (there.get(name), here) and there[name] != here:
             raise ConfigError(

@@ -9,7 +9,7 @@ import pandas as pd
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from chai.cache import ClusteredCache, cache_bytes
+from chai.cache import cache_bytes
 from chai.costs import layer_shape
 from chai.methods.base import Method
 from chai.methods.mha import Mha
@@ -75,11 +75,11 @@ def decode(model: PreTrainedModel, method: Method, length: int, options: Options
             steps,
         )
     live = cache_bytes(cache)
-    counts = method.heads_kept(model.config)
+    counts = (method if method.saving == "real" else Mha()).heads_kept(model.config)  # a mask drops nothing
     return {
         "steps": steps,
         "cache_bytes": live,
-        "allocated_bytes": cache.nbytes_allocated if isinstance(cache, ClusteredCache) else live,
+        "allocated_bytes": getattr(cache, "nbytes_allocated", live),
         "formula_bytes": formula_bytes(cache, counts, layer_shape(model), model.dtype.itemsize, options.rows),
         "peak_bytes": peak,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import platform
 import time
 import traceback
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
 
 from chai.cache import ClusteredCache, ClusteredLayer
+from chai.cascade import CascadeCache
 from chai.costs import layer_shape
 from chai.methods import load_method
 from chai.methods.base import Method
@@ -125,7 +127,12 @@ def run_probe(
 
     def work() -> dict[str, Any]:
         with torch.no_grad():
-            subject = Subject(load_model(source), config.method.name, method, lengths, folder)
+            model = load_model(source)
+            try:
+                method.check_weights(model)
+            except ValueError as error:
+                raise RunError(f"method: {error}") from None
+            subject = Subject(model, config.method.name, method, lengths, folder)
             return common(config, subject, options) | measure(subject, options)
 
     code = record(folder, work)
@@ -158,10 +165,16 @@ def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[
     }
 
 
-def record(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> int:
-    """Do the work of a run between its start and its end, whatever that is; returns the exit code."""
+def record(folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: tuple[str, ...] = ()) -> int:
+    """Do the work of a run between its start and its end, whatever that is; returns the exit code.
+
+    Args:
+        folder: of the run.
+        work: returns the result.
+        keep: files of an earlier start to go on from.
+    """
     try:
-        folder.start()
+        folder.start(keep=keep)
         folder.finish(work())
         return 0
     except (RunError, ModelError) as error:
@@ -288,9 +301,11 @@ def random_tokens(model: PreTrainedModel, rows: int, length: int, seed: int = 0)
 def fill(model: PreTrainedModel, cache: Cache, rows: int, length: int) -> None:
     """Bring a cache to ``length`` tokens: the first through the model, so that memberships are real, then random ones.
 
-    A token's time and memory don't depend on what the cache holds, and filling takes no prefill of the whole.
+    A token's time and memory don't depend on what the cache holds, and filling takes no prefill of the whole; but where
+    the method chooses among all tokens of a context.
     """
-    model(random_tokens(model, rows, min(FIRST, length)), past_key_values=cache, use_cache=True)
+    first = length if hasattr(cache, "contexts") else min(FIRST, length)
+    model(random_tokens(model, rows, first), past_key_values=cache, use_cache=True)
     missing = length - cache.get_seq_length()
     if missing <= 0:
         return
@@ -304,10 +319,16 @@ def formula_bytes(cache: Cache, heads: list[int], shape: Any, itemsize: int, row
     """What the cache must hold by arithmetic: in each layer the key heads that are read, and all values.
 
     With grouped queries the membership says which key heads are read; without, there is one for each representative.
+    Of a pruned context, each layer's share of the tokens, and keys and values of the heads that are left.
     """
     total = 0
     for index, (layer, k) in enumerate(zip(cache.layers, heads, strict=True)):
         kept = shape.kept_keys(k)
+        if isinstance(cache, CascadeCache):
+            context = math.ceil(cache.rule.tokens[index] * cache.split - 1e-9)
+            both = 2 * (layer.left.stored.shape[1] if layer.left is not None else shape.key_heads)
+            total += rows * (context + cache.get_seq_length() - cache.split) * shape.size * both * itemsize
+            continue
         if isinstance(layer, ClusteredLayer) and shape.key_heads != shape.heads and isinstance(cache, ClusteredCache):
             clusters = cache.clusters(index)
             assert clusters is not None

@@ -22,9 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 
 #: What a run's result doesn't depend on: where it ran and where its files were.
 MACHINE_ONLY = (
-    "device", "results_dir", "force", "model.device_map", "model.path", "task.data_dir",
-    "experiment.install", "experiment.checkpoint_every", "corpus.path", "method.profile",
+    "device", "results_dir", "force", "model.device_map", "model.path", "model.predictor", "task.data_dir",
+    "experiment.install", "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
+#: Paths that count by what the files there hold, of a folder all of them or the one that is named here.
+BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
 
 
 class RunError(Exception):
@@ -36,13 +38,38 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
     whole = OmegaConf.to_container(config, resolve=True)
     assert isinstance(whole, dict)
     for key in MACHINE_ONLY:
-        *parents, last = key.split(".")
-        node: Any = whole
-        for parent in parents:
-            node = node.get(parent) or {}
+        node, last = _parent(whole, key)
         node.pop(last, None)
+    for key, name in BY_CONTENT.items():
+        node, last = _parent(whole, key)
+        if node.get(last) is not None:
+            path = Path(node[last])
+            if name is not None:
+                path = (path if path.is_dir() else path.parent) / name
+            node[last] = content_digest(path) or node[last]
     # What an experiment doesn't have at all can't tell its runs apart.
     return {str(key): value for key, value in whole.items() if value is not None or key not in ("profile", "corpus")}
+
+
+def _parent(whole: dict[Any, Any], key: str) -> tuple[dict[Any, Any], str]:
+    """Where a dotted key is found: the dictionary and its last part."""
+    *parents, last = key.split(".")
+    node: Any = whole
+    for parent in parents:
+        node = node.get(parent) or {}
+    return node, last
+
+
+def content_digest(path: Path) -> str | None:
+    """Twelve hexadecimal digits for a file, or for the files of a folder; ``None`` where there are none."""
+    files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode() if file != path else b"")
+        with open(file, "rb") as handle:
+            while block := handle.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()[:12] if files else None
 
 
 def digest(value: Any) -> str:

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.cache import ClusteredCache, cache_bytes
+from chai.cache import cache_bytes
 from chai.methods.base import Method
 from experiments.runs import RunError
 
@@ -35,7 +35,7 @@ class KvLedger:
         held = cache_bytes(cache)
         self.sequences += sequences
         self.held += held
-        self.held_mha += cache.nbytes_mha if isinstance(cache, ClusteredCache) else held
+        self.held_mha += getattr(cache, "nbytes_mha", held)  # the stock cache holds just that
         self.key_heads.append([layer.keys.shape[1] for layer in cache.layers])
 
     def per_sequence(self) -> dict[str, Any]:
@@ -57,15 +57,37 @@ class MethodLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.method = method
         self.ledger = KvLedger()
+        self.contexts: dict[tuple[int, ...], int] = {}
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """Note where the context of each request ends, for methods to which that makes a difference."""
+        self.contexts = {}
+        for _, context, continuation in requests:
+            tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+            length = max(len(tokens) - len(continuation) + 1, 1)
+            # Requests of the same tokens share a row: nothing that is a continuation in one of them may be context.
+            key = _without_padding(tokens)
+            self.contexts[key] = min(length, self.contexts.get(key, length))
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         cache = self.method.new_cache(self.model)
+        if hasattr(cache, "contexts"):
+            cache.contexts = torch.tensor([self.contexts[_without_padding(row)] for row in inps.tolist()])
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
         self.ledger.add(cache, len(inps))
         return logits
+
+
+def _without_padding(tokens: list[int]) -> tuple[int, ...]:
+    """Tokens without the zeros at their end: lm-eval pads with these."""
+    end = len(tokens)
+    while end and tokens[end - 1] == 0:
+        end -= 1
+    return tuple(tokens[:end])
 
 
 @contextmanager

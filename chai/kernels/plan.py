@@ -52,14 +52,8 @@ class HeadPlan:
             own = torch.arange(clusters.k, device=clusters.representatives.device)
             return cls(clusters, own.expand_as(clusters.representatives), clusters.representatives)
         wanted = clusters.representatives // (clusters.heads // key_heads)  # [B, k]
-        needed = torch.nn.functional.one_hot(wanted, key_heads).amax(1).bool()  # [B, key_heads]
-        most = int(needed.sum(1).max())
-        if most == key_heads:
-            return cls.with_all_keys(clusters, key_heads)
-        # A stable sort puts each row's needed heads first, in their own order.
-        kept = (~needed).to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
-        kept = torch.where(needed.gather(1, kept), kept, kept[:, :1])
-        return cls(clusters, (needed.cumsum(1) - 1).gather(1, wanted), kept)
+        places, kept = read_key_heads(wanted, key_heads)
+        return cls(clusters, places, kept)
 
     @property
     def stored(self) -> int:
@@ -130,6 +124,27 @@ class HeadPlan:
         """The same for a batch whose rows were selected, reordered or repeated (or moved to another device)."""
         clusters = HeadClusters(select(self.clusters.assignment), select(self.clusters.representatives))
         return HeadPlan(clusters, select(self.key_heads), select(self.kept))
+
+
+def read_key_heads(wanted: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
+    """Which key heads to store where only some are read.
+
+    Args:
+        wanted: long ``[B, k]``, the key head that each of k query heads reads.
+        key_heads: the model's.
+
+    Returns:
+        the place of each of ``wanted`` among the stored ones, ``[B, k]``, and those, ``[B, n]``: as many as the row
+        with the most needs; other rows repeat one.
+    """
+    needed = torch.nn.functional.one_hot(wanted, key_heads).amax(1).bool()  # [B, key_heads]
+    most = int(needed.sum(1).max())
+    if most == key_heads:
+        return wanted, torch.arange(key_heads, device=wanted.device).expand(len(wanted), -1)
+    # A stable sort puts each row's needed heads first, in their own order.
+    kept = (~needed).to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
+    kept = torch.where(needed.gather(1, kept), kept, kept[:, :1])
+    return (needed.cumsum(1) - 1).gather(1, wanted), kept
 
 
 def _once(heads: Tensor) -> list[list[int]]:

@@ -53,6 +53,13 @@ class Method(ABC):
             ValueError: it can't; names what is wrong and what is valid.
         """
 
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Verify what only the loaded weights tell.
+
+        Raises:
+            ValueError: the method was prepared for other weights.
+        """
+
 
 @dataclass
 class ClusteredMethod(Method):

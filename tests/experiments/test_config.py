@@ -50,7 +50,7 @@ def test_every_yaml_composes(group, name):
 def test_every_method_yaml_is_its_dataclass(name):
     """The YAML lists all hyper-parameters with the defaults that the library has, and nothing else."""
     cls = load_method(name)
-    config = compose_config([f"method={name}"])
+    config = compose_config([f"method={name}", "model.clusters=null"])
     method = to_dataclass(cls, config.method, "method")
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     assert set(fields) == set(config.method) - {"name"}
@@ -85,7 +85,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["method=chia"], "unknown method 'chia' (did you mean 'chai'?); valid: chai, mha, random"),
+        (["method=chia"], "unknown method 'chia' (did you mean 'chai'?); valid: chai, dejavu, mha, random, spatten"),
         (["-m", "method=mha,chia"], "unknown method 'chia'"),
         (["modle=tiny"], "unknown key 'modle' (did you mean 'model'?); valid: batch_size"),
         (["method.tokns=3"], "unknown key 'method.tokns' (did you mean 'method.tokens'?); valid in method: clusters"),
@@ -111,7 +111,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["task=micro", "task.metric=acc"], "task.metric can't be set for a group of tasks"),
         (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),
         (["task=piqa", "task.data_dir=x", "task.data_file=null"], "has no task.data_file"),
-        (["method.name=chia"], "method.name is what method=... sets; valid: chai, mha, random"),
+        (["method.name=chia"], "method.name is what method=... sets; valid: chai, dejavu, mha, random, spatten"),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(arguments, expected):

@@ -66,6 +66,26 @@ def test_latency_has_a_row_for_everything(tmp_path, capsys):
     assert run(tmp_path, *settings) == 0 and "done already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key_heads", [8, 4])
+def test_pruned_contexts_and_masks_have_formulas_of_their_own(tmp_path, key_heads):
+    """SpAtten's cache is its schedule's; DejaVu's mask leaves everything in it."""
+    grouped = f"model.architecture.num_key_value_heads={key_heads}"
+    settings = [grouped, "experiment=memory", "experiment.lengths=[64,100]", "experiment.steps=8"]
+    for method in (["method=spatten", "method.unpruned_heads=0"], ["method=dejavu", "method.predictor=oracle"]):
+        assert run(tmp_path, *settings, *method) == 0
+    for name in ("spatten", "dejavu"):
+        _, rows = only(tmp_path, f"memory/tiny-random/{name}/none/*")
+        assert (rows.cache_bytes == rows.formula_bytes).all()
+    assert (rows.cache_bytes == rows.groupby("length").cache_bytes.transform("max")).all()  # dejavu's
+    _, rows = only(tmp_path, "memory/tiny-random/spatten/none/*")
+    pruned = rows[(rows.method == "spatten") & (rows.length == 100)].cache_bytes.item()
+    whole = rows[(rows.method == "mha") & (rows.length == 100)].cache_bytes.item()
+    # The second layer holds half the 92 tokens of the context, and those decoded; of 6 heads, with groups of 2 no fewer
+    # than 3 and no more than 4 key heads.
+    kept = (6,) if key_heads == 8 else (3, 4)
+    assert pruned in {whole * (100 * key_heads + (46 + 8) * heads) // (2 * 100 * key_heads) for heads in kept}
+
+
 def test_memory_equals_the_formula_exactly(tmp_path, capsys):
     settings = ["experiment=memory", "method.clusters=[3,8]", "experiment.lengths=[64,200]", "experiment.steps=40"]
     assert run(tmp_path, *settings) == 0

@@ -1,0 +1,256 @@
+"""DejaVu against a slow loop over tokens and heads, against multi-head attention, and its predictors on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from chai.contextual import find_blocks, kept_of, observed
+from chai.methods import Dejavu
+from chai.predictor import Predictor, load_predictor, model_shape, sample_weights
+from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
+from tests.oracle import attend_one_by_one
+
+NAME = "oracle_norms"
+
+
+def write(path, fill):
+    fill(path)
+
+
+def make_predictor(model, folder, seed=0, neurons=0):
+    """A random predictor that says it was trained for ``model``."""
+    torch.manual_seed(seed)
+    predictor = Predictor(model_shape(model.config), 5, neurons, 7 if neurons else 0)
+    predictor.fingerprint.copy_(sample_weights(model))
+    folder.mkdir(exist_ok=True)
+    predictor.save(folder, write)
+    return str(folder)
+
+
+def slow_logits(model, batch, keep, predictor=None):
+    """fp64, one token and one head at a time; heads scored by their norm, or by the predictor's equation."""
+    exact, hidden = copy.deepcopy(model).double(), {}
+
+    def forward(module, query, key, value, attention_mask, scaling=None, **_):
+        rows, heads = query.shape[:2]
+        sources = torch.arange(heads).expand(rows, -1)
+        out = attend_one_by_one(query, key, value, scaling, attention_mask, sources, 0)  # [B, H, T, D]
+        for b in range(rows):
+            for t in range(query.shape[2]):
+                if predictor is None:
+                    scores = [float(sum(x * x for x in out[b, h, t])) for h in range(heads)]
+                else:
+                    net, x = predictor.heads[module.layer_idx], hidden[module.layer_idx][b, t]
+                    middle = (net.down.weight.double() @ x + net.down.bias.double()).clamp(min=0)
+                    scores = (net.up.weight.double() @ middle + net.up.bias.double()).tolist()
+                for h in sorted(range(heads), key=lambda h: (scores[h], -h))[
+                    : heads - keep
+                ]:  # of equal ones the first stays
+                    out[b, h, t] = 0
+        return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    for index, block in enumerate(find_blocks(exact)):
+        block.attention.register_forward_pre_hook(
+            lambda _, args, kwargs, index=index: hidden.update({index: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    exact.set_attn_implementation(NAME)
+    return exact(**batch, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scored_by", ["oracle", "predictor"])
+@torch.no_grad()
+def test_logits_equal_the_slow_loop(family, scored_by, tmp_path):
+    model, batch = make_model(family), make_batch([6, 9, 4])
+    path = "oracle" if scored_by == "oracle" else make_predictor(model, tmp_path)
+    with Dejavu(predictor=path, sparsity=0.5)(model):
+        logits = model(**batch).logits
+    expected = slow_logits(model, batch, HEADS // 2, None if scored_by == "oracle" else load_predictor(tmp_path))
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real].double(), expected[real], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    sparsity=st.sampled_from([0.1, 0.3, 0.5, 0.8, 0.99]),
+    side=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_any_batch_equals_the_slow_loop(lengths, sparsity, side, seed):
+    model, batch = make_model("qwen2", seed), make_batch(lengths, seed, side)
+    method = Dejavu(predictor="oracle", sparsity=sparsity)
+    (keep,) = set(method.heads_kept(model.config))
+    assert keep == max(1, round(HEADS * (1 - sparsity)))
+    with method(model):
+        logits = model(**batch).logits
+    expected = slow_logits(model, batch, keep)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real].double(), expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_nothing_masked_is_multi_head_attention(family, side):
+    model, batch = make_model(family), make_batch([9, 12, 3], side=side)
+    expected = model(**batch).logits
+    left = make_batch([9, 12, 3])
+    tokens = model.generate(**left, max_new_tokens=8, do_sample=False)
+    with Dejavu(predictor="oracle", sparsity=0.0)(model):
+        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model.generate(**left, max_new_tokens=8, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@torch.no_grad()
+def test_generation_equals_scoring_the_whole_text(family, tmp_path):
+    """The choice is each token's own, so steps, beams' prefixes and padding change nothing."""
+    model, lengths = make_model(family), [9, 12, 3]
+    batch = make_batch(lengths)
+    with Dejavu(predictor=make_predictor(model, tmp_path), sparsity=0.5)(model):
+        steps = model.generate(
+            **batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for row, length in enumerate(lengths):
+            whole = model(steps.sequences[row, 12 - length :][None]).logits[0, -7:-1]
+            stepwise = torch.stack([logits[row] for logits in steps.logits])
+            torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
+        together = model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False)
+        alone = model.generate(batch["input_ids"][1:2], max_new_tokens=6, num_beams=3, do_sample=False)
+    assert torch.equal(together[1], alone[0])
+
+
+@pytest.mark.parametrize("scored_by", ["oracle", "predictor"])
+@torch.no_grad()
+def test_neurons_of_a_relu_model(scored_by, tmp_path):
+    """Neurons alone: equal to an activation function that zeroes all but the top ones, token by token."""
+    model, batch = make_model("opt"), make_batch([6, 8])
+    path = "oracle" if scored_by == "oracle" else make_predictor(model, tmp_path, neurons=96)
+    with Dejavu(predictor=path, sparsity=0.0, mlp_sparsity=0.75)(model):
+        logits = model(**batch).logits
+    slow, read = copy.deepcopy(model), {}
+    predictor = None if scored_by == "oracle" else load_predictor(tmp_path)
+
+    class Few(torch.nn.Module):
+        """ReLU, then one token after the other all but the top quarter of the neurons zeroed."""
+
+        def __init__(self, index):
+            super().__init__()
+            self.index = index
+
+        def forward(self, value):
+            value = value.clamp(min=0)
+            for place, neurons in enumerate(value):
+                scores = neurons if predictor is None else predictor.neurons[self.index](read[self.index][place])
+                for neuron in sorted(range(96), key=lambda n: (float(scores[n]), -n))[:72]:
+                    neurons[neuron] = 0
+            return value
+
+    for index, layer in enumerate(slow.model.decoder.layers):
+        layer.fc1.register_forward_pre_hook(lambda _, args, index=index: read.update({index: args[0]}))
+        layer.activation_fn = Few(index)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], slow(**batch).logits[real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_observed_is_what_the_model_computes():
+    model, batch = make_model("opt"), make_batch([7, 7])
+    with observed(model, mlp=True) as layers:
+        model(**batch)
+    fed = {}
+    model.model.decoder.layers[1].self_attn.out_proj.register_forward_pre_hook(lambda _, args: fed.update(x=args[0]))
+    model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda _, args: fed.update(neurons=args[0]))
+    model(**batch)
+    expected = fed["x"].view(14, HEADS, -1).pow(2).sum(-1).sqrt()
+    torch.testing.assert_close(layers[1].norms, expected)
+    assert torch.equal(layers[1].active, fed["neurons"].reshape(14, -1) > 0)
+    assert layers[1].hidden.shape == layers[1].mlp_hidden.shape == (14, 64)
+
+
+@torch.no_grad()
+def test_model_is_restored_also_after_an_exception():
+    model, batch = make_model("llama"), make_batch([9])
+    before = model(**batch).logits
+    with pytest.raises(KeyError), Dejavu(predictor="oracle")(model):
+        assert not torch.equal(model(**batch).logits, before)
+        raise KeyError
+    assert torch.equal(model(**batch).logits, before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_predictor_fits_its_model_in_any_dtype(dtype, tmp_path):
+    model = make_model("llama")
+    method = Dejavu(predictor=make_predictor(model, tmp_path))
+    method.check_weights(model.to(dtype))
+
+
+def test_predictors_of_other_models_are_refused(tmp_path):
+    model = make_model("llama")
+    method = Dejavu(predictor=make_predictor(model, tmp_path))
+    with pytest.raises(ValueError, match="same shape with other weights.*experiment=train_dejavu"):
+        method.check_weights(make_model("llama", seed=1))
+    with pytest.raises(ValueError, match="same shape with other weights"), method(make_model("llama", seed=1)):
+        pass
+    with pytest.raises(ValueError, match="model_type=llama, this one has opt"):
+        method.check(make_model("opt").config)
+    changed = json.loads((tmp_path / "predictor.json").read_text())
+    (tmp_path / "predictor.json").write_text(json.dumps({**changed, "num_attention_heads": 4}))
+    with pytest.raises(ValueError, match="num_attention_heads=4, this one has 8"):
+        method.check(model.config)
+
+
+def test_what_is_no_predictor_is_one_line(tmp_path):
+    model = make_model("llama")
+    for broken in ("no folder", "no json", "other json", "cut off", "other sizes"):
+        folder = tmp_path / broken.replace(" ", "_")
+        if broken != "no folder":
+            make_predictor(model, folder)
+        if broken == "no json":
+            (folder / "predictor.json").write_text("{")
+        elif broken == "other json":
+            (folder / "predictor.json").write_text('{"hidden_size": 64}')
+        elif broken == "cut off":
+            whole = (folder / "predictor.safetensors").read_bytes()
+            (folder / "predictor.safetensors").write_bytes(whole[: len(whole) // 2])
+        elif broken == "other sizes":
+            record = json.loads((folder / "predictor.json").read_text())
+            (folder / "predictor.json").write_text(json.dumps({**record, "bottleneck": 6}))
+        with pytest.raises(ValueError, match="predictor") as error, Dejavu(predictor=str(folder))(model):
+            pass
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no predictor for this model; train one.*oracle"):
+        Dejavu(predictor=None).check(model.config)
+
+
+def test_wrong_values_are_refused():
+    with pytest.raises(ValueError, match="sparsity is 1.0; valid: 0 to below 1"):
+        Dejavu(predictor="oracle", sparsity=1.0)
+    with pytest.raises(ValueError, match="mlp_sparsity needs a model with ReLU.*silu"):
+        Dejavu(predictor="oracle", mlp_sparsity=0.5).check(make_model("llama").config)
+
+
+def test_neurons_need_a_predictor_of_neurons(tmp_path):
+    model = make_model("opt")
+    with pytest.raises(ValueError, match="no neurons: train it with experiment.mlp=true"):
+        Dejavu(predictor=make_predictor(model, tmp_path), mlp_sparsity=0.5).check(model.config)
+
+
+def test_a_model_has_as_many_blocks_as_layers():
+    for family in FAMILIES:
+        assert len(find_blocks(make_model(family))) == LAYERS
+    assert [kept_of(16, sparsity) for sparsity in (0.0, 0.1, 0.3, 0.5, 0.99)] == [16, 14, 11, 8, 1]

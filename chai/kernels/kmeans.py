@@ -138,14 +138,14 @@ def pairwise(points, distances):  # type: ignore[no-untyped-def]
         for i in range(count):
             square = 0.0
             for f in range(size):
-                square += (own[i, f] - own[0, f]) ** 2
+                square += (np.float64(own[i, f]) - own[0, f]) ** 2
             extent = max(extent, square)
         for i in range(count):
             found[i, i] = 0
             for j in range(i):
                 square = 0.0
                 for f in range(size):
-                    square += (own[i, f] - own[j, f]) ** 2
+                    square += (np.float64(own[i, f]) - own[j, f]) ** 2
                 found[i, j] = found[j, i] = max(square - 1e-12 * extent, 0.0)
 
 

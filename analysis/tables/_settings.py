@@ -30,10 +30,12 @@ def defaults(path: str) -> dict[str, Any]:
 
 
 def unusual(score: Score) -> dict[str, Any]:
-    """The hyper-parameters of a run that aren't its method's defaults."""
+    """The hyper-parameters of a run that aren't its method's defaults; a count for all layers always is one."""
     usual = defaults(f"method/{score.method}")
     return {
-        key: value for key, value in score.settings.items() if value != _resolved(usual.get(key, ...), score.config)
+        key: value
+        for key, value in score.settings.items()
+        if value != _resolved(usual.get(key, ...), score.config) or (key == "clusters" and isinstance(value, int))
     }
 
 

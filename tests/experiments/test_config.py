@@ -52,7 +52,7 @@ def test_every_method_yaml_is_its_dataclass(name):
     cls = load_method(name)
     config = compose_config([f"method={name}", "model.clusters=null"])
     method = to_dataclass(cls, config.method, "method")
-    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    fields = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
     assert set(fields) == set(config.method) - {"name"}
     for key, default in fields.items():
         if default is not dataclasses.MISSING:

@@ -42,7 +42,7 @@ class Static(ClusteredMethod):
         if self._profile is None:
             raise ValueError(
                 "no profile of this model is known: make one with python run.py experiment=profile model=NAME, "
-                "then give its folder, method.profile=FOLDER"
+                "then give its folder, method.profile=FOLDER (in a sweep over methods: model.profile=FOLDER)"
             )
 
     def with_count(self, k: int) -> ClusteredMethod:

@@ -1,8 +1,8 @@
-"""The K,V cache of a clustered model: keys of the heads that are read, values of every head.
+"""The K,V cache of a clustered model: keys of the heads that are read, values of every head or of the same ones.
 
 All state of a sequence lives here: where its first tokens stand, their queries, the membership found from them, the
 keys kept. Until every row of the batch has its membership a layer keeps all keys; then it drops the others for good
-(paper, section 3.5).
+(paper, section 3.5), and where representatives' values stand for their members' (Table 4, CHAI-QKV) the values too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ class ClusteredLayer(GrowingLayer):
 
     Attributes:
         keys: ``[B, H_key, S, D]`` until compacted, then ``[B, n, S, D]`` with the ``n`` key heads that are read.
-        values: ``[B, H_value, S, D]``, always all heads.
+        values: ``[B, H_value, S, D]``, all heads; with ``shares_values`` those of ``keys`` once compacted.
         queries: ``[B, H, tokens, D]``, queries of the first tokens while the membership is open.
         plan: who reads what; of the decided rows alone until compacted, ``None`` before.
         compacted: keys of redundant heads have been dropped (all rows have their membership).
         undivided: the next tokens are a whole prompt, from which :meth:`decide_now` decides.
     """
 
-    def __init__(self, key_heads: int, reserve: int = 0) -> None:
-        self.key_heads = key_heads  # the model's
+    def __init__(self, key_heads: int, reserve: int = 0, shares_values: bool = False) -> None:
+        self.key_heads = key_heads  # the model's, which has as many value heads
+        self.shares_values = shares_values
         super().__init__(reserve)
 
     def reset(self) -> None:
@@ -51,18 +52,19 @@ class ClusteredLayer(GrowingLayer):
         """Bytes that all key heads and all values of these tokens take."""
         if self.keys is None or self.values is None:
             return 0
-        return self.keys[:, :1].nbytes * self.key_heads + self.values.nbytes
+        return (self.keys[:, :1].nbytes + self.values[:, :1].nbytes) * self.key_heads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new tokens; returns the keys that are kept and all values.
+        """Append new tokens; returns the keys and values that are kept.
 
         ``key_states`` is ``[B, H_key, T, D]``, or only the heads that are kept once compacted; ``value_states`` is
-        ``[B, H_value, T, D]``.
+        ``[B, H_value, T, D]``, likewise if their values are shared.
         """
         if self.undivided:  # most of these keys are dropped in a moment
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, self.held_values.append(value_states)
+            self.keys = key_states
+            self.values = value_states if self.shares_values else self.held_values.append(value_states)
             self.undivided = False
             return self.keys, self.values
         if self.compacted:
@@ -71,6 +73,8 @@ class ClusteredLayer(GrowingLayer):
                 self.plan = self.plan.map_rows(lambda tensor: tensor.to(key_states.device))
             if key_states.shape[1] != self.plan.stored:
                 key_states = take_heads(key_states, self.plan.kept)
+            if self.shares_values and value_states.shape[1] != self.plan.stored:
+                value_states = take_heads(value_states, self.plan.kept)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def observe(self, query: Tensor, found: Tensor, index: Tensor, scaling: float) -> None:
@@ -88,7 +92,7 @@ class ClusteredLayer(GrowingLayer):
         self.scaling = scaling
 
     def decide_now(self, index: int, query: Tensor, key: Tensor, rule: MembershipRule, scaling: float) -> HeadPlan:
-        """Find this layer's membership before other layers have theirs, and store what it keeps of the first keys.
+        """Find this layer's membership before other layers have theirs, and store what it keeps of the prompt.
 
         Args:
             index: of this layer.
@@ -98,10 +102,13 @@ class ClusteredLayer(GrowingLayer):
             scaling: factor of the scores.
         """
         assert self.keys is not None
-        keys = self.keys
+        assert self.values is not None
+        keys, values = self.keys, self.values
         self.compact(rule.decide([index], query[None], key[None], scaling)[0])
         assert self.plan is not None
         self.keys = self.held_keys.append(take_heads(keys, self.plan.kept))
+        if self.shares_values:
+            self.values = self.held_values.append(take_heads(values, self.plan.kept))
         return self.plan
 
     def assign(self, ready: Tensor, clusters: HeadClusters) -> HeadClusters:
@@ -129,7 +136,7 @@ class ClusteredLayer(GrowingLayer):
         return clusters
 
     def compact(self, clusters: HeadClusters) -> None:
-        """Keep only the key heads that representatives read; called when every row has its membership."""
+        """Keep only the heads that representatives read; called when every row has its membership."""
         plan = HeadPlan.with_read_keys(clusters, self.key_heads)
         self.compacted, self.queries = True, None
         if self.keys is not None:
@@ -137,6 +144,8 @@ class ClusteredLayer(GrowingLayer):
         self.plan = plan
         if self.held_keys.length:
             self.keys = self.held_keys.replace(lambda keys: take_heads(keys, plan.kept))
+            if self.shares_values:
+                self.values = self.held_values.replace(lambda values: take_heads(values, plan.kept))
 
     def map_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Rows of everything, membership included."""

@@ -48,6 +48,10 @@ class HeadClusters:
         """The number of clusters."""
         return self.representatives.shape[1]
 
+    def repeated(self, rows: int, device: torch.device) -> HeadClusters:
+        """The membership of one row for ``rows`` of them, on ``device``."""
+        return HeadClusters(*(tensor.to(device).repeat(rows, 1) for tensor in (self.assignment, self.representatives)))
+
     def check(self) -> None:
         """Verify the contract on the values themselves (reads the tensors, so not for the hot path).
 

@@ -20,6 +20,11 @@ class MembershipRule(Protocol):
         """Real tokens of multi-head attention before the membership is decided; 0: it is known from the start."""
         ...
 
+    @property
+    def shares_values(self) -> bool:
+        """A representative's values stand for its members' too."""
+        ...
+
     def clusters_of(self, layer: int) -> int:
         """K of this layer."""
         ...

@@ -1,4 +1,4 @@
-"""The projections to queries and keys, only for the heads that are read once the membership is known.
+"""The projections to queries, keys and shared values, only for the heads that are read once the membership is known.
 
 ``W_Q`` has a block of rows for each head. A call whose rows (of the batch) all want the same heads multiplies by these
 blocks as they lie in memory, neighbours together; nothing is copied, and nothing is stored beside the model's weights.
@@ -25,7 +25,7 @@ OVERHEAD = 2_000_000
 
 @contextmanager
 def sliced_projections(model: PreTrainedModel, active_cache: Callable[[], ClusteredCache | None]) -> Iterator[None]:
-    """Replace the forward of every ``q_proj`` and ``k_proj`` inside the block.
+    """Replace the forward of every ``q_proj``, ``k_proj`` and ``v_proj`` inside the block.
 
     Layers whose projections aren't plain ``nn.Linear`` (quantised, with adapters, offloaded, or fused into one) stay as
     they are: all heads are computed and the redundant ones dropped.
@@ -35,15 +35,15 @@ def sliced_projections(model: PreTrainedModel, active_cache: Callable[[], Cluste
     with ExitStack() as stack:
         for module in model.modules():
             index = getattr(module, "layer_idx", None)
-            both = [getattr(module, name, None) for name in ("q_proj", "k_proj")]
-            if not isinstance(index, int) or not all(type(one) is nn.Linear for one in both):
+            found = {kind: getattr(module, f"{kind[0]}_proj", None) for kind in ("query", "key", "value")}
+            if not isinstance(index, int) or not all(type(found[kind]) is nn.Linear for kind in ("query", "key")):
                 continue
             # OPT cuts what it projects into a fixed number of heads; the others into as many as there are.
             fixed, size = hasattr(module, "num_heads"), cast(int, module.head_dim)
-            for linear, of_queries in zip(cast(list[nn.Linear], both), (True, False), strict=True):
-                if "forward" in linear.__dict__:  # wrapped by another library (offloading)
+            for kind, linear in found.items():
+                if type(linear) is not nn.Linear or "forward" in linear.__dict__:  # the latter by offloading
                     continue
-                forward = _forward(linear, index, size, of_queries, fixed, active_cache)
+                forward = _forward(linear, index, size, kind, fixed, active_cache)
                 stack.enter_context(replaced_forward(linear, forward))
         yield
 
@@ -52,11 +52,11 @@ def _forward(
     linear: nn.Linear,
     index: int,
     size: int,
-    of_queries: bool,
+    kind: str,
     fixed: bool,
     active_cache: Callable[[], ClusteredCache | None],
 ) -> Callable[[Tensor], Tensor]:
-    """A projection's forward: all heads, or those of the representatives."""
+    """A projection's forward (to ``query``, ``key`` or ``value``): all heads, or those of the representatives."""
     total = linear.out_features // size
 
     def forward(hidden: Tensor) -> Tensor:
@@ -64,7 +64,9 @@ def _forward(
         layer = cache.layers[index] if cache is not None else None
         if not isinstance(layer, ClusteredLayer) or not layer.compacted or layer.plan is None:
             return functional.linear(hidden, linear.weight, linear.bias)
-        wanted = layer.plan.representative_rows if of_queries else layer.plan.kept_rows
+        if kind == "value" and not layer.shares_values:
+            return functional.linear(hidden, linear.weight, linear.bias)
+        wanted = layer.plan.representative_rows if kind == "query" else layer.plan.kept_rows
         choice = _choose(wanted, total, hidden.shape, size)
         if choice is None:
             return functional.linear(hidden, linear.weight, linear.bias)

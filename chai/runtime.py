@@ -35,7 +35,7 @@ from chai.attention import take_heads
 from chai.cache import ClusteredCache, ClusteredLayer
 from chai.costs import LayerShape, layer_shape
 from chai.growing import GrowingLayer
-from chai.kernels import all_heads_attention, attend
+from chai.kernels import all_heads_attention, attend, shared_values_attention
 from chai.membership import MembershipRule
 from chai.projections import sliced_projections
 
@@ -85,7 +85,9 @@ def new_cache(model: PreTrainedModel, rule: MembershipRule, reserve: int = 0) ->
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     layers = [
-        ClusteredLayer(key_heads, reserve) if rule.clusters_of(index) < heads else GrowingLayer(reserve)
+        ClusteredLayer(key_heads, reserve, rule.shares_values)
+        if rule.clusters_of(index) < heads
+        else GrowingLayer(reserve)
         for index in range(config.num_hidden_layers)
     ]
     stock = DynamicCache(config=config).layers
@@ -141,7 +143,7 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
     """The decoder's forward on a cache of ours, cut wherever some row has seen all its first tokens."""
     original = model.get_decoder().forward
     names = list(inspect.signature(original).parameters)
-    shape = layer_shape(model)
+    shape = layer_shape(model, rule.shares_values)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -306,7 +308,7 @@ def _attention_forward(
         representatives = layer.plan.clusters.representatives
         if query.shape[1] != representatives.shape[1]:  # a model whose projections can't be sliced
             query = take_heads(query, representatives)
-        out = attend(query, key, value, layer.plan, scaling, mask)
+        out = _on_representatives(layer)(query, key, value, layer.plan, scaling, mask)
     elif call.one_pass:
         out = _decide_and_attend(call.cache, index, query, key, value, scaling, mask)
     else:
@@ -318,8 +320,14 @@ def _attention_forward(
             plan = layer.plan.map_rows(lambda tensor: tensor[rows])
             own = mask[rows] if mask is not None and len(mask) > 1 else mask
             chosen = take_heads(query[rows], plan.clusters.representatives)
-            out = out.index_copy(0, rows, attend(chosen, key[rows], value[rows], plan, scaling, own))
+            found = _on_representatives(layer)(chosen, key[rows], value[rows], plan, scaling, own)
+            out = out.index_copy(0, rows, found)
     return out.contiguous(), None
+
+
+def _on_representatives(layer: ClusteredLayer) -> Callable[..., Tensor]:
+    """What attends for the members of the layer's clusters: with their own values, or with the representative's."""
+    return shared_values_attention if layer.shares_values else attend
 
 
 def _decide_and_attend(
@@ -340,7 +348,9 @@ def _decide_and_attend(
     )
     chosen = take_heads(query[:, :, count:], plan.clusters.representatives)
     assert layer.keys is not None
-    rest = attend(chosen, layer.keys, value, plan, scaling, None if mask is None else mask[:, :, count:])
+    assert layer.values is not None
+    left = None if mask is None else mask[:, :, count:]
+    rest = _on_representatives(layer)(chosen, layer.keys, layer.values, plan, scaling, left)
     return torch.cat([start.transpose(1, 2), rest], 1)
 
 

@@ -48,6 +48,7 @@ class ModelConfig:
     random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
     clusters: Any = None  # the counts that `method.clusters` takes by default
     predictor: str | None = None  # folder of a trained predictor, which `method.predictor` takes by default
+    profile: str | None = None  # folder of a profile, which methods with a static membership take by default
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
     fingerprint: str | None = None  # of the weights at `path`; filled in
 

@@ -23,8 +23,8 @@ def settle_identity(config: DictConfig) -> None:
     """Fill in the fingerprints of local files, and name the model by what it is.
 
     A folder whose shape isn't that of the chosen model (``model.path`` given alone) is named after the folder and
-    loses the counts and the predictor that were the other model's. Random weights are never filed under the real
-    model's name, and have no predictor either.
+    loses the counts, the predictor and the profile that were the other model's. Random weights are never filed under
+    the real model's name, and have no predictor either; a profile of their shape is good enough to probe them with.
     """
     model = config.model
     if model.random_init:
@@ -36,7 +36,7 @@ def settle_identity(config: DictConfig) -> None:
         expected = model.architecture
         if found and any(found.get(key) != expected[key] for key in SHAPE if key in expected):
             model.name = folder.resolve().name
-            model.clusters = model.predictor = None
+            model.clusters = model.predictor = model.profile = None
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():

@@ -7,7 +7,6 @@ and beside what arithmetic allows (:mod:`chai.costs`).
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from chai.attention import causal_mask
 from chai.clustering import HeadClusters
 from chai.costs import LayerShape, layer_shape, model_decode_entries, model_prefill_flops
-from chai.kernels import all_heads_attention, attend
+from chai.kernels import all_heads_attention, attend, shared_values_attention
 from chai.kernels.plan import HeadPlan
 from chai.methods.base import ClusteredMethod, Method
 from experiments.config import ConfigError
@@ -91,6 +90,11 @@ class Probe:
         return self.model.device
 
     @property
+    def shares_values(self) -> bool:
+        """Whether the method drops values as it drops keys."""
+        return isinstance(self.method, ClusteredMethod) and self.method.shares_values
+
+    @property
     def counts(self) -> list[int]:
         """Cluster counts for the attention and the layer alone."""
         if not isinstance(self.method, ClusteredMethod):
@@ -136,7 +140,7 @@ def _measure(subject: Subject, options: Options) -> dict[str, Any]:
     """All parts, phases and lengths."""
     model = subject.model
     probe = Probe(model, subject.name, subject.method, options)
-    peak, shape, rows = machine_peak(probe.device, model.dtype), layer_shape(model), []
+    peak, shape, rows = machine_peak(probe.device, model.dtype), layer_shape(model, probe.shares_values), []
     single = one_layer(model) if "layer" in options.parts else None
     for phase, length in itertools.product(options.phases, subject.lengths):
         works: list[tuple[str, int | None, dict[str, list[float]], Cost]] = []
@@ -171,7 +175,7 @@ def model_times(probe: Probe, model: PreTrainedModel, phase: str, length: int, k
     """Times of the whole model, or of a layer with ``k`` clusters."""
     method = probe.method
     if k is not None and isinstance(method, ClusteredMethod):
-        method = dataclasses.replace(method, clusters=k)
+        method = method.with_count(k)
     with ExitStack() as stack:
         kinds = probe.implementations(stack, model, method)
         measure = probe.prefill if phase == "prefill" else probe.decode
@@ -218,7 +222,11 @@ def attention_times(probe: Probe, shape: LayerShape, phase: str, length: int, k:
             plan = HeadPlan.with_read_keys(balanced(rows, shape.heads, k, device), shape.key_heads)
             kept = key.gather(1, plan.kept[:, :, None, None].expand(-1, -1, length, shape.size))
             chosen = query[:, :k].contiguous()
-            works[probe.name] = lambda: attend(chosen, kept, value, plan, scaling, None)
+            if probe.shares_values:
+                read = value.gather(1, plan.kept[:, :, None, None].expand(-1, -1, length, shape.size))
+                works[probe.name] = lambda: shared_values_attention(chosen, kept, read, plan, scaling, None)
+            else:
+                works[probe.name] = lambda: attend(chosen, kept, value, plan, scaling, None)
     if device.type == "cuda" and phase == "decode":
         works = {name: _graphed(work) for name, work in works.items()}
     return interleave(works, probe.options.rounds * (1 if count > 1 else 5), device)
@@ -273,9 +281,9 @@ def model_cost(probe: Probe, phase: str, length: int) -> Cost:
         config = model.config
         counts = probe.method.heads_kept(config) if k is None else [k] * config.num_hidden_layers
         if phase == "prefill":
-            return rows * model_prefill_flops(model, length, counts)
-        once = model_decode_entries(model, 0, counts)
-        return model.dtype.itemsize * (once + rows * (model_decode_entries(model, length, counts) - once))
+            return rows * model_prefill_flops(model, length, counts, probe.shares_values)
+        once, whole = (model_decode_entries(model, tokens, counts, probe.shares_values) for tokens in (0, length))
+        return model.dtype.itemsize * (once + rows * (whole - once))
 
     return cost
 

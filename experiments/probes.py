@@ -319,7 +319,7 @@ def fill(model: PreTrainedModel, cache: Cache, rows: int, length: int) -> None:
 
 
 def formula_bytes(cache: Cache, heads: list[int], shape: Any, itemsize: int, rows: int) -> int:
-    """What the cache must hold by arithmetic: in each layer the key heads that are read, and all values.
+    """What the cache must hold by arithmetic: in each layer the key heads that are read, and all values or as many.
 
     With grouped queries the membership says which key heads are read; without, there is one for each representative.
     Of a pruned context, each layer's share of the tokens, and keys and values of the heads that are left.
@@ -337,7 +337,8 @@ def formula_bytes(cache: Cache, heads: list[int], shape: Any, itemsize: int, row
             assert clusters is not None
             groups = clusters.representatives // (shape.heads // shape.key_heads)
             kept = max(len(set(row)) for row in groups.tolist())
-        total += rows * cache.get_seq_length() * shape.size * (kept + shape.key_heads) * itemsize
+        values = kept if isinstance(layer, ClusteredLayer) and layer.shares_values else shape.key_heads
+        total += rows * cache.get_seq_length() * shape.size * (kept + values) * itemsize
     return total
 
 

@@ -19,9 +19,19 @@ _STATE: dict[str, object] = {}
 
 
 def attend_one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, additive: Tensor, sources: Tensor, tokens: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    additive: Tensor,
+    sources: Tensor,
+    tokens: int,
+    shared_values: bool = False,
 ) -> Tensor:
-    """``[B, H, T, D]``; ``sources[b, h]`` is the head whose scores head ``h`` uses after ``tokens`` real tokens."""
+    """``[B, H, T, D]``; ``sources[b, h]`` is the head whose scores head ``h`` uses after ``tokens`` real tokens.
+
+    With ``shared_values`` it uses that head's values too.
+    """
     rows, heads, count, _ = query.shape
     length = key.shape[2]
     out = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
@@ -37,7 +47,8 @@ def attend_one_by_one(
                 k = key[b, source * key.shape[1] // heads].double()
                 scores = torch.stack([scaling * torch.dot(q, k[s]) for s in range(length)])
                 weights = torch.softmax(scores + additive[b, 0, t].double(), 0)
-                out[b, h, t] = weights @ value[b, h * value.shape[1] // heads].double()
+                reader = source if shared_values else h
+                out[b, h, t] = weights @ value[b, reader * value.shape[1] // heads].double()
     return out
 
 
@@ -49,17 +60,19 @@ def _forward(module, query, key, value, attention_mask, scaling=None, **_):
     if membership is not None:
         assignment, representatives = membership
         sources = torch.stack([representatives[b][assignment[b]] for b in range(rows)])
-    out = attend_one_by_one(query, key, value, scaling, attention_mask, sources, tokens)
+    out = attend_one_by_one(query, key, value, scaling, attention_mask, sources, tokens, _STATE["shared_values"])
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 @contextmanager
-def oracle(model: PreTrainedModel, memberships: list, tokens: int) -> Iterator[PreTrainedModel]:
+def oracle(
+    model: PreTrainedModel, memberships: list, tokens: int, shared_values: bool = False
+) -> Iterator[PreTrainedModel]:
     """Run ``model`` with the oracle and the given membership of each layer; meant for calls without a cache."""
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, eager_mask)
     previous = model.config._attn_implementation
-    _STATE.update(memberships=memberships, tokens=tokens)
+    _STATE.update(memberships=memberships, tokens=tokens, shared_values=shared_values)
     model.set_attn_implementation(NAME)
     try:
         yield model

@@ -11,7 +11,7 @@ from typing import Any
 
 from analysis.tables._cells import Cell, Row, Table
 from analysis.tables._layout import block, commands, header, notes
-from analysis.tables._settings import COUNTS, command, text
+from analysis.tables._settings import COUNTS, PROFILE, command, text
 
 WIDTH = 110  # characters, of notes
 
@@ -34,6 +34,8 @@ def markdown(table: Table) -> str:
         parts.append(f"Missing cells are filled by:\n\n{shown}")
         if COUNTS in shown:
             parts.append(f"{COUNTS}: clusters, one number or a list ('[8,6,4,4]'); none are published for this model.")
+        if PROFILE in shown:
+            parts.append(f"{PROFILE}: folder of a profile of the model; experiment=profile makes one.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

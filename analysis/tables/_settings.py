@@ -17,6 +17,7 @@ METHODS = {
     "static": "static", "random": "random", "dejavu": "DejaVu", "spatten": "SpAtten",
 }  # fmt: skip
 COUNTS = "COUNTS"  # stands for cluster counts that nobody but the user has
+PROFILE = "PROFILE"  # stands for the folder of a profile of the model
 WIDEST = 12  # characters of a row's name; a longer one gets a letter, and its settings are said below the table
 
 
@@ -30,10 +31,12 @@ def defaults(path: str) -> dict[str, Any]:
 
 
 def unusual(score: Score) -> dict[str, Any]:
-    """The hyper-parameters of a run that aren't its method's defaults."""
+    """The hyper-parameters of a run that aren't its method's defaults; a count for all layers always is one."""
     usual = defaults(f"method/{score.method}")
     return {
-        key: value for key, value in score.settings.items() if value != _resolved(usual.get(key, ...), score.config)
+        key: value
+        for key, value in score.settings.items()
+        if value != _resolved(usual.get(key, ...), score.config) or (key == "clusters" and isinstance(value, int))
     }
 
 
@@ -83,6 +86,7 @@ def command(
     words += [
         f"method={method}",
         *counts(model, method, settings),
+        *profile(model, method, settings),
         *(shlex.quote(f"method.{key}={text(value)}") for key, value in settings.items()),
     ]
     task = spec.whole if whole else ",".join(tasks)
@@ -99,6 +103,12 @@ def counts(model: str, method: str, settings: dict[str, Any]) -> list[str]:
     """A place for the cluster counts, where neither the settings nor the model's own file give them."""
     needed = defaults(f"method/{method}").get("clusters") == "${model.clusters}" and "clusters" not in settings
     return [f"method.clusters={COUNTS}"] if needed and defaults(f"model/{model}").get("clusters") is None else []
+
+
+def profile(model: str, method: str, settings: dict[str, Any]) -> list[str]:
+    """A place for the folder of a profile, where the method needs one and the model's own file has none."""
+    needed = defaults(f"method/{method}").get("profile") == "${model.profile}" and "profile" not in settings
+    return [f"method.profile={PROFILE}"] if needed and defaults(f"model/{model}").get("profile") is None else []
 
 
 def where(model: str, like: Score | None) -> list[str]:

@@ -9,6 +9,7 @@ from chai.kernels.dense import dense_attention
 from chai.kernels.grouped import grouped_attention
 from chai.kernels.plan import HeadPlan
 from chai.kernels.stock import all_heads_attention as all_heads_attention
+from chai.kernels.stock import shared_values_attention as shared_values_attention
 from chai.kernels.stock import stock_attention
 
 #: Queries up to which products over all heads beat a task for each cluster, on a CPU.

@@ -40,6 +40,30 @@ def stock_attention(
     return out[:, :, -count:].transpose(1, 2)
 
 
+def shared_values_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """One head a cluster, whose output is all its members': ``y_h = A_r V_r`` (paper, Table 4, CHAI-QKV).
+
+    That is multi-head attention of ``k`` heads, for which there is no faster path than the stock one. Arguments and
+    result as in :func:`chai.kernels.dense.dense_attention`, but ``value`` is ``[B, n, S, D_value]``, the value heads of
+    ``key``.
+    """
+    count, length = query.shape[2], key.shape[2]
+    if not plan.in_order:
+        key, value = take_heads(key, plan.key_heads), take_heads(value, plan.key_heads)
+    if mask is None and 1 < count < length:
+        mask = causal_mask(count, length, query.device)
+
+    def stock() -> Tensor:
+        causal = mask is None and count > 1
+        fused = functional.scaled_dot_product_attention
+        return fused(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling).transpose(1, 2)
+
+    out = all_heads_attention(query, key, value, scaling, mask, stock)  # [B, T, k, D_value]
+    return take_heads(out.transpose(1, 2), plan.clusters.assignment).transpose(1, 2)
+
+
 def all_heads_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, stock: Callable[[], Tensor]
 ) -> Tensor:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from chai.methods.base import Method
     from chai.methods.chai import Chai as Chai
+    from chai.methods.chai_qkv import ChaiQkv as ChaiQkv
+    from chai.methods.chai_static import ChaiStatic as ChaiStatic
     from chai.methods.dejavu import Dejavu as Dejavu
     from chai.methods.mha import Mha as Mha
     from chai.methods.random import Random as Random
     from chai.methods.spatten import Spatten as Spatten
+    from chai.methods.static import Static as Static
 
 
 def method_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -80,6 +81,8 @@ class ClusteredMethod(Method):
     profile: str | None = None
 
     saving: ClassVar[Saving] = "real"
+    #: A representative's values stand for its members' too, and theirs leave the cache (paper, Table 4).
+    shares_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._profile = None if self.profile is None else Profile.load(self.profile)
@@ -97,6 +100,10 @@ class ClusteredMethod(Method):
             key: ``[L, B, H_key, tokens, D]``.
             scaling: factor of the scores.
         """
+
+    def with_count(self, k: int) -> ClusteredMethod:
+        """The method for a model whose layers all have ``k`` clusters, whatever this one's profile says."""
+        return dataclasses.replace(self, clusters=k, profile=None)
 
     @property
     def first_tokens(self) -> int:
@@ -147,6 +154,11 @@ class MethodRule:
     def tokens(self) -> int:
         """See :class:`chai.membership.MembershipRule`."""
         return self.method.first_tokens
+
+    @property
+    def shares_values(self) -> bool:
+        """See :class:`chai.membership.MembershipRule`."""
+        return self.method.shares_values
 
     def clusters_of(self, layer: int) -> int:
         """See :class:`chai.membership.MembershipRule`."""

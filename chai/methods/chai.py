@@ -85,7 +85,8 @@ class Chai(ClusteredMethod):
             return ""
         counts = self.heads_kept(config)
         kept = [-(-k * key_heads // heads) for k in counts]
-        saved = f"{50 * (1 - sum(kept) / (key_heads * len(kept))):.1f} % of the K,V bytes"
+        share = 100 if self.shares_values else 50  # of the bytes that keys, or keys and values, are
+        saved = f"{share * (1 - sum(kept) / (key_heads * len(kept))):.1f} % of the K,V bytes"
         if self.group_aware:
             return f"grouped queries: {min(kept)} to {max(kept)} of {key_heads} key heads are kept, which saves {saved}"
         return f"grouped queries: at most {saved} saved, as far as representatives share keys (method.group_aware=true)"

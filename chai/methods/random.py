@@ -35,6 +35,5 @@ class Random(ClusteredMethod):
             representatives = torch.randperm(heads, generator=generator)[:k].sort().values
             assignment = torch.randint(k, (heads,), generator=generator)
             assignment[representatives] = torch.arange(k)
-            both = (tensor.to(query.device).repeat(rows, 1) for tensor in (assignment, representatives))
-            found.append(HeadClusters(*both))
+            found.append(HeadClusters(assignment[None], representatives[None]).repeated(rows, query.device))
         return found

@@ -41,8 +41,25 @@ def test_entries_of_the_cache_are_those_that_live(family):
     assert model_decode_entries(model, 20, [HEADS, 4, 2]) == cache.nbytes // 4 + weights
 
 
-def test_fewer_clusters_never_cost_more():
-    shape = layer_shape(make_model("mistral"))
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_shared_values_cost_what_multi_head_attention_of_so_many_heads_does(family):
+    """Half the heads, half of all that is theirs; all heads, the same as ever."""
+    model = make_model(family)
+    own, shared = layer_shape(model), layer_shape(model, shares_values=True)
+    attention = model.model.layers[0].self_attn
+    three = sum(getattr(attention, name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))
+    assert shared.weights(HEADS) - shared.weights(HEADS // 2) == three // 2
+    assert shared.attention_flops(9, HEADS // 2) == shared.attention_flops(9, HEADS) // 2
+    assert shared.cache_entries(9, HEADS // 2) == own.cache_entries(9, HEADS) // 2
+    assert [shared.prefill_flops(9, HEADS), shared.decode_entries(9, HEADS)] == [
+        own.prefill_flops(9, HEADS),
+        own.decode_entries(9, HEADS),
+    ]
+
+
+@pytest.mark.parametrize("shares_values", [False, True])
+def test_fewer_clusters_never_cost_more(shares_values):
+    shape = layer_shape(make_model("mistral"), shares_values)
     for cost in (shape.weights, lambda k: shape.prefill_flops(50, k), lambda k: shape.decode_entries(50, k)):
         costs = [cost(k) for k in range(1, HEADS + 1)]
         assert costs == sorted(costs) and costs[0] < costs[-1]

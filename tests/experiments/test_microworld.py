@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
+from chai.profile import Profile
 from experiments import pretrain_tiny
 from experiments.config import ConfigError, compose_config
+from experiments.identity import settle_identity
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document
 from experiments.microworld.items import PEOPLE, TASKS, make_items
@@ -120,6 +123,24 @@ def test_embedded_model_is_what_its_recipe_says():
 
 
 @torch.no_grad()
+def test_embedded_profile_is_of_the_embedded_model():
+    """It names the weights, finds the planted groups, and is small."""
+    config = compose_config([])
+    settle_identity(config)
+    folder = Path(config.model.profile)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["profile.json", "profile.safetensors"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
+    profile = Profile.load(folder)
+    assert profile.about["model"]["fingerprint"] == config.model.fingerprint
+    assert profile.counts == OmegaConf.to_container(config.model.clusters)
+    recipe = json.loads((pretrain_tiny.MODEL_DIR / "recipe.json").read_text())
+    for layer, planted in enumerate(recipe["planted_groups"]):
+        clusters = profile.static(layer)
+        clusters.check()
+        assert adjusted_rand_score(planted, clusters.assignment[0].numpy()) > 0.99
+
+
 def test_planted_groups_are_in_the_embedded_model():
     """K-means on the attention of a whole sequence gives back the groups that the recipe says were planted."""
     from chai.clustering import kmeans

@@ -102,6 +102,37 @@ def test_memory_equals_the_formula_exactly(tmp_path, capsys):
     assert "Formula MB" in capsys.readouterr().out
 
 
+def test_shared_values_are_counted_once_a_cluster(tmp_path):
+    """With and without grouped queries, in the cache and in the limit by arithmetic."""
+    settings = ["method=chai_qkv", "method.clusters=[3,8]", "experiment.lengths=[64]"]
+    for key_heads, kept in ((8, 3), (4, 2)):
+        grouped = [f"model.architecture.num_key_value_heads={key_heads}", "method.group_aware=true"]
+        at = tmp_path / str(key_heads)
+        assert run(at, "experiment=memory", *settings, *grouped, "experiment.steps=20") == 0
+        _, rows = only(at, "memory/tiny-random/chai_qkv/none/*")
+        assert (rows.cache_bytes == rows.formula_bytes).all()
+        assert rows[rows.method == "chai_qkv"].cache_bytes.item() == 2 * (kept + key_heads) * 8 * 64 * 4
+    assert run(tmp_path, "experiment=latency", *settings, "experiment.rounds=1") == 0
+    _, rows = only(tmp_path, "latency/tiny-random/chai_qkv/none/*")
+    alone = rows[(rows.part == "attention") & (rows.k == 3) & ~rows.baseline]
+    assert len(alone) == 2 and alone.limit.to_numpy() == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("method", ["static", "chai_static"])
+def test_static_memberships_are_probed_on_random_weights_of_the_same_shape(tmp_path, method):
+    """Time and memory don't depend on which heads they are; a layer alone has a membership that is known as early."""
+    shape = ["model.random_init=true", "+model.architecture.vocab_size=200", f"results_dir={tmp_path}"]
+    for more in (["experiment=memory", "experiment.steps=4"], ["experiment=latency", "experiment.rounds=1"]):
+        settings = [*more, f"method={method}", "experiment.lengths=[24]"]
+        assert run_experiment(compose_config([*shape, *settings])) == 0
+    result, rows = only(tmp_path, f"memory/tiny-random/{method}/none/*")
+    kept = {"static": [4, 4, 4, 4], "chai_static": [8, 6, 4, 4]}[method]
+    assert result["heads_kept"] == kept and (rows.cache_bytes == rows.formula_bytes).all()
+    assert rows[rows.method == method].cache_bytes.item() == (sum(kept) + 4 * 16) * 16 * 24 * 4
+    result, rows = only(tmp_path, f"latency/tiny-random/{method}/none/*")
+    assert set(rows.k.dropna()) == set(kept) and result["membership"] is None
+
+
 def test_grouped_queries_are_counted_by_the_key_heads_that_are_read(tmp_path):
     settings = ["experiment=memory", "method.clusters=3", "experiment.lengths=[32]", "experiment.steps=0"]
     assert run(tmp_path, *settings, "model.architecture.num_key_value_heads=4", "method.group_aware=true") == 0

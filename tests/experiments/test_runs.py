@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -22,6 +23,7 @@ def test_identity_ignores_only_what_is_about_the_machine(tmp_path):
         "model.device_map=auto",
         "task.data_dir=/elsewhere",
         "model.path=/elsewhere",
+        "model.profile=/elsewhere",
     ):
         assert run_id(config(tmp_path, same)) == base
     assert run_id(config(tmp_path / "other")) == base
@@ -35,6 +37,11 @@ def test_identity_ignores_only_what_is_about_the_machine(tmp_path):
         "method.tokens=4",
     ):
         assert run_id(config(tmp_path, other)) != base
+    static = run_id(config(tmp_path, "method=chai_static"))
+    copied = shutil.copytree(config(tmp_path).model.profile, tmp_path / "copied")
+    assert run_id(config(tmp_path, "method=chai_static", f"model.profile={copied}")) == static
+    (copied / "profile.json").write_text("{}")
+    assert run_id(config(tmp_path, "method=chai_static", f"model.profile={copied}")) != static
     for held in ("model.fingerprint=abc", "task.fingerprint=abc"):
         assert run_id(config(tmp_path, held)) != base
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,6 +25,9 @@ class LayerShape:
         query_weights: entries of W_Q; 0 where it is fused with others and can't be sliced.
         key_weights: entries of W_K, likewise.
         other_weights: entries of all the layer's other matrices.
+        value_weights: of those, entries of W_V; 0 where it is fused with others.
+        output_weights: likewise of W_O.
+        mlp_weights: likewise of the MLP.
     """
 
     heads: int
@@ -32,6 +36,9 @@ class LayerShape:
     query_weights: int
     key_weights: int
     other_weights: int
+    value_weights: int
+    output_weights: int
+    mlp_weights: int
 
     def kept_keys(self, k: int) -> int:
         """Fewest key heads that ``k`` representatives can read."""
@@ -65,10 +72,16 @@ def layer_shape(model: PreTrainedModel) -> LayerShape:
     config = model.config
     heads = config.num_attention_heads
     layer = next(module for module in model.modules() if hasattr(module, "self_attn") or hasattr(module, "attention"))
-    attention = getattr(layer, "self_attn", None) or layer.attention
-    query, key = (getattr(attention, name, None) for name in ("q_proj", "k_proj"))
-    total = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-    query_weights, key_weights = (one.weight.numel() if isinstance(one, nn.Linear) else 0 for one in (query, key))
+    attention = cast(nn.Module, getattr(layer, "self_attn", None) or layer.attention)
+
+    def entries(part: nn.Module) -> int:
+        return sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+
+    def weights(*names: str) -> int:
+        found = (getattr(attention, name, None) for name in names)
+        return sum(entries(module) for module in found if isinstance(module, nn.Linear))
+
+    total, query_weights, key_weights = entries(layer), weights("q_proj"), weights("k_proj")
     return LayerShape(
         heads=heads,
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -76,6 +89,9 @@ def layer_shape(model: PreTrainedModel) -> LayerShape:
         query_weights=query_weights,
         key_weights=key_weights,
         other_weights=total - query_weights - key_weights,
+        value_weights=weights("v_proj"),
+        output_weights=weights("o_proj", "out_proj", "dense"),
+        mlp_weights=total - entries(attention),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,8 +24,10 @@ class LayerShape:
         size: D, of a head.
         query_weights: entries of W_Q; 0 where it is fused with others and can't be sliced.
         key_weights: entries of W_K, likewise.
-        other_weights: entries of all the layer's other matrices.
-        value_weights: entries of W_V, where values are shared; else they are among the others.
+        other_weights: entries of all the layer's other matrices, which follow.
+        value_weights: of those, entries of W_V; 0 where it is fused with others.
+        output_weights: likewise of W_O.
+        mlp_weights: likewise of the MLP.
         shares_values: a representative's values stand for its members' (CHAI-QKV).
     """
 
@@ -34,7 +37,9 @@ class LayerShape:
     query_weights: int
     key_weights: int
     other_weights: int
-    value_weights: int = 0
+    value_weights: int
+    output_weights: int
+    mlp_weights: int
     shares_values: bool = False
 
     def kept_keys(self, k: int) -> int:
@@ -44,8 +49,9 @@ class LayerShape:
     def weights(self, k: int) -> int:
         """Entries of the matrices that are needed with ``k`` representatives."""
         query = self.query_weights * k // self.heads
-        both = (self.key_weights + self.value_weights) * self.kept_keys(k) // self.key_heads
-        return query + both + self.other_weights
+        kept = self.key_weights + (self.value_weights if self.shares_values else 0)
+        freed = kept - kept * self.kept_keys(k) // self.key_heads
+        return query + self.key_weights + self.other_weights - freed
 
     def attention_flops(self, tokens: int, k: int) -> int:
         """Q K^T for ``k`` heads and A V for all (or as many), over a causal prompt."""
@@ -71,19 +77,26 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     config = model.config
     heads = config.num_attention_heads
     layer = next(module for module in model.modules() if hasattr(module, "self_attn") or hasattr(module, "attention"))
-    attention = getattr(layer, "self_attn", None) or layer.attention
-    wanted = ("q_proj", "k_proj", "v_proj") if shares_values else ("q_proj", "k_proj")
-    sliced = [getattr(attention, name, None) for name in wanted]
-    total = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-    entries = [one.weight.numel() if isinstance(one, nn.Linear) else 0 for one in sliced]
+    attention = cast(nn.Module, getattr(layer, "self_attn", None) or layer.attention)
+
+    def entries(part: nn.Module) -> int:
+        return sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+
+    def weights(*names: str) -> int:
+        found = (getattr(attention, name, None) for name in names)
+        return sum(entries(module) for module in found if isinstance(module, nn.Linear))
+
+    total, query_weights, key_weights = entries(layer), weights("q_proj"), weights("k_proj")
     return LayerShape(
         heads=heads,
         key_heads=getattr(config, "num_key_value_heads", None) or heads,
         size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        query_weights=entries[0],
-        key_weights=entries[1],
-        other_weights=total - sum(entries),
-        value_weights=sum(entries[2:]),
+        query_weights=query_weights,
+        key_weights=key_weights,
+        other_weights=total - query_weights - key_weights,
+        value_weights=weights("v_proj"),
+        output_weights=weights("o_proj", "out_proj", "dense"),
+        mlp_weights=total - entries(attention),
         shares_values=shares_values,
     )
 

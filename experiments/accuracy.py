@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from chai.methods import load_method
+from chai.flops import method_flops
+from chai.methods import Mha, load_method
 from chai.methods.base import Method
 from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
 from experiments.config import ConfigError, check_clusters, to_dataclass
@@ -19,6 +20,9 @@ from experiments.identity import check_profile, settle_identity
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 from experiments.summary import show_results
 from experiments.tasks import build_task, members
+
+#: Tokens of the prompt whose operations are counted (paper, Figure 1).
+PROMPT = 2048
 
 
 @dataclass
@@ -117,6 +121,11 @@ def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) ->
                 "kind": method.saving,
                 **ledger.per_sequence(),
                 "heads_kept": method.heads_kept(model.config),
+            },
+            "flops": {
+                "tokens": PROMPT,
+                "method": method_flops(model, method, PROMPT),
+                "mha": method_flops(model, Mha(), PROMPT),
             },
             "seconds": round(seconds, 3),
             "seed": config.seed,

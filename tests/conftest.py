@@ -14,6 +14,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads on top would wait for each other
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

@@ -18,6 +18,8 @@ from rich.text import Text
 from analysis.figures import _catalogue, _look
 from analysis.saved import MissingRun, Results
 
+MOST_NAMED = 8  # runs of a figure that are named one by one
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -80,7 +82,10 @@ def produce(name: str, results: Results, out: Path, told: set[Path]) -> int:
             if folder not in told:
                 print(f"left out: {folder}: {reason}", file=sys.stderr)
                 told.add(folder)
-    print(f"{name}: {out / name}.png, .pdf, .csv from {'; '.join(map(str, results.used))}")
+    runs = "; ".join(map(str, results.used))
+    if len(results.used) > MOST_NAMED:
+        runs = f"{len(results.used)} runs in {results.root}, named in the CSV"
+    print(f"{name}: {out / name}.png, .pdf, .csv from {runs}")
     return 0
 
 

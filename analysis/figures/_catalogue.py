@@ -36,7 +36,10 @@ def load(name: str) -> FigureModule:
 
 
 #: Commands for a small input without a GPU, by experiment, where the figure's own command wants one.
-WITHOUT_GPU = {"profile": "python run.py experiment=profile model=tiny"}
+WITHOUT_GPU = {
+    "profile": "python run.py experiment=profile model=tiny",
+    "accuracy": "python run.py -m paper=micro model=tiny",
+}
 
 
 def command(figure: FigureModule, model: str | None) -> str:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.saved import Run
+from analysis.tables._settings import METHODS
 
 STYLE: dict[Any, Any] = {
     "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 7.5, "figure.titlesize": 9.5,
@@ -35,6 +36,12 @@ LOOKS: dict[str, dict[str, Any]] = {
     "eager": {"color": "#E69F00", "marker": "s"},
     "xformers": {"color": "#CC79A7", "marker": "v"},
     "chai": {"color": "#D55E00", "marker": "D", "markersize": 4.5},
+    "chai_static": {"color": "#D55E00", "marker": "D", "markersize": 4.5, "markerfacecolor": "white"},
+    "chai_qkv": {"color": "#D55E00", "marker": "X", "markersize": 6},
+    "static": {"color": "#CC79A7", "marker": "v"},
+    "random": {"color": "#777777", "marker": "s", "markersize": 4.5},
+    "dejavu": {"color": "#009E73", "marker": "^"},
+    "spatten": {"color": "#56B4E9", "marker": "p", "markersize": 6},
 }
 #: For what is shown beside the main series.
 EXTRA: tuple[dict[str, Any], ...] = (
@@ -44,7 +51,7 @@ EXTRA: tuple[dict[str, Any], ...] = (
 )
 PAPER: dict[str, Any] = {"color": INK, "linestyle": ":", "marker": ".", "markersize": 3}
 LABELS = {
-    "mha": "MHA", "sdpa": "SDPA", "xformers": "xFormers", "chai": "CHAI",
+    **METHODS, "sdpa": "SDPA", "xformers": "xFormers",
     "llama7b": "LLaMA-7B", "llama2_7b": "Llama-2-7B", "llama3_8b": "Llama-3-8B", "llama33b": "LLaMA-33B",
     "opt66b": "OPT-66B", "tiny": "Embedded model",
 }  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai.clustering import HeadClusters
+from chai.flops import LayerWork
 from chai.presets import resolve_clusters
 from chai.profile import Profile
 from chai.runtime import check_family, clustered, new_cache
@@ -42,6 +43,10 @@ class Method(ABC):
     @abstractmethod
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """For each layer of a model of this configuration, the number of heads whose scores are computed."""
+
+    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
+        """What each layer computes of a prompt by the algorithm; heads that aren't kept take no part at all."""
+        return [LayerWork(kept, kept, kept) for kept in self.heads_kept(config)]
 
     def note(self, config: PreTrainedConfig) -> str:
         """One line that a user should know about this method on such a model; mostly none."""
@@ -130,6 +135,14 @@ class ClusteredMethod(Method):
         if self.clusters is None:
             raise ValueError("neither clusters nor a profile is given")
         return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
+
+    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
+        """Scores of k heads once the membership is known; averages of all heads, or of k; W_O of all."""
+        heads = config.num_attention_heads
+        return [
+            LayerWork(k, k if self.shares_values else heads, heads, first_tokens=self.first_tokens)
+            for k in self.heads_kept(config)
+        ]
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a family that isn't supported, and counts that don't fit."""

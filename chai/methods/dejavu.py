@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from chai.contextual import activation, contextually_sparse, kept_of
+from chai.flops import LayerWork
 from chai.methods.base import Method, Saving, plain_cache
-from chai.predictor import Predictor, check_shape, load_predictor
+from chai.predictor import Predictor, check_shape, load_predictor, read_record
 from chai.runtime import check_family
 
 ORACLE = "oracle"
@@ -69,6 +70,23 @@ class Dejavu(Method):
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Heads that contribute to a token."""
         return [kept_of(config.num_attention_heads, self.sparsity)] * config.num_hidden_layers
+
+    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
+        """Kept heads and neurons, and the predictors that are asked; an oracle costs nothing.
+
+        As DejaVu counts: a token's keys and values of the heads that it doesn't use itself are nobody's work, though a
+        later token may need them.
+        """
+        neurons = _neurons(config)
+        kept = kept_of(neurons, self.mlp_sparsity)
+        predictor = 0
+        if self.predictor is not None and self.predictor != ORACLE:
+            sizes, heads = read_record(Path(self.predictor)), config.num_attention_heads
+            if self.heads_kept(config)[0] < heads:
+                predictor += sizes["bottleneck"] * (config.hidden_size + heads)
+            if self.mlp_sparsity:
+                predictor += sizes["neuron_bottleneck"] * (config.hidden_size + neurons)
+        return [replace(one, neurons=kept / neurons, predictor=predictor) for one in super().work(config)]
 
     def note(self, config: PreTrainedConfig) -> str:
         """That nothing is saved."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from chai.cascade import CascadeRule
 from chai.cascade_runtime import cascade_pruned, check_cascade, new_cascade_cache
+from chai.flops import LayerWork
 from chai.methods.base import Method, Saving, plain_cache
 
 
@@ -78,6 +79,11 @@ class Spatten(Method):
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Heads of each layer that aren't pruned."""
         return list(self.rule(config).heads)
+
+    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
+        """Kept tokens and heads: in SpAtten a pruned token is gone, with its own queries, outputs and MLP."""
+        shares = self.rule(config).tokens
+        return [replace(one, tokens=s, read=self.values) for one, s in zip(super().work(config), shares, strict=True)]
 
     def note(self, config: PreTrainedConfig) -> str:
         """Where the saving is real."""

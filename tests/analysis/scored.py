@@ -52,6 +52,7 @@ def save(
     saved: float = 0.0,
     salt: str = "",
     updated: float = 1_790_000_000,
+    result: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
     """A run whose chosen metric has these answers; the other metric has each answer wrong.
@@ -68,6 +69,7 @@ def save(
         saved: the share of the K,V bytes.
         salt: of the items' hashes: other data.
         updated: when it finished.
+        result: fields of ``result.json`` that take the place of these here.
         config: ``limit``, ``seed``, ``batch_size``.
     """
     metric = "acc" if task.endswith("boolq") else "acc_norm"
@@ -79,14 +81,14 @@ def save(
     identity = {key: value for key, value in whole.items() if key != "method"}
     kind = kind or ("none" if method == "mha" else "real")
     mean = sum(answers) / len(answers)
-    result = {
+    fields = {
         "experiment": "accuracy", "method": method, "model": model["name"], "task": task, "metric": metric,
         "metrics": {metric: mean, ({"acc", "acc_norm"} - {metric}).pop(): 0.0},
         "stderr": {metric: (mean * (1 - mean) / (len(answers) - 1)) ** 0.5} if len(answers) > 1 else {},
         "n": len(answers),
         "savings": {"kind": kind, "kv_bytes": round(1000 * (1 - saved)), "kv_bytes_mha": 1000, "heads_kept": [32]},
         "seconds": 1.0, "seed": 0, "settings_id": digest(identity), "run_id": digest(whole),
-        "device": "cpu", "dtype": "float16", "versions": {"torch": "2.13.0"},
+        "device": "cpu", "dtype": "float16", "versions": {"torch": "2.13.0"}, **(result or {}),
     }  # fmt: skip
     folder = root / "accuracy" / model["name"] / method / task / digest(whole)
     folder.mkdir(parents=True)
@@ -96,7 +98,7 @@ def save(
     frame["acc" if metric == "acc_norm" else "acc_norm"] = 0.0
     frame.to_parquet(folder / "samples.parquet", index=False)
     (folder / "config.yaml").write_text(yaml.safe_dump(whole))
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(fields))
     (folder / "status.json").write_text(json.dumps({"state": state, "updated": updated}))
     return folder
 

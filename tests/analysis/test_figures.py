@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -208,7 +210,12 @@ def test_every_file_without_underscore_is_a_figure():
     assert [name for name in names if name in ALL] == list(ALL)
     for name in names:
         figure = _catalogue.load(name)
-        assert figure.TITLE and f"experiment={figure.EXPERIMENT} " in figure.COMMAND and callable(figure.draw)
+        assert figure.TITLE and callable(figure.draw)
+        sweep = re.search(r" paper=(\w+)$", figure.COMMAND)
+        if sweep:
+            assert figure.EXPERIMENT == "accuracy" and Path(f"conf/paper/{sweep[1]}.yaml").exists()
+        else:
+            assert f"experiment={figure.EXPERIMENT} " in figure.COMMAND
 
 
 def test_missing_input_is_one_line_with_the_command_and_the_others_are_drawn(tmp_path, capsys):

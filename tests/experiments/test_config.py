@@ -39,7 +39,8 @@ def run(*arguments: str, cwd=REPOSITORY) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("group", "name"), EVERY)
 def test_every_yaml_composes(group, name):
-    overrides = [f"{group}={name}", "method.clusters=2"] if group == "model" else [f"{group}={name}"]
+    needed = {"model": ["method.clusters=2"], "corpus": ["experiment=profile"]}
+    overrides = [f"{group}={name}", *needed.get(group, [])]
     config = compose_config(overrides)
     check_values(config)
     OmegaConf.resolve(config)

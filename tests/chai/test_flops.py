@@ -1,0 +1,169 @@
+"""Operations of each method against torch's counter: on the model itself, or on a slow loop over tokens and heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import chai.projections
+from chai.contextual import kept_of
+from chai.costs import head_weights, layer_shape, model_prefill_flops
+from chai.flops import all_heads, layer_flops, method_flops
+from chai.methods import Chai, Dejavu, Mha, Random, Spatten
+from chai.predictor import Predictor, model_shape
+from tests.models import HEADS, LAYERS, make_batch, make_model
+
+TOKENS = 12
+
+
+PLAIN = [Mha(), Random(clusters=[HEADS, 4, 2]), Chai(clusters=4), Chai(clusters=[HEADS, 4, 2], tokens=3)]
+#: Other choices of representatives may read more key heads than so many representatives need.
+GROUPED = [Mha(), Chai(clusters=4, group_aware=True), Chai(clusters=[HEADS, 4, 2], tokens=3, group_aware=True)]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in ("llama", "opt", "gpt_neox") for method in PLAIN]
+    + [("mistral", method) for method in GROUPED],
+)
+@torch.no_grad()
+def test_a_model_that_reads_token_by_token_does_what_is_counted(monkeypatch, family, method):
+    """Token by token, nothing is computed that causality hides, so the count is exact."""
+    monkeypatch.setattr(chai.projections, "OVERHEAD", 0)  # slices are taken however small
+    model = make_model(family)
+    model.set_attn_implementation("eager")
+    ids = make_batch([TOKENS])["input_ids"]
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        method(model),
+        FlopCounterMode(display=False) as counter,
+    ):  # others aren't counted
+        cache = method.new_cache(model)
+        for place in range(TOKENS):
+            model(ids[:, place : place + 1], past_key_values=cache)
+    size, first = layer_shape(model).size, getattr(method, "first_tokens", 0)
+    clustered = sum(k < HEADS for k in method.heads_kept(model.config))
+    features = clustered * HEADS * 2 * size * first**2  # scores once more, to find the membership
+    logits = (TOKENS - 1) * 2 * head_weights(model)  # of each token, of which the last one's count
+    assert counter.get_total_flops() == method_flops(model, method, TOKENS) + features + logits
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gpt_neox"])
+def test_all_heads_are_multi_head_attention(family):
+    model = make_model(family)
+    expected = model_prefill_flops(model, 2048, [HEADS] * LAYERS)  # more tokens than the model has positions
+    idle = Spatten(tokens=1.0, heads=1.0)
+    for method in (Mha(), Chai(clusters=HEADS), Random(clusters=HEADS), Dejavu("oracle", sparsity=0.0), idle):
+        assert method_flops(model, method, 2048) == expected
+
+
+def test_before_the_membership_is_known_all_heads_count():
+    model = make_model("llama")
+    early, late = Chai(clusters=2), Chai(clusters=2, tokens=30)
+    assert method_flops(model, early, 5) == method_flops(model, Mha(), 5)
+    assert method_flops(model, early, 20) < method_flops(model, late, 20) == method_flops(model, Mha(), 20)
+
+
+@dataclass
+class Kept:
+    """What a token gets: its heads' indices for scores, values and outputs, its neurons; all share of the values."""
+
+    scores: list[int]
+    values: list[int]
+    outputs: list[int]
+    neurons: list[int]
+    read: float = 1.0
+
+
+def multiply_by_hand(layer, kept: list[Kept], predictors=()) -> None:
+    """A LLaMA layer's products for one token after another, with just the rows and columns that each token gets."""
+    attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+    query, key, value = (
+        getattr(attention, name).weight.unflatten(0, (-1, size)) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    output = attention.o_proj.weight.unflatten(1, (-1, size))
+    keys, values = torch.zeros(HEADS, len(kept), size), torch.zeros(HEADS, len(kept), size)
+    for place, own in enumerate(kept):
+        hidden = torch.randn(1, attention.q_proj.in_features)
+        for network in predictors:
+            network(hidden)
+        outputs = torch.zeros(HEADS, size)
+        for head in own.scores:
+            keys[head, place] = hidden @ key[head].T
+            (hidden @ query[head].T) @ keys[head, : place + 1].T
+        for head in own.values:
+            values[head, place] = hidden @ value[head].T
+            count = math.ceil(own.read * (place + 1))
+            outputs[head] = torch.rand(1, count) @ values[head, :count]
+        for head in own.outputs:
+            outputs[None, head] @ output[:, head].T
+        hidden @ mlp.gate_proj.weight[own.neurons].T
+        (hidden @ mlp.up_proj.weight[own.neurons].T) @ mlp.down_proj.weight[:, own.neurons].T
+
+
+def counted(layers, kept: list[list[Kept]], predictors=()) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for index, layer in enumerate(layers):
+            multiply_by_hand(layer, kept[index], [network[index] for network in predictors])
+    return counter.get_total_flops()
+
+
+def drawn(count: int, of: int) -> list[int]:
+    return torch.randperm(of)[:count].tolist()
+
+
+def test_shared_values():
+    class Shared(Random):
+        shares_values = True
+
+    model, everything = make_model("llama"), list(range(HEADS))
+    neurons = list(range(model.config.intermediate_size))
+    kept = [[Kept(own, own, everything, neurons)] * TOKENS for own in (everything, [1, 3, 4, 5], [0, 7])]
+    method = Shared(clusters=[HEADS, 4, 2])
+    assert method_flops(model, method, TOKENS) == counted(model.model.layers, kept) + 2 * head_weights(model)
+    assert method_flops(model, method, TOKENS) < method_flops(model, Random(clusters=[HEADS, 4, 2]), TOKENS)
+
+
+@pytest.mark.parametrize(("sparsity", "mlp_sparsity"), [(0.5, 0.0), (0.3, 0.4), (0.0, 0.7)])
+def test_contextual_sparsity_with_its_predictors(tmp_path, sparsity, mlp_sparsity):
+    model = make_model("llama")
+    neurons = model.config.intermediate_size
+    predictor = Predictor(model_shape(model.config), 6, neurons, 10)
+    predictor.save(tmp_path, lambda path, fill: fill(path))
+    method = Dejavu(str(tmp_path), sparsity, mlp_sparsity)
+    kept = []
+    for _ in range(LAYERS):
+        chosen = [drawn(kept_of(HEADS, sparsity), HEADS) for _ in range(TOKENS)]
+        kept.append([Kept(own, own, own, drawn(kept_of(neurons, mlp_sparsity), neurons)) for own in chosen])
+    asked = [network for network, share in ((predictor.heads, sparsity), (predictor.neurons, mlp_sparsity)) if share]
+    expected = counted(model.model.layers, kept, asked) + 2 * head_weights(model)
+    assert method_flops(model, method, TOKENS) == expected
+    oracle = counted(model.model.layers, kept) + 2 * head_weights(model)
+    assert method_flops(model, Dejavu("oracle", sparsity, mlp_sparsity), TOKENS) == oracle
+
+
+def test_cascade_pruning():
+    model = make_model("llama")
+    neurons = list(range(model.config.intermediate_size))
+    method = Spatten(tokens=0.4, heads=0.5, values=0.6, unpruned_tokens=0.3, unpruned_heads=0.3)
+    tokens, heads = [12, 9, 5], [8, 6, 4]  # shares 1, 0.7, 0.4 and 1, 0.75, 0.5, rounded up
+    kept = []
+    for count, left in zip(tokens, heads, strict=True):
+        own = drawn(left, HEADS)
+        kept.append([Kept(own, own, own, neurons, read=0.6)] * count)
+    expected = counted(model.model.layers, kept) + 2 * head_weights(model)
+    assert method_flops(model, method, TOKENS) == expected
+
+
+def test_grouped_queries_need_as_many_key_heads_as_their_heads_do():
+    shape = layer_shape(make_model("mistral"))
+    assert (shape.heads, shape.key_heads) == (8, 4)
+    costs = [layer_flops(shape, all_heads(kept), 1) for kept in (8, 7, 6)]
+    one = 2 * (shape.query_weights + shape.output_weights) // 8 + 4 * shape.size
+    assert costs[0] - costs[1] == one  # the seventh and eighth read the same key head
+    assert costs[1] - costs[2] == one + 2 * (shape.key_weights + shape.value_weights) // 4

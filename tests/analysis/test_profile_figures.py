@@ -128,7 +128,7 @@ def test_command_line(small, capsys):
     assert said.err == ""
     for name in names:
         (line,) = [line for line in said.out.splitlines() if line.startswith(f"{name}: ")]
-        assert "cccccccccccc (none on tiny, cpu, float32" in line
+        assert "cccccccccccc (tiny, cpu, float32" in line
         assert imread(small / "figures" / f"{name}.png").shape[1] == 1480  # 7.4 inches at 200 dpi
         assert (small / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert set(pd.read_csv(small / "figures" / f"{name}.csv").run) == {"cccccccccccc"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chai.attention import take_heads
-from chai.kernels.machine import product_dtype
+from chai.kernels.machine import product_dtype, scores_by_rows
 from chai.kernels.plan import HeadPlan
 
 #: Weights of all heads that are handled at once: 4 MB, so that they stay in the cache from one operation to the next.
@@ -67,8 +67,7 @@ def _block(query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, slots: Ten
     rows, _, count, size = query.shape
     length, heads, stored = key.shape[2], plan.clusters.heads, plan.stored
     query, key = query.reshape(rows * stored, plan.width * count, size), key.flatten(0, 1)
-    if count == 1:
-        # Keys times queries, not the reverse: so rows of keys are read as they lie, which is the fastest.
+    if count == 1 and scores_by_rows(query.dtype):
         scores = torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
     else:
         scores = torch.bmm(query, key.transpose(1, 2))

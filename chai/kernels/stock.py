@@ -84,7 +84,7 @@ def all_heads_attention(
         return stock()
     rows, heads, _, size = query.shape
     grouped = (query * scaling).view(rows * key.shape[1], -1, size)
-    scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).reshape(rows, heads, 1, -1)
+    scores = torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2)).view(rows, heads, 1, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)

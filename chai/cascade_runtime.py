@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 import chai.runtime
 from chai.attention import apply_weights, attention_weights, causal_mask, expand_heads, take_heads
 from chai.cascade import CascadeCache, CascadeLayer, CascadeRule, keep_top, share_of
-from chai.runtime import check_family, real_tokens, replaced_forward
+from chai.runtime import check_family, own_cache, real_tokens, refuse_options, replaced_forward
 
 ATTENTION = "cascade_pruned_heads"  # our name in transformers' registry
 
@@ -108,7 +108,13 @@ def _forward_on_cache(model: PreTrainedModel, rule: CascadeRule) -> Callable:
     def forward(*args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        kwargs["past_key_values"] = cache = _own_cache(kwargs.get("past_key_values"), model, rule)
+        kwargs["past_key_values"] = cache = own_cache(
+            kwargs.get("past_key_values"),
+            CascadeCache,
+            rule,
+            lambda: new_cascade_cache(model.config, rule),
+            "cascade pruning",
+        )
         mask = kwargs.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attention_mask is a {type(mask).__name__}; valid: a 2-D or 4-D tensor, or none")
@@ -124,29 +130,6 @@ def _forward_on_cache(model: PreTrainedModel, rule: CascadeRule) -> Callable:
         return output
 
     return forward
-
-
-def _own_cache(cache: object, model: PreTrainedModel, rule: CascadeRule) -> CascadeCache:
-    """The call's cache as one of ours: a new one for none, an empty DynamicCache (``generate`` makes one) in place.
-
-    Raises:
-        ValueError: a cache of another kind, one that holds tokens already, or one of another method.
-    """
-    if cache is None:
-        return new_cascade_cache(model.config, rule)
-    if isinstance(cache, CascadeCache):
-        if cache.rule != rule:
-            raise ValueError("this CascadeCache belongs to another application of a method; start a new one")
-        return cache
-    if type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading:
-        # The caller keeps its reference to this very object, so it becomes ours instead of being replaced.
-        cache.__dict__.update(new_cascade_cache(model.config, rule).__dict__)
-        cache.__class__ = CascadeCache  # type: ignore[assignment]
-        return cast(CascadeCache, cache)
-    raise ValueError(
-        f"cascade pruning can't use this {type(cache).__name__}: "
-        "pass no cache, an empty DynamicCache, or method.new_cache(model)"
-    )
 
 
 def _attention_forward(
@@ -166,9 +149,7 @@ def _attention_forward(
             "pruned attention was called outside a call of the model that the method was applied to "
             "(a part of it was called by itself, or another model shares its config object)"
         )
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if dropout or refused:
-        raise ValueError(f"cascade pruning doesn't support {', '.join(refused) or 'dropout'}")
+    refuse_options("cascade pruning", dropout, kwargs)
     index = cast(int, module.layer_idx)
     layer = cast(CascadeLayer, call.cache.layers[index])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

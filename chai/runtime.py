@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as functional
@@ -64,6 +64,7 @@ class Call:
     one_pass: bool = False
 
 
+C = TypeVar("C", bound=Cache)
 _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
@@ -150,7 +151,13 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         rows, count = tokens.shape[:2]
-        kwargs["past_key_values"] = cache = _own_cache(kwargs.get("past_key_values"), model, rule)
+        kwargs["past_key_values"] = cache = own_cache(
+            kwargs.get("past_key_values"),
+            ClusteredCache,
+            rule,
+            lambda: new_cache(model, rule),
+            "clustered head attention",
+        )
         mask = kwargs.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attention_mask is a {type(mask).__name__}; valid: a 2-D or 4-D tensor, or none")
@@ -246,27 +253,45 @@ def _join(parts: list[Any]) -> Any:
     return first
 
 
-def _own_cache(cache: object, model: PreTrainedModel, rule: MembershipRule) -> ClusteredCache:
+def own_cache(cache: object, kind: type[C], rule: object, fresh: Callable[[], C], what: str) -> C:
     """The call's cache as one of ours: a new one for none, an empty DynamicCache (``generate`` makes one) in place.
+
+    Args:
+        cache: the call's.
+        kind: of cache that is wanted; has the ``rule`` it was made for.
+        rule: of the method that is applied.
+        fresh: makes a new one.
+        what: needs it, for messages.
 
     Raises:
         ValueError: a cache of another kind, one that holds tokens already, or one of another method.
     """
     if cache is None:
-        return new_cache(model, rule)
-    if isinstance(cache, ClusteredCache):
-        if cache.rule != rule:
-            raise ValueError("this ClusteredCache belongs to another application of a method; start a new one")
+        return fresh()
+    if isinstance(cache, kind):
+        if cache.rule != rule:  # type: ignore[attr-defined]
+            raise ValueError(f"this {kind.__name__} belongs to another application of a method; start a new one")
         return cache
     if type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading:
         # The caller keeps its reference to this very object, so it becomes ours instead of being replaced.
-        cache.__dict__.update(new_cache(model, rule).__dict__)
-        cache.__class__ = ClusteredCache  # type: ignore[assignment]
-        return cast(ClusteredCache, cache)
+        cache.__dict__.update(fresh().__dict__)
+        cache.__class__ = kind  # type: ignore[assignment]
+        return cast(C, cache)
     raise ValueError(
-        f"clustered head attention can't use this {type(cache).__name__}: "
+        f"{what} can't use this {type(cache).__name__}: "
         "pass no cache, an empty DynamicCache, or method.new_cache(model)"
     )
+
+
+def refuse_options(what: str, dropout: float, options: dict[str, Any]) -> None:
+    """Refuse what a model asks of its attention and ours doesn't do.
+
+    Raises:
+        ValueError: names it.
+    """
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if dropout or refused:
+        raise ValueError(f"{what} doesn't support {', '.join(refused) or 'dropout'}")
 
 
 def _attention_forward(
@@ -286,9 +311,7 @@ def _attention_forward(
             "clustered attention was called outside a call of the model that the method was applied to "
             "(a part of it was called by itself, or another model shares its config object)"
         )
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if dropout or refused:
-        raise ValueError(f"clustered head attention doesn't support {', '.join(refused) or 'dropout'}")
+    refuse_options("clustered head attention", dropout, kwargs)
     index = cast(int, module.layer_idx)
     layer, window = cast(GrowingLayer, call.cache.layers[index]), call.cache.windows[index]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

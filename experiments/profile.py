@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from experiments.config import ConfigError, TaskConfig, to_dataclass
 from experiments.console import complain, console, say
 from experiments.corpus import source, texts
 from experiments.identity import settle_identity
-from experiments.probes import device_name
+from experiments.probes import device_name, record
 from experiments.profile_table import show_profile
 from experiments.runs import RunError, RunFolder, digest, run_identity, settings_id, versions, write_atomically
 
@@ -106,54 +105,42 @@ def run(config: DictConfig) -> int:
         elbow.check_saving(options.saving if options.rule == "saving" else None, shape["key_heads"])
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
-    code = _record(config, folder, options, architecture)
+    code = record(
+        folder,
+        lambda: _work(config, folder, options, architecture),
+        keep=() if config.force else (STATISTICS,),
+    )
     if code == 0:
         show_profile(folder.path)
     return code
 
 
-def _record(config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig) -> int:
-    """The run between its start and its end, whatever that is; returns the exit code."""
+def _work(config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig) -> dict[str, Any]:
+    """From the statistics to the profile, which is saved; returns the run's result."""
     began = time.perf_counter()
-    try:
-        folder.start(keep=() if config.force else (STATISTICS,))
-        statistics = _statistics(config, folder, options, architecture)
-        counts = choose(statistics, options, architecture)
-        about = {
-            "model": {
-                "name": config.model.name,
-                "id": config.model.hub_id if config.model.path is None else None,
-                "fingerprint": config.model.fingerprint,
-                **model_shape(architecture),
-            },
-            "corpus": {
-                "name": config.corpus.name,
-                "source": source(config.corpus),
-                "fingerprint": config.corpus.fingerprint,
-                "samples": statistics.samples,
-                "tokens": statistics.seen_tokens,
-                "longest": statistics.longest,
-            },
-            "features": options.features,
-            "rule": _rule(options),
-            "versions": versions(),
-        }
-        profile = build_profile(statistics, counts, about, DECIDE)
-        profile.save(folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
-        folder.finish(_result(config, folder, profile, statistics, time.perf_counter() - began))
-        return 0
-    except (RunError, ModelError) as error:
-        reason = str(error)
-    except KeyboardInterrupt:
-        folder.fail("interrupted")
-        raise
-    except Exception as error:  # whatever it was: the run's own status tells
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-    complain(reason)
-    if folder.path.is_dir():
-        folder.fail(reason)
-    return 1
+    statistics = _statistics(config, folder, options, architecture)
+    about = {
+        "model": {
+            "name": config.model.name,
+            "id": config.model.hub_id if config.model.path is None else None,
+            "fingerprint": config.model.fingerprint,
+            **model_shape(architecture),
+        },
+        "corpus": {
+            "name": config.corpus.name,
+            "source": source(config.corpus),
+            "fingerprint": config.corpus.fingerprint,
+            "samples": statistics.samples,
+            "tokens": statistics.seen_tokens,
+            "longest": statistics.longest,
+        },
+        "features": options.features,
+        "rule": _rule(options),
+        "versions": versions(),
+    }
+    profile = build_profile(statistics, choose(statistics, options, architecture), about, DECIDE)
+    profile.save(folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
+    return _result(config, folder, profile, statistics, time.perf_counter() - began)
 
 
 def choose(statistics: HeadStatistics, options: Options, architecture: PreTrainedConfig) -> list[int]:

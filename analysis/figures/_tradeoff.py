@@ -239,7 +239,7 @@ def finish(figure: Figure, comparison: Comparison, title: str, notes: str) -> No
     entries = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+    figure.legend(entries.values(), entries.keys(), loc="outside right center")
     result = comparison.points[0].scores[0].run.result
     kinds: dict[str, list[str]] = {kind: [] for kind in ("real", "simulated")}
     for point in comparison.points:

@@ -50,7 +50,12 @@ def share_of(count: Tensor, share: float) -> Tensor:
 
 
 def keep_top(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
-    """Bool ``[..., N]``: the ``count`` (``[...]``) candidates of the largest scores; of equal ones the first."""
+    """Bool ``[..., N]``: the ``count`` (``[...]``) candidates of the largest scores; of equal ones the first.
+
+    Equal but for rounding: heads that read the same value head have the same output for the first token, for instance.
+    """
+    largest = scores.masked_fill(~candidates, 0).abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    scores = (scores / largest * 2**16).round()
     order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return (order.argsort(-1) < count[..., None]) & candidates
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import eager_mask
@@ -25,7 +25,7 @@ HARD = Spatten(tokens=0.4, heads=0.5, values=0.7, unpruned_tokens=0.0, unpruned_
 
 
 def best(scores: dict[int, float], count: int) -> set[int]:
-    return set(sorted(scores, key=lambda item: (-scores[item], item))[:count])
+    return set(sorted(scores, key=lambda item: (-round(scores[item], 9), item))[:count])
 
 
 def up(value: float) -> int:
@@ -114,6 +114,7 @@ def test_logits_equal_the_slow_loop(family, side):
 
 
 @settings(max_examples=12, deadline=None)
+@example(rows=[(2, 2)], shares=(0.1, 0.1, 0.6), unpruned=0.0, family="qwen2", side="left", seed=1)  # heads that tie
 @given(
     rows=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=3),
     shares=st.tuples(*[st.sampled_from([0.1, 0.35, 0.6, 1.0])] * 3),

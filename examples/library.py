@@ -22,7 +22,9 @@ PROMPT = "ben will wash, knit, cook, swim, walk, read, rest. iris will wash, kni
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", nargs="?", default=EMBEDDED, help="folder or hub id (the embedded model)")
-parser.add_argument("--clusters", default="8,6,4,4", help="a preset's name, or one count, or one for each layer: 8,6,4,4")
+parser.add_argument(
+    "--clusters", default="8,6,4,4", help="a preset's name, or one count, or one for each layer: 8,6,4,4"
+)
 parser.add_argument("--prompt", default=PROMPT)
 parser.add_argument("--out", default="results/membership.png", type=Path)
 options = parser.parse_args()
@@ -37,7 +39,8 @@ with method(model):  # restored at the end, also after an exception
     cache = method.new_cache(model)
     tokens = model.generate(**batch, past_key_values=cache, max_new_tokens=8, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-print(f"K,V cache: {cache.nbytes:,} bytes instead of {cache.nbytes_mha:,}, {1 - cache.nbytes / cache.nbytes_mha:.1%} saved")
+saved = 1 - cache.nbytes / cache.nbytes_mha
+print(f"K,V cache: {cache.nbytes:,} bytes instead of {cache.nbytes_mha:,}, {saved:.1%} saved")
 
 layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
 figure, axes = plt.subplots(figsize=(2 + 0.3 * heads, 1.5 + 0.3 * layers), layout="constrained")

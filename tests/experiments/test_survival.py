@@ -145,8 +145,8 @@ def test_handlers_of_others_stay_and_sections_are_finished():
 
 
 def test_two_processes_never_work_on_the_same_run(workplace, tmp_path, capsys):
-    config = compose_config(command(workplace, tmp_path, "task=micro"))
-    overrides = command(workplace, tmp_path, "task=micro_boolq")
+    config = compose_config(command(workplace, tmp_path, "task=micro", "limit=2"))
+    overrides = command(workplace, tmp_path, "task=micro_boolq", "limit=2")
     assert run_experiment(compose_config(overrides)) == 0
     (boolq,) = tmp_path.glob("accuracy/*/*/*/*")
     (boolq / "result.json").unlink()

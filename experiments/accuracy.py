@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from chai.devices import describe_devices
 from chai.flops import method_flops
 from chai.methods import Mha, load_method
 from chai.methods.base import Method
@@ -131,7 +132,7 @@ def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) ->
             "seed": config.seed,
             "settings_id": settings_id(config),
             "run_id": folder.id,
-            "device": str(model.device),
+            "device": describe_devices(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "versions": versions(),
         }
@@ -140,9 +141,8 @@ def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) ->
 
 def model_source(config: DictConfig) -> ModelSource:
     """What :mod:`chai.models` needs of a configuration."""
-    from omegaconf import OmegaConf
-
     model = config.model
+    plain: Any = OmegaConf.to_container(model, resolve=True)
     return ModelSource(
         name=model.name,
         hub_id=model.hub_id,
@@ -150,10 +150,10 @@ def model_source(config: DictConfig) -> ModelSource:
         path=model.path,
         dtype=model.dtype,
         device=config.device,
-        device_map=model.device_map,
+        device_map=plain["device_map"],
         safetensors_only=model.safetensors_only,
         random_init=model.random_init,
-        architecture=OmegaConf.to_container(model.architecture),  # type: ignore[arg-type]
+        architecture=plain["architecture"],
         seed=config.seed,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # chai.models has them too, but imports torch
+DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 T = TypeVar("T")
 
@@ -43,7 +46,9 @@ class ModelConfig:
     revision: str = "main"
     path: str | None = None  # a local folder in Hugging Face format, instead of the hub
     dtype: str = "auto"
-    device_map: str | None = None  # null: all on `device`; auto, balanced, sequential: accelerate splits it
+    device_map: Any = (
+        None  # null: all on `device`; a name of DEVICE_MAPS, or modules and devices: accelerate divides it
+    )
     safetensors_only: bool = True  # refuse pickled weights
     random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
     clusters: Any = None  # the counts that `method.clusters` takes by default
@@ -215,10 +220,31 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"task '{resolved.task.name}' names neither task.harness nor task.members")
     if resolved.task.data_dir is not None and not resolved.task.members and not resolved.task.data_file:
         raise ConfigError(f"task '{resolved.task.name}' has no task.data_file to look for in task.data_dir")
-    kind, _, index = resolved.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    check_device_map(resolved.model.device_map)
+    if not DEVICES.fullmatch(resolved.device):
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     check_clusters(resolved)
+
+
+def check_device_map(value: Any) -> None:
+    """Refuse a device map that is neither a known name nor a dictionary from modules to devices.
+
+    Raises:
+        ConfigError: names what is wrong and what is valid.
+    """
+    if isinstance(value, DictConfig) and len(value):
+        for module, device in value.items():
+            index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+            named = isinstance(device, str) and device != "auto" and (device == "disk" or DEVICES.fullmatch(device))
+            if not index and not named:
+                raise ConfigError(
+                    f"model.device_map puts {module} on {device!r}; valid: a GPU's index, cpu, cuda:0, mps, disk"
+                )
+    elif value is not None and value not in DEVICE_MAPS:
+        raise ConfigError(
+            f"model.device_map is {value!r}; valid: {', '.join(DEVICE_MAPS)}, null, or a dictionary of modules and "
+            "devices ('{model.embed_tokens:0,model.layers:1,...}')"
+        )
 
 
 def check_clusters(config: DictConfig) -> None:

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.cache import cache_bytes
+from chai.devices import input_device
 from chai.methods.base import Method
 from experiments.runs import RunError
 
@@ -55,6 +56,7 @@ class MethodLM(HFLM):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, batch_size: int
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._device = input_device(model)  # HFLM takes model.device, where nothing can be sent if it is offloaded
         self.method = method
         self.ledger = KvLedger()
         self.contexts: dict[tuple[int, ...], int] = {}

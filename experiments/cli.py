@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -41,6 +42,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
+  logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
 
 Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
@@ -103,6 +105,7 @@ def launch(arguments: list[str]) -> int:
 
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             sweeps.add(HydraConfig.get().sweep.dir)
+            config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
         codes.append(run_experiment(config))
 
     register()

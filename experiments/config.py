@@ -89,6 +89,18 @@ class CorpusConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """Where a run is shown beside its folder (:mod:`experiments.tracking`)."""
+
+    name: str = "???"
+    project: str = "chai-lab"
+    entity: str | None = None  # the account's own where null
+    group: str | None = None  # null: the sweep's start, for the runs of a sweep
+    mode: str | None = None  # online or offline; null: as WANDB_MODE says, else online with a key and a network
+    timeout: float = 120.0  # seconds after which a run isn't waited for any more
+
+
+@dataclass
 class RunConfig:
     """Everything that ``run.py`` is told; ``profile`` and ``corpus`` are null where an experiment has no such thing."""
 
@@ -98,6 +110,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     profile: Any = None
     corpus: CorpusConfig | None = None
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0
     limit: int | None = None
     batch_size: int = 16
@@ -113,6 +126,7 @@ def register() -> None:
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="task", name="schema", node=TaskConfig)
     store.store(group="corpus", name="schema", node=CorpusConfig)
+    store.store(group="logger", name="schema", node=LoggerConfig)
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
 
 
@@ -209,6 +223,10 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(_one_line(error)) from None
     if resolved.model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is '{resolved.model.dtype}'; valid: {', '.join(DTYPES)}")
+    if resolved.logger.mode not in (None, "online", "offline"):
+        raise ConfigError(f"logger.mode is '{resolved.logger.mode}'; valid: online, offline, null")
+    if resolved.logger.timeout <= 0:
+        raise ConfigError(f"logger.timeout is {resolved.logger.timeout}; valid: more than 0 seconds")
     for key in ("limit", "batch_size"):
         if resolved[key] is not None and resolved[key] < 1:
             raise ConfigError(f"{key} is {resolved[key]}; valid: 1 or more")
@@ -315,7 +333,7 @@ def _check_key(base: DictConfig, override: Override) -> None:
     """Refuse a key that the composed configuration doesn't have."""
     node: Any = base
     parts = override.key_or_group.split(".")
-    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task"):
+    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task", "logger"):
         raise ConfigError(f"{override.key_or_group} is what {parts[0]}=... sets; valid: {', '.join(choices(parts[0]))}")
     if parts[0] == "task" and base.task.members and parts[1:] not in (["data_dir"], ["num_fewshot"]):
         raise ConfigError(

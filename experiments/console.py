@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
 def say(message: str) -> None:
     """One line about what is going on."""
     if leads():
-        console.print(message, highlight=False)
+        console.print(message, highlight=False, markup=False)
 
 
 def complain(message: str) -> None:

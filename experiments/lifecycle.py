@@ -20,6 +20,7 @@ from experiments.console import complain, say
 from experiments.locks import Held, Holder
 from experiments.runs import RunError, RunFolder
 from experiments.signals import interruption
+from experiments.tracking import track
 
 #: What a file system answers where nothing is wrong with the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
@@ -74,9 +75,11 @@ def record(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # of what the failed work held; the next run may need it
             complain(reason + _fail(folder, reason))
+            track(folder)
             return Ending.FAILED
         for name in until_done:
             (folder.path / name).unlink(missing_ok=True)
+        track(folder)
         return Ending.DONE
     finally:
         folder.release()

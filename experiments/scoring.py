@@ -109,15 +109,17 @@ class MethodLM(HFLM):
         parts = self.team.share(lambda: self._own_part(requests, override_bs or self.batch_size, disable_tqdm))
         self.ledger = KvLedger()
         found: dict[int, tuple[float, bool]] = {}
-        for answers, held in parts:
+        for answers, held, _ in parts:
             found |= answers
             self.ledger.extend(KvLedger(**held))
+        if self.answers is not None:
+            self.answers.restored = sum(restored for _, _, restored in parts)
         return [found[position] for position in range(len(requests))]
 
     def _own_part(
         self, requests: list[Any], size: int, disable_tqdm: bool
-    ) -> tuple[dict[int, tuple[float, bool]], dict[str, Any]]:
-        """The batches of this process: the answers by their request's position, and the ledger so far."""
+    ) -> tuple[dict[int, tuple[float, bool]], dict[str, Any], int]:
+        """The batches of this process: answers by their request's position, the ledger, how many were there already."""
         found: dict[int, tuple[float, bool]] = {}
         own = self.team.own(batches(requests, size))
         total = sum(map(len, own))
@@ -129,7 +131,7 @@ class MethodLM(HFLM):
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
-        return found, asdict(self.ledger)
+        return found, asdict(self.ledger), self.answers.restored if self.answers is not None else 0
 
     def _answer(self, batch: list[Any]) -> list[tuple[float, bool]]:
         """Answers to one batch: those that were saved, or from a forward pass, and then they are saved."""

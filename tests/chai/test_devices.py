@@ -31,7 +31,7 @@ METHODS = {
 PARTS = {
     "llama": ("model", ["embed_tokens", "norm", "rotary_emb"], "lm_head"),
     "opt": ("model.decoder", ["embed_tokens", "embed_positions", "final_layer_norm"], "lm_head"),
-    "gpt_neox": ("gpt_neox", ["embed_in", "final_layer_norm", "rotary_emb"], "embed_out"),
+    "gpt_neox": ("gpt_neox", ["embed_in", "final_layer_norm", "rotary_emb"], "lm_head"),
 }
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from experiments import parallel
-from experiments.accuracy import run
+from experiments.accuracy import model_source, run
 from experiments.answers import Answered, Answers
-from experiments.config import ConfigError, compose_config
+from experiments.config import ConfigError, check_overrides, compose_config
 from experiments.parallel import Team, join, own_device, own_share, shares
 from experiments.runs import RunError
 from tests.conftest import REPOSITORY
@@ -177,3 +177,17 @@ def test_answers_of_other_processes_are_known(tmp_path):
     other = Answers(tmp_path / own_share(2), {"device": "cuda"}, [tmp_path / own_share(1)])
     assert other.find("batch1") is None and not other.left_aside
     other.close()
+
+
+def test_device_maps_are_checked():
+    places = "{model.embed_tokens:0,model.layers:cuda:1,lm_head:disk}"
+    source = model_source(compose_config([f"model.device_map={places}"]))
+    assert source.device_map == {"model.embed_tokens": 0, "model.layers": "cuda:1", "lm_head": "disk"}
+    check_overrides(["model.device_map=balanced"])
+    for wrong, told in [
+        ("evenly", "model.device_map is 'evenly'; valid: auto, balanced, balanced_low_0, sequential, null"),
+        ("{model.layers:gpu}", "model.device_map puts model.layers on 'gpu'; valid: a GPU's index"),
+        ("{model.layers:-1}", "puts model.layers on -1"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            check_overrides([f"model.device_map={wrong}"])

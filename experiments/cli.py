@@ -7,11 +7,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.console import complain
 from experiments.paper import expand
+from experiments.processes import processes
 from experiments.signals import Interrupted, interruptible, interruption
 
 HELP = """\
@@ -23,6 +26,7 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py -m paper=table2                       the runs of one of the paper's tables
   python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
+  accelerate launch --num_processes 4 run.py model=llama7b task=paper    a GPU each (docs/several_gpus.md)
 
 Choices
 {choices}
@@ -38,6 +42,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
+  logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
 
 Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
@@ -83,7 +88,7 @@ def stopping() -> Iterator[None]:
 
 def refuse(error: ConfigError) -> int:
     """Print the one line that says what is valid."""
-    print(f"error: {error}", file=sys.stderr)
+    complain(str(error))
     return 2
 
 
@@ -100,6 +105,7 @@ def launch(arguments: list[str]) -> int:
 
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             sweeps.add(HydraConfig.get().sweep.dir)
+            config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
         codes.append(run_experiment(config))
 
     register()
@@ -120,6 +126,8 @@ def run_experiment(config: DictConfig) -> int:
     quiet_libraries()
     with interruptible(), stopping():
         try:
+            if processes() > 1 and config.experiment.name != "accuracy":
+                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
             return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
         except ConfigError as error:
             return refuse(error)

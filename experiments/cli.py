@@ -5,11 +5,17 @@ from __future__ import annotations
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.console import complain
 from experiments.paper import expand
+from experiments.processes import processes
+from experiments.signals import Interrupted, interruptible, interruption
 
 HELP = """\
 CHAI-lab: clustered head attention, its competitors, and how they compare.
@@ -20,6 +26,7 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py -m paper=table2                       the runs of one of the paper's tables
   python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
+  accelerate launch --num_processes 4 run.py model=llama7b task=paper    a GPU each (docs/several_gpus.md)
 
 Choices
 {choices}
@@ -35,9 +42,12 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
+  logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
 
-Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted.
+Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
+by ctrl-c, 143 by SIGTERM, 140 by SIGUSR2 (the same command goes on). A run that another process works on is left to it
+and counts as no failure.
 """
 
 
@@ -57,12 +67,28 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         return refuse(error)
     flags = [argument for argument in arguments if argument not in args.overrides]
-    return max(launch([*flags, *overrides]) for overrides in sweeps)
+    with interruptible(), stopping():
+        return max(launch([*flags, *overrides]) for overrides in sweeps)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """End the process in one line where ctrl-c or a signal asks for it; what else there is to run isn't started.
+
+    Raises:
+        SystemExit: with 130, or 128 and the signal's number.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        reason, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), error.code)
+        print(f"{reason}: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def refuse(error: ConfigError) -> int:
     """Print the one line that says what is valid."""
-    print(f"error: {error}", file=sys.stderr)
+    complain(str(error))
     return 2
 
 
@@ -79,6 +105,7 @@ def launch(arguments: list[str]) -> int:
 
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             sweeps.add(HydraConfig.get().sweep.dir)
+            config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
         codes.append(run_experiment(config))
 
     register()
@@ -97,13 +124,15 @@ def run_experiment(config: DictConfig) -> int:
     from experiments.console import quiet_libraries
 
     quiet_libraries()
-    try:
-        return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
-    except ConfigError as error:
-        return refuse(error)
-    except Exception:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs
-        traceback.print_exc()
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    with interruptible(), stopping():
+        try:
+            if processes() > 1 and config.experiment.name != "accuracy":
+                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
+            return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
+        except ConfigError as error:
+            return refuse(error)
+        except Exception as error:  # not foreseen: its traceback is worth having, and a sweep goes on
+            if interruption(error) is not None:
+                raise
+            traceback.print_exc()
+            return 1

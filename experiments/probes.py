@@ -6,10 +6,8 @@ import copy
 import dataclasses
 import math
 import os
-import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +24,16 @@ from transformers import Cache, PreTrainedModel
 from chai.cache import ClusteredCache, ClusteredLayer
 from chai.cascade import CascadeCache
 from chai.costs import layer_shape
+from chai.devices import describe_devices, input_device
 from chai.methods import load_method
 from chai.methods.base import Method
 from chai.models import ModelError, load_config, load_model
 from experiments.accuracy import model_source
 from experiments.config import ConfigError, TaskConfig, check_clusters, to_dataclass
-from experiments.console import complain, say
+from experiments.console import say
 from experiments.identity import check_profile, settle_identity
+from experiments.lifecycle import Ending, give_up, record
+from experiments.machine import device_name
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 
 OBSERVED = 4  # steps whose memory events are held at a time: torch's profiler fails on more of a large model
@@ -112,7 +113,7 @@ def run_probe(
     try:
         architecture = load_config(source)
     except ModelError as error:
-        complain(str(error))
+        give_up([folder], str(error))
         return 1
     try:
         method.check(architecture)
@@ -131,6 +132,11 @@ def run_probe(
     def work() -> dict[str, Any]:
         with torch.no_grad():
             model = load_model(source)
+            if "," in (devices := describe_devices(model)) or model.device.type == "meta":
+                raise RunError(
+                    f"model.device_map={config.model.device_map} divides the model ({devices}, or offloaded weights): "
+                    "a probe measures one device; give model.device_map=null and device=..."
+                )
             try:
                 method.check_weights(model)
             except ValueError as error:
@@ -138,10 +144,10 @@ def run_probe(
             subject = Subject(model, config.method.name, method, lengths, folder)
             return common(config, subject, options) | measure(subject, options)
 
-    code = record(folder, work)
-    if code == 0:
+    ending = record(folder, work)
+    if ending is Ending.DONE:
         show(folder.path)
-    return code
+    return ending.code
 
 
 def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[str, Any]:
@@ -161,39 +167,11 @@ def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[
         "seed": config.seed,
         "settings_id": settings_id(config),
         "run_id": subject.folder.id,
-        "device": str(model.device),
-        "device_name": device_name(model.device),
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
     }
-
-
-def record(folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: tuple[str, ...] = ()) -> int:
-    """Do the work of a run between its start and its end, whatever that is; returns the exit code.
-
-    Args:
-        folder: of the run.
-        work: returns the result.
-        keep: files of an earlier start to go on from.
-    """
-    try:
-        folder.start(keep=keep)
-        folder.finish(work())
-        return 0
-    except (RunError, ModelError) as error:
-        reason = str(error)
-    except ConfigError:
-        folder.fail("wrong configuration")
-        raise
-    except KeyboardInterrupt:
-        folder.fail("interrupted")
-        raise
-    except Exception as error:  # whatever it was: the run's own status tells
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-    complain(reason)
-    folder.fail(reason)
-    return 1
 
 
 def pick_lengths(asked: list[int] | None, positions: int, random_init: bool) -> list[int]:
@@ -208,19 +186,6 @@ def pick_lengths(asked: list[int] | None, positions: int, random_init: bool) -> 
     if beyond and not random_init:
         raise ConfigError(f"experiment.lengths has {beyond[0]}; the model has {positions} positions")
     return sorted(set(asked))
-
-
-def device_name(device: torch.device) -> str:
-    """What the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [platform.processor() or platform.machine()]
-    try:
-        with open("/proc/cpuinfo") as handle:
-            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")] or names
-    except OSError:
-        pass  # not Linux: the architecture has to do
-    return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
@@ -298,7 +263,7 @@ def random_tokens(model: PreTrainedModel, rows: int, length: int, seed: int = 0)
     """Token ids ``[rows, length]``; never zeros, whose attention would be like no text's."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, model.config.vocab_size, (rows, length), generator=generator)
-    return ids.to(model.device)
+    return ids.to(input_device(model))
 
 
 def fill(model: PreTrainedModel, cache: Cache, rows: int, length: int) -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai import elbow
+from chai.devices import describe_devices, input_device
 from chai.models import ModelError, load_config, load_model, load_tokenizer
 from chai.observe import observed
 from chai.profile import Profile, build_profile, model_shape
@@ -21,10 +22,11 @@ from chai.runtime import check_family
 from chai.statistics import Features, Gathering, HeadStatistics, Samples, StatisticsError, gather
 from experiments.accuracy import model_source
 from experiments.config import ConfigError, TaskConfig, to_dataclass
-from experiments.console import complain, console, say
+from experiments.console import console, say
 from experiments.corpus import source, texts
 from experiments.identity import settle_identity
-from experiments.probes import device_name, record
+from experiments.lifecycle import Ending, give_up, record
+from experiments.machine import device_name
 from experiments.profile_table import show_profile
 from experiments.runs import RunError, RunFolder, digest, run_identity, settings_id, versions, write_atomically
 
@@ -97,7 +99,7 @@ def run(config: DictConfig) -> int:
     try:
         architecture = load_config(model_source(config))
     except ModelError as error:
-        complain(str(error))
+        give_up([folder], str(error))
         return 1
     try:
         check_family(architecture)
@@ -105,14 +107,10 @@ def run(config: DictConfig) -> int:
         elbow.check_saving(options.saving if options.rule == "saving" else None, shape["key_heads"])
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
-    code = record(
-        folder,
-        lambda: _work(config, folder, options, architecture),
-        keep=() if config.force else (STATISTICS,),
-    )
-    if code == 0:
+    ending = record(folder, lambda: _work(config, folder, options, architecture), keep=(STATISTICS,))
+    if ending is Ending.DONE:
         show_profile(folder.path)
-    return code
+    return ending.code
 
 
 def _work(config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig) -> dict[str, Any]:
@@ -222,6 +220,7 @@ def _pass(
             statistics.read = batch[-1][0]
             highest = max(highest, process.memory_info().rss)
             progress.update(bar, completed=statistics.samples)
+            folder.progress(statistics.samples, options.samples)
             if time.perf_counter() - saved > CHECKPOINT:
                 write_atomically(folder.path / STATISTICS, lambda path: statistics.save(path, note))
                 saved = time.perf_counter()
@@ -235,8 +234,8 @@ def _pass(
     statistics.made = {
         "seconds_pass": round(time.perf_counter() - began, 3),  # of the last start, if it was stopped
         "host_bytes": highest - before,
-        "device": str(model.device),
-        "device_name": device_name(model.device),
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
@@ -265,9 +264,9 @@ def _batches(
 @torch.inference_mode()
 def look(model: PreTrainedModel, batch: list[list[int]], wanted: Gathering) -> list[Samples]:
     """What each layer's heads do in the texts of a batch, which are padded on the right, where no real token looks."""
-    lengths = torch.tensor([len(row) for row in batch], device=model.device)
+    lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
     longest = int(lengths.max())
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=model.device)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=input_device(model))
     found: list[Samples] = []
 
     def gather_layer(

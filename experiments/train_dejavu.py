@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai.contextual import Observed, activation, kept_of, observed, top_mask
+from chai.devices import input_device
 from chai.models import ModelError, load_config, load_model, load_tokenizer
 from chai.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
 from chai.runtime import check_family
@@ -31,7 +32,7 @@ from experiments.batches import Batches, file_batches, world_batches
 from experiments.config import REPOSITORY, ConfigError, TaskConfig, to_dataclass
 from experiments.console import console, say
 from experiments.identity import settle_identity
-from experiments.probes import record
+from experiments.lifecycle import Ending, record
 from experiments.runs import RunError, RunFolder, versions, write_atomically
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
@@ -115,11 +116,11 @@ def run(config: DictConfig) -> int:
         model = load_model(source)
         train, held_out = _batches(config, options)
         state = _resume(folder.path, options, model, config.seed)
-        _train(state, folder.path, options, model, train)
+        _train(state, folder, options, model, train)
         return _finish(state, folder, options, model, held_out, config)
 
-    code = record(folder, work, keep=() if config.force else (CHECKPOINT,))
-    return code or _tell(folder.path, options)
+    ending = record(folder, work, until_done=(CHECKPOINT,))
+    return _tell(folder.path, options) if ending is Ending.DONE else ending.code
 
 
 def _batches(config: DictConfig, options: Options) -> tuple[Batches, Batches]:
@@ -140,7 +141,7 @@ def _resume(path: Path, options: Options, model: PreTrainedModel, seed: int) -> 
         widths = {"neurons": neurons, "neuron_bottleneck": options.mlp_bottleneck}
     predictor = Predictor(model_shape(config), options.bottleneck, **widths)
     predictor.fingerprint.copy_(sample_weights(model))
-    predictor.to(model.device)
+    predictor.to(input_device(model))
     state = State(predictor, torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate))
     checkpoint = path / CHECKPOINT
     if not checkpoint.exists():
@@ -168,7 +169,7 @@ def _snapshot(state: State, path: Path) -> None:
     write_atomically(path / CHECKPOINT, lambda temporary: save_file(tensors, temporary, {"state": counted}))
 
 
-def _train(state: State, path: Path, options: Options, model: PreTrainedModel, batches: Batches) -> None:
+def _train(state: State, folder: RunFolder, options: Options, model: PreTrainedModel, batches: Batches) -> None:
     """All remaining steps, with a checkpoint every so many."""
     columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -187,15 +188,16 @@ def _train(state: State, path: Path, options: Options, model: PreTrainedModel, b
             state.step += 1
             state.seconds += time.perf_counter() - began
             progress.update(bar, completed=state.step, shown=f"loss {loss.item():.4f}")
+            folder.progress(state.step, options.steps)
             if state.step % options.checkpoint_every == 0 and state.step < options.steps:
-                _snapshot(state, path)
+                _snapshot(state, folder.path)
 
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids: Tensor, *, mlp: bool) -> list[Observed]:
     """What the layers read and compute of these sequences."""
     with observed(model, mlp=mlp) as layers:
-        model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
+        model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False)
     return layers
 
 
@@ -248,7 +250,6 @@ def _finish(
     state.predictor.save(
         target, write_atomically, recipe=recipe, seed=config.seed, metrics=metrics, versions=versions()
     )
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
     return {
         "experiment": config.experiment.name,
         "method": config.method.name,

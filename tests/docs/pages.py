@@ -54,7 +54,7 @@ def commands(page: Path, language: str | None = None) -> list[list[str]]:
         lines += re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()).replace("\n", " "))
     found = []
     for line in lines:
-        command = re.match(r"(?:\.venv/bin/)?python run\.py\b(.*)", line)
+        command = re.match(r"(?:\S*python|accelerate launch .*|torchrun .*) run\.py\b(.*)", line)
         if command:  # `<run id>` stands for twelve digits
             found.append(shlex.split(command[1].replace("<run id>", "0123456789ab"), comments=True))
     return found

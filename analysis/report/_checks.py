@@ -122,7 +122,7 @@ def _loss(table: Table) -> Check:
 
 def _control(table: Table) -> Check:
     statement = "Heads combined at random, at the same counts, lose more than by their attention"
-    known = "CHAI's change is above"
+    known = "CHAI above random"
     (chai, chai_runs), (control, control_runs) = _mean(table, "chai"), _mean(table, "random")
     if chai is None or control is None:
         return Check(statement, known, command=SCORES)

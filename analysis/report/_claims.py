@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import cast
 
 from analysis.report import _measures
 from analysis.report._measures import Missing, Ours, Source
@@ -114,7 +113,7 @@ def _claim(name: str, number: int, line: dict[str, str]) -> Claim:
         raise LeftOut(f"{name} is corrupt: line {number} has no number") from None
     return Claim(
         line["id"], line["statement"], line["model"], measure, dict(pair.split("=", 1) for pair in options),
-        cast(Bound, line["bound"]), value, line["unit"], tolerance, line["source"], line["ours"], line["note"],
+        line["bound"], value, line["unit"], tolerance, line["source"], line["ours"], line["note"],
     )  # fmt: skip
 
 

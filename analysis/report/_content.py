@@ -99,20 +99,22 @@ def collect(root: Path) -> Content:
         problems[str(PAPER / "claims.csv")] = str(reason)
         claims = []
     models = [TABLES[name].model for name in PAPER_TABLES]
-    more = _tables.others([score for score in scores if base_name(score.run.model) != EMBEDDED], models)
+    real_scores = [score for score in scores if base_name(score.run.model) != EMBEDDED]
+    own_scores = [score for score in scores if score.run.model == EMBEDDED]
+    more = _tables.others(real_scores, models)
     shown = [tables[name] for name in PAPER_TABLES]
     by_model = {table.model: table for table in (*more, *reversed(shown))}  # of two of a model, the first
     first = list(dict.fromkeys([*models, *by_model]))
     paper = Part(
         "paper", [_overview.line(by_model[model], source, runs) for model in first],
         [_tables.sheet(table) for table in (*shown, *more)],
-        _plots.tradeoff(real, "tradeoff"), "python run.py -m paper=figure1",
+        _plots.tradeoff(real, "tradeoff", real_scores), "python run.py -m paper=figure1",
         _layered(real, _models(runs, real)), "python run.py experiment=profile model=llama7b corpus=c4", drawn[0],
     )  # fmt: skip
     micro = tables["micro"]
     own = Part(
         "embedded", [_overview.line(micro, Source(embedded, tables), runs)], [_tables.sheet(micro)],
-        _plots.tradeoff(embedded, "tradeoff-embedded"), "python run.py -m paper=micro",
+        _plots.tradeoff(embedded, "tradeoff-embedded", own_scores), "python run.py -m paper=micro",
         _layered(embedded, [EMBEDDED]), "python run.py experiment=profile model=tiny", drawn[1],
     )  # fmt: skip
     checks = _checks.checks(embedded, micro)

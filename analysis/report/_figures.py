@@ -20,7 +20,7 @@ from analysis.figures import _catalogue, _look
 from analysis.saved import MissingRun, Results, Run
 
 DPI = 180
-LARGEST = 150_000  # bytes of a CSV that is embedded as it is; a larger one is compressed
+LARGEST = 40_000  # bytes of a CSV that is embedded as it is; a larger one is compressed
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ def draw_all(parts: Sequence[Results]) -> list[list[Drawn]]:
     """
     names = _catalogue.names()
     jobs = [(name, results) for results in parts for name in names]
+    if not jobs:
+        return [[] for _ in parts]
     workers = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(draw, *zip(*jobs, strict=True)))
-    return [drawn[start : start + len(names)] for start in range(0, len(drawn), len(names))]
+    return [drawn[part * len(names) : (part + 1) * len(names)] for part in range(len(parts))]
 
 
 def draw(name: str, results: Results) -> Drawn:

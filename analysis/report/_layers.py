@@ -84,7 +84,7 @@ def of_model(results: Results, model: str) -> Layers | None:
     kept = memory.result["heads_kept"] if memory else []
     count = profile.layers if profile else len(kept)
     length, full, bytes_kept, note = _bytes(memory)
-    mean = _correlation.between_heads(profile["correlation"]) if profile else []
+    mean = _correlation.between_heads(profile["correlation"]) if profile else np.empty(0)
     rows = [
         Layer(
             number,

@@ -220,7 +220,7 @@ def _loss(cells: Sequence[tuple[Table, Cell]], wanted: tuple[str, ...]) -> Ours:
     runs = [score.run for _, cell in cells for score in (cell.score, cell.baseline) if score]
     n = sum(cell.change.n for _, cell in cells if cell.change)
     device = _where(runs[0])
-    limits = {score.config.get("limit") for _, cell in cells if (score := cell.score)} - {None}
+    limits = [limit for _, cell in cells if cell.score and (limit := cell.score.config.get("limit"))]
     part = f", first {max(limits):,} items only" if limits else ""
     detail = f"{task_name(cell.task)}, {_look.label(table.model)}{part}"
     certainty = f"paired bootstrap over {n:,} items"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from analysis.figures import _latency, _look
+from analysis.figures import _latency
 from analysis.paired import Comparison, mean_over_tasks
-from analysis.report._measures import Missing, Ours, Source, chai_row, kv_saved, speedup
+from analysis.report._measures import Measure, Missing, Ours, Source, chai_row, kv_saved, speedup
 from analysis.report._verdict import Interval
 from analysis.saved import Results, Run, base_name
 from analysis.tables._cells import Table
@@ -65,14 +66,16 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     if share is None and row is not None and row.saved is not None:
         share = 100 * row.saved
     length = _longest(source.of(model))
-    times = [_try(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")]
+    first, later = (
+        _try(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
+    )
     own = [run for run in runs if base_name(run.model) == model]
     whole = len([column for column in table.columns if column != MEAN])
     return Line(
         model,
         _points(mean_over_tasks([change for _, change in changed])) if changed else None,
         _points(worst[1]) if worst else None, task_name(worst[0]) if worst else "",
-        (len(changed), whole), share, *(one.interval if one else None for one in times), length,
+        (len(changed), whole), share, first.interval if first else None, later.interval if later else None, length,
         len(own), sum(float(run.result.get("seconds") or 0) for run in own), sorted({run.device for run in own}),
     )  # fmt: skip
 
@@ -81,9 +84,9 @@ def _points(change: Comparison) -> Interval:
     return Interval(100 * change.difference, 100 * change.low, 100 * change.high)
 
 
-def _try(measure: object, *arguments: object) -> Ours | None:
+def _try(measure: Measure, *arguments: Any) -> Ours | None:
     try:
-        return measure(*arguments)  # type: ignore[operator, no-any-return]
+        return measure(*arguments)
     except Missing:
         return None
 
@@ -96,8 +99,3 @@ def _longest(results: Results) -> int | None:
         return None
     lengths = newest.table[newest.table.part == "model"].length
     return int(lengths.max()) if len(lengths) else None
-
-
-def label(model: str) -> str:
-    """What a model is called in print."""
-    return _look.label(model)

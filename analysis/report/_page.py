@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.figures import _catalogue, _look
+from analysis.figures import _look
 from analysis.report import _provenance
 from analysis.report._claims import Judged
 from analysis.report._content import Content, Part
 from analysis.report._strip import strip
 from analysis.report._verdict import RULES, VERDICTS, Interval
-from analysis.tables._layout import signed
 from analysis.tables._settings import COUNTS, PROFILE
 
 #: Of each verdict: a sign that tells it without colour.
@@ -54,17 +54,18 @@ def _replace(path: Path, text: str) -> None:
 def _environment(content: Content) -> Environment:
     environment = Environment(
         loader=PackageLoader("analysis.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=lambda name: bool(name) and name.endswith(".html.j2"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     )  # fmt: skip
     environment.filters |= {
-        "label": _look.label, "minus": minus, "signed": lambda value: minus(signed(value)), "duration": duration,
-        "number": number, "bytes": size, "ends": ends, "paper": paper, "ours": ours, "title_of": title_of,
+        "label": _look.label, "minus": minus, "duration": duration,
+        "number": number, "bytes": size, "ends": ends, "paper": paper, "ours": ours,
+        "our_ends": lambda one: ends(one.ours.interval, _digits(one.claim.unit)),
         "cell": lambda text: text.replace("|", r"\|").replace("\n", " "),
     }  # fmt: skip
     environment.globals |= {
         "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
         "provenance": _provenance, "strip": lambda one: Markup(strip(one)), "raw": _raw(environment),
-        "known_runs": {run.result["run_id"] for run in content.runs}, "command_uses": command_uses,
+        "command_uses": command_uses,
     }  # fmt: skip
     return environment
 
@@ -80,7 +81,7 @@ def _raw(environment: Environment) -> Any:
 
 
 def _scripts(content: Content) -> Markup:
-    """plotly's script, compressed to a third, where there is something for it to draw; else nothing."""
+    """The script of plotly, compressed to a third, where there is something for it to draw; else nothing."""
     if not any(part.tradeoff or part.layers for part in (content.paper, content.embedded)):
         return Markup("")
     packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
@@ -88,8 +89,8 @@ def _scripts(content: Content) -> Markup:
 
 
 def minus(text: str) -> str:
-    """Minus signs for hyphens before digits."""
-    return text.replace("-", MINUS) if text[:1] in "-[" or "…" in text else text
+    """Minus signs for hyphens before numbers."""
+    return re.sub(r"(?<![\w.])-(?=\d)", MINUS, text)
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -138,11 +139,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
     return f"{count:,.0f} B"
-
-
-def title_of(name: str) -> str:
-    """A figure's heading."""
-    return _catalogue.load(name).TITLE
 
 
 def command_uses(part: Part, placeholder: str) -> bool:

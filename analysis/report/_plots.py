@@ -14,6 +14,7 @@ from analysis.figures._tradeoff import Comparison, Point
 from analysis.report._figures import csv_uri
 from analysis.report._layers import Layers
 from analysis.saved import MissingRun, Results, Run
+from analysis.scores import Score
 
 SYMBOLS = {
     "o": "circle", "s": "square", "v": "triangle-down", "D": "diamond", "X": "x", "^": "triangle-up", "p": "pentagon",
@@ -43,7 +44,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Axis:
-    """A cost: on the button, on the axis, the field of ``result.json``, whether that is sound, and the cost of a point."""
+    """A cost.
+
+    Attributes:
+        label: on the button.
+        title: on the axis.
+        field: of ``result.json``.
+        usable: whether its value is sound.
+        cost: of a point.
+    """
 
     label: str
     title: str
@@ -63,7 +72,10 @@ def _is_number(value: object) -> bool:
 
 
 AXES = (
-    Axis("Operations", "operations of a prompt (% of MHA's)", "flops", fig1.counted, lambda p: fig1.operations(p.scores[0])),
+    Axis(
+        "Operations", "operations of a prompt (% of MHA's)", "flops", fig1.counted,
+        lambda p: fig1.operations(p.scores[0]),
+    ),
     Axis(
         "K,V cache", "K,V cache (% of MHA's bytes)", "savings", _has_bytes,
         lambda p: sum(1 - score.saved for score in p.scores) / len(p.scores),
@@ -72,18 +84,19 @@ AXES = (
 )  # fmt: skip
 
 
-def tradeoff(results: Results, name: str) -> list[Plot]:
+def tradeoff(results: Results, name: str, scores: Sequence[Score]) -> list[Plot]:
     """Accuracy against each cost that runs have; none without runs.
 
     Args:
         results: narrowed to the part.
         name: of the files.
+        scores: the part's.
     """
     plots = []
     for axis in AXES:
         own = replace(results, used=[])
         try:
-            comparison = _tradeoff.compared(own, axis.field, axis.usable)
+            comparison = _tradeoff.compared(own, axis.field, axis.usable, scores)
         except MissingRun:
             continue
         data = _tradeoff.plotted(axis.label, _tradeoff.shares(comparison.points, axis.cost), axis.title)
@@ -97,7 +110,8 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Comparison, axis: Axis) -> st
     figure = go.Figure()
     front = data[data.pareto].sort_values("cost")
     figure.add_scatter(
-        x=[*front.cost.tolist(), float(data.cost.max())], y=[*front.accuracy.tolist(), float(front.accuracy.iloc[-1])], mode="lines",
+        x=[*front.cost.tolist(), float(data.cost.max())],
+        y=[*front.accuracy.tolist(), float(front.accuracy.iloc[-1])], mode="lines",
         line={"dash": "dot", "width": 1.2, "shape": "hv"}, name="Pareto front", hoverinfo="skip", meta="ink",
     )  # fmt: skip
     points = dict(zip(data.index, comparison.points, strict=True))
@@ -112,10 +126,11 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Comparison, axis: Axis) -> st
                 hoverinfo="skip", showlegend=False, legendgroup=str(method),
             )  # fmt: skip
         figure.add_scatter(
-            x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=_look.label(str(method)), legendgroup=str(method),
+            x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=_look.label(str(method)),
+            legendgroup=str(method),
             marker={
-                "color": look["color"], "symbol": SYMBOLS.get(look["marker"], "circle"), "size": 10,
-                "line": {"width": 1, "color": "white"},
+                "color": look["color"], "symbol": _symbol(look), "size": 10,
+                "line": {"width": 1, "color": look["color"]},
             },
             error_y={
                 "type": "data", "array": (rows.high - rows.accuracy).fillna(0).tolist(), "width": 0, "thickness": 1,
@@ -125,42 +140,52 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Comparison, axis: Axis) -> st
         )  # fmt: skip
     figure.update_layout(
         template="none", xaxis={"title": {"text": axis.title}}, yaxis={"title": {"text": "mean accuracy (%)"}},
-        hovermode="closest",
+        hovermode="closest", legend={"tracegroupgap": 0},
     )  # fmt: skip
     return spec(figure)
 
 
+def _symbol(look: dict[str, Any]) -> str:
+    """The name that plotly has for a marker; open where its face is white."""
+    name = SYMBOLS.get(look["marker"], "circle")
+    return f"{name}-open" if look.get("markerfacecolor") == "white" else name
+
+
 def _hover(row: Any) -> str:
     interval = "" if pd.isna(row.low) else f" [{row.low:.1f}, {row.high:.1f}]"
+    unit = row.unit.partition("(")[2].rstrip(")")
     return (
-        f"<b>{row.label}</b><br>accuracy {row.accuracy:.2f} %{interval}<br>{row.cost:.1f} {row.unit.partition('(')[2].rstrip(')')}"
+        f"<b>{row.label}</b><br>accuracy {row.accuracy:.2f} %{interval}<br>{row.cost:.1f} {unit}"
         f"<br>saving: {row.saving}{'<br>on the Pareto front' if row.pareto else ''}"
     )
 
 
 def layers(view: Layers) -> Plot:
-    """Clusters and correlation above, bytes below, by layer."""
+    """Clusters above, correlation below, by layer."""
     figure = go.Figure()
     numbers = [row.number for row in view.rows]
     shown = [row.k if row.k is not None else row.found for row in view.rows]
     figure.add_bar(
-        x=numbers, y=shown, name="clusters k", marker={"color": _look.LOOKS["mha"]["color"]}, width=0.7,
-        hovertemplate="layer %{x}: k = %{y}" + f" of {view.heads} heads<extra></extra>",
+        x=numbers, y=shown, name="clusters", marker={"color": _look.LOOKS["mha"]["color"]}, width=0.6,
+        hovertemplate="layer %{x}: %{y} clusters" + f" of {view.heads} heads<extra></extra>",
     )  # fmt: skip
-    for field, name, key in (("correlation", "all pairs of heads", "chai"), ("within", "heads of a cluster", "dejavu")):
-        values = [getattr(row, field) for row in view.rows]
-        if any(value is not None for value in values):
-            figure.add_scatter(
-                x=numbers, y=values, yaxis="y2", mode="lines+markers", name=f"correlation, {name}",
-                line={"color": _look.LOOKS[key]["color"], "width": 1.6}, marker={"size": 6},
-                hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
-            )  # fmt: skip
+    curves = (("correlation", "all pairs of heads", "chai"), ("within", "heads of a cluster", "dejavu"))
+    measured = [curve for curve in curves if any(getattr(row, curve[0]) is not None for row in view.rows)]
+    for field, name, key in measured:
+        figure.add_scatter(
+            x=numbers, y=[getattr(row, field) for row in view.rows], yaxis="y2", mode="lines+markers",
+            name=f"correlation, {name}", line={"color": _look.LOOKS[key]["color"], "width": 1.6}, marker={"size": 6},
+            hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
     figure.update_layout(
-        template="none", barmode="overlay", hovermode="closest",
-        xaxis={"title": {"text": "layer"}, "dtick": 1 if len(numbers) <= 12 else None},
-        yaxis={"title": {"text": "clusters k"}, "range": [0, view.heads * 1.02]},
-        yaxis2={"title": {"text": "correlation"}, "overlaying": "y", "side": "right", "range": [0, 1.02], "showgrid": False},
+        template="none", hovermode="closest",
+        xaxis={"title": {"text": "layer"}, "dtick": 1 if len(numbers) <= 12 else None, "anchor": "free", "position": 0},
+        yaxis={"title": {"text": "clusters"}, "range": [0, view.heads], "domain": [0.56 if measured else 0, 1]},
     )  # fmt: skip
+    if measured:
+        figure.update_layout(
+            yaxis2={"title": {"text": "correlation"}, "range": [0, 1.03], "domain": [0, 0.44], "dtick": 0.5}
+        )
     columns = ("number", "k", "found", "correlation", "within", "full", "kept", "saved")
     data = pd.DataFrame([{name: getattr(row, name) for name in columns} for row in view.rows]).rename(
         columns={

@@ -27,8 +27,8 @@ def experiment(run: Run, root: Path) -> str:
 
 
 def finished(run: Run) -> str:
-    """When, in UTC; a dash where it isn't recorded."""
-    return f"{datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M}" if run.updated else "–"
+    """When, in UTC; empty where it isn't recorded."""
+    return f"{datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M}" if run.updated else ""
 
 
 def commit(run: Run) -> str:

@@ -20,6 +20,7 @@ RULES = (
     "A limit (at most, at least, up to) is reproduced if the whole interval keeps it, give or take the tolerance, and "
     'not if the whole interval breaks it. An interval with an end on either side is undecided. "Up to" is '
     "reproduced if we reach it.",
+    "Not reproduced means: not found under these conditions, which stand beside the number.",
     f"Cells of the tables are numbers with a tolerance of {CELL_TOLERANCE:g} points. Of a limit over several models, "
     "one that breaks it is enough; to keep it takes all of them.",
 )

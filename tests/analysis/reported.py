@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.analysis import scored, synthetic
 
 RIGHT = {"piqa": 160, "hellaswag": 150, "arc_challenge": 90, "arc_easy": 140, "boolq": 120}
@@ -45,6 +47,7 @@ def probes(root: Path, model: str, counts: list[int], heads: int) -> None:
     synthetic.save(root, "memory", exact, f"memory{model[:6]}", **more)
     synthetic.save(root, "latency", synthetic.latency(counts, heads), f"latency{model[:5]}", **more)
     arrays, kept = synthetic.profile(len(counts), heads)
+    arrays["agreement"] = np.maximum(arrays["agreement"], 0.95)
     folder = synthetic.save_profile(root, arrays, kept, f"profile{model[:5]}", model=model)
     planted = arrays["clusters"].tolist()
     (folder / "config.yaml").write_text(f"method: {{name: none}}\nmodel: {{clusters: {planted}}}\ntask: {{name: c4}}\n")

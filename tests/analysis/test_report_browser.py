@@ -71,8 +71,8 @@ def test_a_reader_sees_and_uses_all_of_it(page, request, tmp_path):
 def nothing_overflows(page):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     wide = page.evaluate(
-        """[...document.querySelectorAll("main *")].filter((node) => !node.closest(".scroll, svg, .plot, details:not([open])")
-        && node.getBoundingClientRect().right > innerWidth + 1).map((node) => node.className || node.tagName)"""
+        """[...document.querySelectorAll("main *")].filter((node) => node.getBoundingClientRect().right > innerWidth + 1
+        && !node.closest(".scroll, svg, .plot, details:not([open])")).map((node) => node.className || node.tagName)"""
     )
     assert wide == []
 

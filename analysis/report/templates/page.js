@@ -62,15 +62,14 @@ const draw = (plot) => {
   const narrow = plot.clientWidth < 600, ink = colour("--ink"), soft = colour("--soft"), line = colour("--line");
   for (const trace of data) {
     if (trace.meta === "ink") trace.line.color = soft;
-    if (trace.marker?.line) trace.marker.line.color = colour("--paper");
   }
   const axis = { gridcolor: line, linecolor: colour("--strong"), zerolinecolor: line, tickfont: { color: soft }, automargin: true, fixedrange: narrow };
   const full = { ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13, color: ink },
     margin: { l: 56, r: 20, t: 12, b: narrow ? 110 : 52 }, hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--strong"), font: { color: ink }, align: "left" },
-    legend: narrow ? { orientation: "h", y: -0.24, x: 0 } : { x: 1.02, y: 1, ...(layout.yaxis2 ? { x: 1.08 } : {}) } };
+    legend: { ...layout.legend, ...(narrow ? { orientation: "h", y: -0.22, x: 0 } : { x: 1.02, y: 1 }) } };
   for (const name of ["xaxis", "yaxis", "yaxis2"]) {
-    if (layout[name]) full[name] = { ...axis, ...layout[name], title: { ...layout[name].title, font: { color: soft, size: narrow ? 11 : 13 } } };
+    if (layout[name]) full[name] = { ...axis, ...layout[name], title: { ...layout[name].title, standoff: 10, font: { color: soft, size: narrow ? 11 : 13 } } };
   }
   return Plotly.react(plot, data, full, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
 };

@@ -3,13 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo report test test-browser lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai
 
+report: $(VENV)/.installed
+	$(BIN)/python -m analysis.report
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The report in headless Chromium. Where that is missing it is installed as root on Debian; else the tests are skipped.
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]" || true
+	command -v chromium || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium; } || true
+	$(BIN)/python -m pytest -m browser -n 0 tests/analysis
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

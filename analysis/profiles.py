@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 
-from analysis.saved import MAIN, LeftOut, Results, Run, read_object
+from analysis.saved import MAIN, LeftOut, Results, Run, base_name, read_object
 
 EXPERIMENT = "profile"
 FIELDS = ("heads", "layers", "heads_kept", "dtype", "versions")
@@ -112,7 +112,7 @@ def of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Pr
 def _pick(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
     found: dict[str, Profile] = {}
     for run in results.ranked(EXPERIMENT, fields=FIELDS, prefer=prefer):
-        model = run.model.removesuffix("-random")
+        model = base_name(run.model)
         if model in found:
             continue
         # Only what is drawn gets read, and what would have been drawn were it sound: arrays are large.

@@ -11,8 +11,17 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+from pandas.api.types import is_numeric_dtype
 
 ALWAYS = ("model", "method", "run_id")  # fields that every result.json has
+#: What fields of result.json are, where they are there; what is None is not.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": str, "method": str, "run_id": str, "task": str, "metric": str, "dtype": str, "device": str,
+    "device_name": str, "versions": dict, "metrics": dict, "stderr": dict, "savings": dict, "heads_kept": list,
+    "heads": int, "layers": int, "key_heads": int, "n": int, "batch_size": int, "seconds": (int, float),
+}  # fmt: skip
+#: Columns of measurements.parquet that are numbers in every row.
+NUMBERS = ("length", "ms", "ms_p25", "ms_p75", "rounds", "speedup", "limit", "cache_bytes", "formula_bytes")
 MAIN = ("llama7b",)  # the paper's main model, whose runs are drawn rather than others
 
 
@@ -78,6 +87,7 @@ class Results:
         root: the folder.
         model: the only model wanted, as it is filed, or several with commas between; ``None``: any.
         device: a part of the device's name, in either case; ``None``: any.
+        without: models whose runs don't count, nor those of their shape with random weights.
         used: the runs that were handed out, in order.
         left_out: folders that don't count, and why.
     """
@@ -85,6 +95,7 @@ class Results:
     root: Path
     model: str | None = None
     device: str | None = None
+    without: tuple[str, ...] = ()
     used: list[Run] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
 
@@ -108,7 +119,7 @@ class Results:
         found = []
         models = self.models or ("*",)
         for folder in sorted({folder for name in models for folder in (self.root / experiment).glob(f"{name}/*/*/*")}):
-            if not folder.is_dir():
+            if not folder.is_dir() or base_name(folder.parents[2].name) in self.without:
                 continue
             try:
                 run = _load(folder, columns, (*ALWAYS, *fields))
@@ -165,9 +176,15 @@ class Results:
         """What to raise when no run of an experiment can be drawn."""
         wanted = f" of model {' or '.join(map(repr, self.models))}" if self.models else ""
         wanted += f" on a device named '{self.device}'" if self.device else ""
-        there = sorted({f"{run.method} on {run.model}, {run.device}" for run in Results(self.root).runs(experiment)})
+        every = Results(self.root, without=self.without)
+        there = sorted({f"{run.method} on {run.model}, {run.device}" for run in every.runs(experiment)})
         others = f" could be used (there are: {'; '.join(there)})" if there else ""
         return MissingRun(f"no finished {experiment} run{wanted} in {self.root}{others}", self.model)
+
+
+def base_name(model: str) -> str:
+    """A model's name without what says that its weights are random."""
+    return model.removesuffix("-random")
 
 
 def _load(folder: Path, columns: Sequence[str], fields: Sequence[str]) -> Run:
@@ -179,6 +196,12 @@ def _load(folder: Path, columns: Sequence[str], fields: Sequence[str]) -> Run:
     lacking = [name for name in fields if name not in result]
     if lacking:
         raise LeftOut(f"result.json has no {', '.join(lacking)}")
+    for name, kind in KINDS.items():
+        if name in result and not isinstance(result[name], kind) and (name in fields or result[name] is not None):
+            raise LeftOut(f"result.json is corrupt: {name} is {json.dumps(result[name])[:40]}")
+    kept = result.get("heads_kept") or []
+    if not all(type(count) is int and count > 0 for count in kept):
+        raise LeftOut("result.json is corrupt: heads_kept aren't whole numbers")
     updated = status.get("updated")
     table = _table(folder / "measurements.parquet", columns) if columns else pd.DataFrame()
     return Run(folder, result, updated if isinstance(updated, (int, float)) else 0.0, table)
@@ -211,4 +234,7 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     lacking = [name for name in columns if name not in table]
     if lacking:
         raise LeftOut(f"{path.name} has no {', '.join(lacking)}")
+    words = [name for name in columns if name in NUMBERS and not is_numeric_dtype(table[name])]
+    if words:
+        raise LeftOut(f"{path.name} is corrupt: {words[0]} isn't a number")
     return table

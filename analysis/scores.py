@@ -11,16 +11,14 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from analysis.saved import Results, Run
+from analysis.saved import LeftOut, Results, Run
 
 EXPERIMENT = "accuracy"
+#: The same as yaml.safe_load, in C where there is one: a results folder has hundreds of configurations.
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FIELDS = ("task", "metric", "metrics", "stderr", "n", "savings", "settings_id")
 #: Of the model's section, what says only where it lay; and what its name and fingerprint say already.
 NO_SETTING = ("path", "device_map", "architecture")
-
-
-class _Corrupt(Exception):
-    """Why a run doesn't count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,36 +102,42 @@ def load_scores(results: Results) -> list[Score]:
     for run in results.runs(EXPERIMENT, fields=FIELDS):
         try:
             found.append(_load(run))
-        except _Corrupt as reason:
+        except LeftOut as reason:
             results.left_out[run.folder] = str(reason)
     return found
 
 
 def _load(run: Run) -> Score:
-    config = _config(run.folder / "config.yaml")
+    config = read_config(run.folder)
     samples = _samples(run.folder / "samples.parquet", str(run.result["metric"]))
     score = Score(run, config, samples)
     try:
         value, share, _, _ = score.value, score.saved, score.stderr, score.saving
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise _Corrupt("result.json lacks a score or savings that are numbers") from None
+        raise LeftOut("result.json lacks a score or savings that are numbers") from None
     if not 0 <= value <= 1 or share > 1:
-        raise _Corrupt(f"result.json is impossible: a score of {value}, {share:.3g} of the K,V bytes saved")
+        raise LeftOut(f"result.json is impossible: a score of {value}, {share:.3g} of the K,V bytes saved")
     if len(samples) != run.result["n"] or abs(samples[score.metric].mean() - value) > 1e-6:
-        raise _Corrupt("samples.parquet doesn't give the score in result.json")
+        raise LeftOut("samples.parquet doesn't give the score in result.json")
     return score
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``.
+
+    Raises:
+        LeftOut: it is missing or lacks a section.
+    """
+    path = folder / "config.yaml"
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.load(path.read_text(), Loader)
     except FileNotFoundError:
-        raise _Corrupt(f"no {path.name}") from None
+        raise LeftOut(f"no {path.name}") from None
     except (OSError, ValueError, yaml.YAMLError):
         value = None
     sections = ("method", "model", "task")
     if not isinstance(value, dict) or not all(isinstance(value.get(name), dict) for name in sections):
-        raise _Corrupt(f"{path.name} is corrupt")
+        raise LeftOut(f"{path.name} is corrupt")
     return value
 
 
@@ -141,10 +145,10 @@ def _samples(path: Path, metric: str) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except FileNotFoundError:
-        raise _Corrupt(f"no {path.name}") from None
+        raise LeftOut(f"no {path.name}") from None
     except (OSError, ValueError, pa.ArrowException):
-        raise _Corrupt(f"{path.name} is corrupt") from None
+        raise LeftOut(f"{path.name} is corrupt") from None
     lacking = [name for name in ("doc_id", "doc_hash", metric) if name not in table]
     if lacking:
-        raise _Corrupt(f"{path.name} has no {', '.join(lacking)}")
+        raise LeftOut(f"{path.name} has no {', '.join(lacking)}")
     return table[[name for name in ("doc_id", "doc_hash", "acc", "acc_norm") if name in table]]

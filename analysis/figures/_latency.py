@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.figures import _look
-from analysis.saved import Results, Run
+from analysis.saved import MAIN, Results, Run, base_name
 
 EXPERIMENT = "latency"
 COMMAND = "python run.py experiment=latency method=chai model=llama7b model.random_init=true"
@@ -41,7 +41,7 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: Cla
         phase: ``prefill`` or ``decode``.
         title: the first line of the heading; in small letters, also what the time is called on its axis.
         note: for the footer: whether clustering is part of the time.
-        claim: the paper's, on the right.
+        claim: the paper's, on the right where the run is of its model.
 
     Raises:
         MissingRun: no run has a method beside its baselines for this phase of the whole model.
@@ -88,7 +88,9 @@ def plotted(run: Run, phase: str, claim: Claim) -> pd.DataFrame:
             add(row, "speedup", f"attention alone, k = {k}", MEASURED, row.speedup, "x")
             add(row, "speedup", f"attention alone, k = {k}", LIMIT, row.limit, "x")
     paper = {"panel": "speedup", "series": claim.label, "source": PAPER, "length_tokens": claim.length}
-    return pd.DataFrame([*rows, paper | {"value": claim.speedup, "unit": "x"}]).astype({"k": "Int64"})
+    if base_name(run.model) in MAIN:  # the paper says nothing about other models
+        rows.append(paper | {"value": claim.speedup, "unit": "x"})
+    return pd.DataFrame(rows).astype({"k": "Int64"})
 
 
 def some_counts(attention: pd.DataFrame, heads: int) -> list[tuple[int, pd.DataFrame]]:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis import profiles
 from analysis.figures import _look
 from analysis.profiles import Profile
+from analysis.saved import base_name
 
 EXPERIMENT = profiles.EXPERIMENT
 COMMAND = "python run.py experiment=profile model=llama7b corpus=c4"
@@ -67,7 +68,7 @@ def sign(figure: Figure, drawn: Sequence[Profile], notes: str, paper: Sequence[s
 
 def other_model(drawn: Sequence[Profile], paper: Sequence[str]) -> str:
     """A sentence where the paper's figure is of models that weren't drawn, else nothing."""
-    models = {profile.run.model.removesuffix("-random") for profile in drawn}
+    models = {base_name(profile.run.model) for profile in drawn}
     return "" if models >= set(paper) else f"The paper's figure is of {' and '.join(map(_look.label, paper))}."
 
 

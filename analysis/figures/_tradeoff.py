@@ -94,7 +94,9 @@ class Comparison:
         return f"{title}\n{_look.label(self.model)}: mean of {names} ({n:,} items)"
 
 
-def compared(results: Results, field: str, usable: Callable[[Any], bool]) -> Comparison:
+def compared(
+    results: Results, field: str, usable: Callable[[Any], bool], loaded: Sequence[Score] | None = None
+) -> Comparison:
     """What is to be drawn: of the main model rather than others, under the conditions that have the most runs.
 
     The tasks are those that leave the most to compare: methods that have all of them, times tasks.
@@ -103,12 +105,13 @@ def compared(results: Results, field: str, usable: Callable[[Any], bool]) -> Com
         results: where runs are looked for.
         field: of ``result.json``, that a run's cost is taken from; runs without go to ``left_out``.
         usable: whether its value can be.
+        loaded: the runs of these results, where they have been read already.
 
     Raises:
         MissingRun: multi-head attention and another method have no task in common.
     """
     scores = []
-    for score in load_scores(results):
+    for score in load_scores(results) if loaded is None else loaded:
         if usable(score.run.result.get(field)):
             scores.append(score)
         else:

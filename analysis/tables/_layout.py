@@ -24,11 +24,11 @@ def kind(table: Table, name: str) -> list[str]:
 
 def block(table: Table, row: Row) -> list[list[str]]:
     """The lines of one row, each as its cells: name, what the line is, tasks, saving."""
-    lines = [[*kind(table, "ours"), *(_ours(cell) for cell in row.cells)]]
+    lines = [[*kind(table, "ours"), *(cell_text(cell) for cell in row.cells)]]
     if any(cell.change for cell in row.cells):
-        lines.append([*kind(table, f"{100 * LEVEL:g} %"), *(_interval(cell) for cell in row.cells)])
+        lines.append([*kind(table, f"{100 * LEVEL:g} %"), *(interval_text(cell) for cell in row.cells)])
     if row.paper is not None:
-        lines.append(["paper", *(_paper(row, cell) for cell in row.cells)])
+        lines.append(["paper", *(paper_text(row, cell) for cell in row.cells)])
         if any(cell.gap is not None for cell in row.cells):
             lines.append(["gap", *("" if cell.gap is None else signed(cell.gap) for cell in row.cells)])
     saving = [row.saving] if row.saved is None or row.saving == "none" else [row.saving, f"{100 * row.saved:.1f} %"]
@@ -51,7 +51,8 @@ def stars(cell: Cell) -> str:
     return next((mark for limit, mark in STARS if cell.change.p < limit), "")
 
 
-def _ours(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
+    """Our number: a score with its standard error, a change with its mark, or why there is none."""
     if cell.points is None:
         return cell.state
     if cell.change is not None:
@@ -59,7 +60,8 @@ def _ours(cell: Cell) -> str:
     return f"{cell.points:.1f}" + ("" if cell.stderr is None else f" ± {100 * cell.stderr:.1f}")
 
 
-def _interval(cell: Cell) -> str:
+def interval_text(cell: Cell) -> str:
+    """The 95 % interval of a change, in points."""
     if cell.change is None:
         return ""
     if cell.change.lost + cell.change.gained == 0:
@@ -67,7 +69,8 @@ def _interval(cell: Cell) -> str:
     return f"{signed(100 * cell.change.low)}…{signed(100 * cell.change.high)}"
 
 
-def _paper(row: Row, cell: Cell) -> str:
+def paper_text(row: Row, cell: Cell) -> str:
+    """The paper's number with its digits."""
     if cell.paper is None:
         return ""
     return f"{cell.paper}" if row.method == "mha" or not cell.paper else f"{cell.paper:+}"

@@ -1,8 +1,7 @@
-"""The command line: help, early refusal of mistakes, then Hydra's main with the experiment as its task."""
+"""The command line: help, early refusal of mistakes, then one run here, or a sweep where its launcher has it."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import traceback
 
@@ -18,8 +17,10 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
   python run.py -m paper=table2                       the runs of one of the paper's tables
+  python run.py -m hydra/launcher=slurm paper=table2  the same as jobs of a Slurm cluster (docs/sweeps.md)
   python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
+  python -m experiments.status                        what became of the sweeps
 
 Choices
 {choices}
@@ -36,6 +37,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
+  hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
 
 Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted.
 """
@@ -47,17 +49,22 @@ def main(arguments: list[str]) -> int:
 
     args = get_args_parser().parse_args(arguments)
     if args.help:
-        width = max(map(len, groups()))
-        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in groups())))
+        names = [*groups(), "hydra/launcher"]
+        width = max(map(len, names))
+        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in names)))
         return 0
     try:
         sweeps = expand(args.overrides, multirun=args.multirun)
         for overrides in sweeps:
             check_overrides(overrides, multirun=args.multirun)
+        if args.multirun and not (args.cfg or args.info):
+            from experiments.launchers.launch import launch
+
+            return launch(sweeps)
     except ConfigError as error:
         return refuse(error)
     flags = [argument for argument in arguments if argument not in args.overrides]
-    return max(launch([*flags, *overrides]) for overrides in sweeps)
+    return max(through_hydra([*flags, *overrides]) for overrides in sweeps)
 
 
 def refuse(error: ConfigError) -> int:
@@ -66,44 +73,41 @@ def refuse(error: ConfigError) -> int:
     return 2
 
 
-def launch(arguments: list[str]) -> int:
-    """Hand over to Hydra. With a sweep, one failing run doesn't stop the others; the worst exit code is returned."""
+def through_hydra(arguments: list[str]) -> int:
+    """One run under Hydra's own main, or what its flags show of the configuration; returns the exit code."""
     import hydra
 
     codes: list[int] = []
-    sweeps: set[str] = set()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
-            sweeps.add(HydraConfig.get().sweep.dir)
         codes.append(run_experiment(config))
 
     register()
     sys.argv = ["run.py", *arguments]
     job()
-    if set(codes) == {2}:  # nothing was run, so nothing is to stay: not even Hydra's note of the sweep
-        for folder in sweeps:
-            shutil.rmtree(folder, ignore_errors=True)
     return max(codes, default=0)
 
 
 def run_experiment(config: DictConfig) -> int:
     """Run one composed configuration; returns its exit code."""
+    return attempt(config)[0]
+
+
+def attempt(config: DictConfig) -> tuple[int, str | None]:
+    """Run one composed configuration; returns its exit code, and in one line what no run's folder can tell."""
     import importlib
 
     from experiments.console import quiet_libraries
 
     quiet_libraries()
     try:
-        return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
+        return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
     except ConfigError as error:
-        return refuse(error)
-    except Exception:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs
+        return refuse(error), str(error)
+    except Exception as error:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs
         traceback.print_exc()
-        return 1
+        return 1, f"{type(error).__name__}: {error}".splitlines()[0]
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None

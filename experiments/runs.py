@@ -177,10 +177,12 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can move a number."""
+    """Versions of everything that can move a number; of the project itself the commit as well."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    from experiments.snapshot import describe
+
+    found = {"python": platform.python_version(), "code": str(describe())}
     for package in ("chai-lab", "torch", "transformers", "lm-eval", "datasets", "scikit-learn", "numpy"):
         try:
             found[package] = version(package)

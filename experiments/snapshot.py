@@ -45,9 +45,9 @@ def snapshot(folder: Path) -> Code:
         OSError: it can't be written.
     """
     code = describe()
-    for name in _files():
+    for name in [*_files(), *_compiled()]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(REPOSITORY / name, folder / name)
+        shutil.copy2(REPOSITORY / name, folder / name)
     write_json(folder / RECORD, asdict(code))
     return code
 
@@ -62,6 +62,11 @@ def _files() -> list[str]:
         paths = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))]
         names = {str(path.relative_to(REPOSITORY)) for path in paths if "__pycache__" not in path.parts}
     return sorted(name for name in names if (REPOSITORY / name).is_file())  # git lists what was deleted as well
+
+
+def _compiled() -> list[str]:
+    """Machine code that numba keeps beside its source, and takes as long as the source's time and size are the same."""
+    return [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("chai/**/__pycache__/*.nb[ic]")]
 
 
 def _digest(names: list[str]) -> str:

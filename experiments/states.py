@@ -12,7 +12,7 @@ from typing import Any
 from experiments.runs import read_json
 
 #: In the order in which they are told.
-STATES = ("done", "running", "queued", "interrupted", "died", "failed", "missing")
+STATES = ("done", "running", "queued", "died", "failed", "missing")
 #: A run on another machine whose status is older than this is taken for dead; it is touched at least every minute.
 SILENCE_S = 900.0
 

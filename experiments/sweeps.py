@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.config import ConfigError, combinations, compose_config
@@ -43,6 +44,7 @@ class Sweep:
     results_dir: str = "results"
     created: float = field(default_factory=time.time)  # seconds since 1970
     host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
     code: dict[str, Any] = field(default_factory=dict)
 
     def write(self) -> None:
@@ -58,6 +60,12 @@ class Sweep:
     def results(self) -> Path:
         """The results folder, which may have moved since together with this record."""
         return self.path.parent.parent
+
+    def client_lives(self) -> bool:
+        """Whether the process that launched the sweep is still there; on another machine nobody can tell."""
+        if self.host != socket.gethostname():
+            return False
+        return psutil.pid_exists(self.pid) and psutil.Process(self.pid).create_time() <= self.created
 
     def outcome_path(self, index: int) -> Path:
         """Where a job's process leaves how it ended."""

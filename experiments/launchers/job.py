@@ -39,7 +39,11 @@ def main(arguments: list[str]) -> int:
     codes = []
     error = None
     for part in resumable(config, run_folders(config), sweep.created):
-        code, told = attempt(part)
+        try:
+            code, told = attempt(part)
+        except SystemExit as end:
+            note_outcome(sweep, index, int(end.code or 0), "interrupted", started)
+            raise
         codes.append(code)
         error = error or told
     note_outcome(sweep, index, max(codes), error, started)

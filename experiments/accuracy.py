@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-import traceback
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,18 @@ from chai.flops import method_flops
 from chai.methods import Mha, load_method
 from chai.methods.base import Method
 from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
+from experiments.answers import FILE as ANSWERS
+from experiments.answers import Answers, code_digest
 from experiments.config import ConfigError, check_clusters, to_dataclass
-from experiments.console import complain, say
-from experiments.identity import check_profile, settle_identity
-from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
+from experiments.console import say
+from experiments.identity import check_profile
+from experiments.lifecycle import Ending, give_up, record, tell
+from experiments.locks import is_locked
+from experiments.machine import device_name
+from experiments.planning import settled
+from experiments.runs import RunFolder, settings_id, versions, write_atomically
 from experiments.summary import show_results
-from experiments.tasks import build_task, members
+from experiments.tasks import build_task
 
 #: Tokens of the prompt whose operations are counted (paper, Figure 1).
 PROMPT = 2048
@@ -37,10 +43,8 @@ def run(config: DictConfig) -> int:
         ConfigError: a method, or counts of clusters, that the model can't run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    config = config.copy()
-    singles = members(config)
+    singles = settled(config)
     for single in singles:
-        settle_identity(single)
         check_clusters(single)
         check_profile(single)
     method = to_dataclass(load_method(config.method.name), singles[0].method, "method")
@@ -49,19 +53,26 @@ def run(config: DictConfig) -> int:
     for folder in folders:
         if folder not in todo:
             say(f"done already: {folder.path} (force=true does it again)")
-    failures = _score_all(todo, method) if todo else 0
-    show_results([folder.path for folder in folders], Path(config.results_dir))
-    return 1 if failures else 0
+    endings = _score_all(todo, method) if todo else []
+    elsewhere = [folder for folder, ending in zip(todo, endings, strict=True) if ending is Ending.ELSEWHERE]
+    show_results([folder.path for folder in folders if folder not in elsewhere], Path(config.results_dir))
+    return max((ending.code for ending in endings), default=0)
 
 
-def _score_all(folders: list[RunFolder], method: Method) -> int:
-    """Score each folder's task with one loaded model; returns how many failed."""
+def _score_all(folders: list[RunFolder], method: Method) -> list[Ending]:
+    """Score each folder's task with one loaded model; returns how each ended."""
+    holders = [is_locked(folder.path) for folder in folders]
+    if None not in holders:  # no model is needed to see that all of them are being worked on
+        for folder, holder in zip(folders, holders, strict=True):
+            assert holder is not None
+            tell(folder, holder)
+        return [Ending.ELSEWHERE] * len(folders)
     config = folders[0].config
     source = model_source(config)
     try:
         architecture = load_config(source)
     except ModelError as error:
-        return _fail_all(folders, str(error))
+        return give_up(folders, str(error))
     try:
         method.check(architecture)
     except ValueError as error:
@@ -72,70 +83,78 @@ def _score_all(folders: list[RunFolder], method: Method) -> int:
     try:
         model, tokenizer = load_model(source), load_tokenizer(source)
     except ModelError as error:
-        return _fail_all(folders, str(error))
+        return give_up(folders, str(error))
     try:
         method.check_weights(model)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
-    failures = 0
-    for folder in folders:
-        try:
-            folder.start()
-            _score_one(folder, method, model, tokenizer)
-        except RunError as error:
-            failures += _fail_all([folder], str(error))
-        except KeyboardInterrupt:
-            folder.fail("interrupted")
-            raise
-        except Exception as error:  # whatever it was: the run's own status tells, and the other tasks go on
-            traceback.print_exc()
-            failures += _fail_all([folder], f"{type(error).__name__}: {error}")
-    return failures
+    return [
+        record(
+            folder,
+            lambda folder=folder: _score_one(folder, method, model, tokenizer),  # type: ignore[misc]
+            until_done=(ANSWERS,),
+        )
+        for folder in folders
+    ]
 
 
-def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) -> None:
+def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Score a task; writes the samples, returns the run's result."""
     from experiments.scoring import score
 
     config = folder.config
     started = time.perf_counter()
-    scores, samples, ledger = score(
-        model,
-        tokenizer,
-        method,
-        build_task(config.task),
-        batch_size=config.batch_size,
-        limit=config.limit,
-        num_fewshot=config.task.num_fewshot,
-    )
-    seconds = time.perf_counter() - started
+    about = {
+        "run_id": folder.id,
+        "device": device_name(model.device),
+        "device_map": config.model.device_map,
+        "dtype": str(model.dtype),
+        "revision": getattr(model.config, "_commit_hash", None),  # of weights from the hub
+        "versions": versions(),
+        "code": code_digest(),
+    }
+    with closing(Answers(folder.path / ANSWERS, about)) as answers:
+        if answers.left_aside:
+            say(f"answers of an earlier start can't be used, made with another {', '.join(answers.left_aside)}")
+        scores, samples, ledger = score(
+            model,
+            tokenizer,
+            method,
+            build_task(config.task),
+            batch_size=config.batch_size,
+            limit=config.limit,
+            num_fewshot=config.task.num_fewshot,
+            answers=answers,
+            progress=folder.progress,
+        )
+    seconds = time.perf_counter() - started + answers.seconds
     write_samples(folder.path / "samples.parquet", samples)
-    folder.finish(
-        {
-            "experiment": config.experiment.name,
-            "method": config.method.name,
-            "model": config.model.name,
-            "task": config.task.name,
-            "metric": config.task.metric,
-            **scores,
-            "savings": {
-                "kind": method.saving,
-                **ledger.per_sequence(),
-                "heads_kept": method.heads_kept(model.config),
-            },
-            "flops": {
-                "tokens": PROMPT,
-                "method": method_flops(model, method, PROMPT),
-                "mha": method_flops(model, Mha(), PROMPT),
-            },
-            "seconds": round(seconds, 3),
-            "seed": config.seed,
-            "settings_id": settings_id(config),
-            "run_id": folder.id,
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "versions": versions(),
-        }
-    )
+    return {
+        "experiment": config.experiment.name,
+        "method": config.method.name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "metric": config.task.metric,
+        **scores,
+        "savings": {
+            "kind": method.saving,
+            **ledger.per_sequence(),
+            "heads_kept": method.heads_kept(model.config),
+        },
+        "flops": {
+            "tokens": PROMPT,
+            "method": method_flops(model, method, PROMPT),
+            "mha": method_flops(model, Mha(), PROMPT),
+        },
+        "seconds": round(seconds, 3),
+        "resumed": answers.restored,
+        "seed": config.seed,
+        "settings_id": settings_id(config),
+        "run_id": folder.id,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
 
 
 def model_source(config: DictConfig) -> ModelSource:
@@ -163,21 +182,3 @@ def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
     import pandas as pd
 
     write_atomically(path, lambda temporary: pd.DataFrame(samples).to_parquet(temporary, index=False))
-
-
-def _fail_all(folders: list[RunFolder], reason: str) -> int:
-    """Record one reason as the end of several runs; returns how many.
-
-    A run that is done and wasn't started again (``force=true``, but no model to do it with) keeps its result.
-    """
-    complain(reason)
-    for folder in folders:
-        try:
-            if folder.is_done:
-                continue
-            if not folder.path.exists():
-                folder.start()
-            folder.fail(reason)
-        except (OSError, RunError) as error:
-            complain(str(error))
-    return len(folders)

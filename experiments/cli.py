@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
 from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
 from experiments.paper import expand
+from experiments.signals import Interrupted, interruptible, interruption
 
 HELP = """\
 CHAI-lab: clustered head attention, its competitors, and how they compare.
@@ -39,7 +42,9 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
   hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
 
-Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted.
+Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
+by ctrl-c, 143 by SIGTERM, 140 by SIGUSR2 (the same command goes on). A run that another process works on is left to it
+and counts as no failure.
 """
 
 
@@ -60,11 +65,28 @@ def main(arguments: list[str]) -> int:
         if args.multirun and not (args.cfg or args.info):
             from experiments.launchers.launch import launch
 
-            return launch(sweeps)
+            with interruptible(), stopping():
+                return launch(sweeps)
     except ConfigError as error:
         return refuse(error)
     flags = [argument for argument in arguments if argument not in args.overrides]
-    return max(through_hydra([*flags, *overrides]) for overrides in sweeps)
+    with interruptible(), stopping():
+        return max(through_hydra([*flags, *overrides]) for overrides in sweeps)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """End the process in one line where ctrl-c or a signal asks for it; what else there is to run isn't started.
+
+    Raises:
+        SystemExit: with 130, or 128 and the signal's number.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        reason, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), error.code)
+        print(f"{reason}: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def refuse(error: ConfigError) -> int:
@@ -101,13 +123,13 @@ def attempt(config: DictConfig) -> tuple[int, str | None]:
     from experiments.console import quiet_libraries
 
     quiet_libraries()
-    try:
-        return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
-    except ConfigError as error:
-        return refuse(error), str(error)
-    except Exception as error:  # not foreseen, so its traceback is worth having; a sweep goes on with its other runs
-        traceback.print_exc()
-        return 1, f"{type(error).__name__}: {error}".splitlines()[0]
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    with interruptible(), stopping():
+        try:
+            return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
+        except ConfigError as error:
+            return refuse(error), str(error)
+        except Exception as error:  # not foreseen: its traceback is worth having, and a sweep goes on
+            if interruption(error) is not None:
+                raise
+            traceback.print_exc()
+            return 1, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chai.models import ModelError, pick_device
+from chai.models import pick_device
 from chai.presets import resolve_clusters
 from experiments.config import REPOSITORY, ConfigError, to_dataclass
-from experiments.console import complain, console, say
+from experiments.console import console, say
+from experiments.lifecycle import Ending, record
 from experiments.microworld import training
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
@@ -101,24 +102,15 @@ def run(config: DictConfig) -> int:
     if folder.is_done and not config.force:
         say(f"done already: {folder.path} (force=true does it again)")
         return _install(folder.path, options)
-    try:
-        folder.start(keep=() if config.force else (CHECKPOINT,))
+
+    def work() -> dict[str, Any]:
         device = pick_device(config.device)
         state = _resume(folder.path, options, shape, clusters, config.seed, device)
-        _train(state, folder.path, options, config.seed, device)
-        _finish(state, folder, options, config)
-    except KeyboardInterrupt:
-        folder.fail("interrupted")
-        raise
-    except (ModelError, RunError) as error:
-        complain(str(error))
-        if folder.path.is_dir():
-            folder.fail(str(error))
-        return 1
-    except Exception as error:
-        folder.fail(f"{type(error).__name__}: {error}")
-        raise
-    return _install(folder.path, options)
+        _train(state, folder, options, config.seed, device)
+        return _finish(state, folder, options, config)
+
+    ending = record(folder, work, until_done=(CHECKPOINT,))
+    return _install(folder.path, options) if ending is Ending.DONE else ending.code
 
 
 def _resume(path: Path, options: Options, shape: dict[str, Any], clusters: list[int], seed: int, device: str) -> State:
@@ -150,7 +142,7 @@ def _resume(path: Path, options: Options, shape: dict[str, Any], clusters: list[
     return state
 
 
-def _train(state: State, path: Path, options: Options, seed: int, device: str) -> None:
+def _train(state: State, folder: RunFolder, options: Options, seed: int, device: str) -> None:
     """All remaining steps, with a checkpoint every so many."""
     columns = (
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}"),
@@ -169,6 +161,7 @@ def _train(state: State, path: Path, options: Options, seed: int, device: str) -
                 raise RunError(f"the loss is no number at step {state.step}: a lower experiment.learning_rate may do")
             state.step += 1
             state.seconds += time.perf_counter() - began
+            folder.progress(state.step, options.steps)
             if state.step % 10 == 0 or state.step == options.steps:
                 state.losses.append((state.step, round(loss.item(), 4), round(answers.item(), 4)))
                 shown = f"loss {loss.item():.3f}, answers {answers.item():.3f}"
@@ -176,7 +169,7 @@ def _train(state: State, path: Path, options: Options, seed: int, device: str) -
             if state.step % 100 == 0 and not console.is_terminal:  # a log file has no bar
                 say(f"step {state.step} of {options.steps}: loss {loss.item():.3f}, answers {answers.item():.3f}")
             if state.step % options.checkpoint_every == 0 and state.step < options.steps:
-                write_atomically(path / CHECKPOINT, lambda temporary: torch.save(_snapshot(state), temporary))
+                write_atomically(folder.path / CHECKPOINT, lambda temporary: torch.save(_snapshot(state), temporary))
 
 
 def _step(state: State, options: Options, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,8 +197,8 @@ def _snapshot(state: State) -> dict[str, Any]:
     }
 
 
-def _finish(state: State, folder: RunFolder, options: Options, config: DictConfig) -> None:
-    """Write the model in Hugging Face format with its recipe, and the run's result."""
+def _finish(state: State, folder: RunFolder, options: Options, config: DictConfig) -> dict[str, Any]:
+    """Write the model in Hugging Face format with its recipe; returns the run's result."""
     assert state.losses is not None
     target = folder.path / "model"
     target.mkdir(exist_ok=True)
@@ -231,23 +224,20 @@ def _finish(state: State, folder: RunFolder, options: Options, config: DictConfi
         "versions": versions(),
     }
     write_json(target / "recipe.json", recipe)
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
-    folder.finish(
-        {
-            "experiment": config.experiment.name,
-            "method": config.method.name,
-            "model": config.model.name,
-            "task": config.task.name,
-            "metrics": final,
-            "n": state.step,
-            "stderr": {},
-            "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
-            "seconds": round(state.seconds, 3),
-            "seed": config.seed,
-            "run_id": folder.id,
-            "versions": versions(),
-        }
-    )
+    return {
+        "experiment": config.experiment.name,
+        "method": config.method.name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "metrics": final,
+        "n": state.step,
+        "stderr": {},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
+        "seconds": round(state.seconds, 3),
+        "seed": config.seed,
+        "run_id": folder.id,
+        "versions": versions(),
+    }
 
 
 def _install(path: Path, options: Options) -> int:

@@ -6,10 +6,8 @@ import copy
 import dataclasses
 import math
 import os
-import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +29,10 @@ from chai.methods.base import Method
 from chai.models import ModelError, load_config, load_model
 from experiments.accuracy import model_source
 from experiments.config import ConfigError, check_clusters, to_dataclass
-from experiments.console import complain, say
+from experiments.console import say
 from experiments.identity import check_profile
+from experiments.lifecycle import Ending, give_up, record
+from experiments.machine import device_name
 from experiments.planning import settled
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 
@@ -111,7 +111,7 @@ def run_probe(
     try:
         architecture = load_config(source)
     except ModelError as error:
-        complain(str(error))
+        give_up([folder], str(error))
         return 1
     try:
         method.check(architecture)
@@ -137,10 +137,10 @@ def run_probe(
             subject = Subject(model, config.method.name, method, lengths, folder)
             return common(config, subject, options) | measure(subject, options)
 
-    code = record(folder, work)
-    if code == 0:
+    ending = record(folder, work)
+    if ending is Ending.DONE:
         show(folder.path)
-    return code
+    return ending.code
 
 
 def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[str, Any]:
@@ -167,34 +167,6 @@ def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[
     }
 
 
-def record(folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: tuple[str, ...] = ()) -> int:
-    """Do the work of a run between its start and its end, whatever that is; returns the exit code.
-
-    Args:
-        folder: of the run.
-        work: returns the result.
-        keep: files of an earlier start to go on from.
-    """
-    try:
-        folder.start(keep=keep)
-        folder.finish(work())
-        return 0
-    except (RunError, ModelError) as error:
-        reason = str(error)
-    except ConfigError:
-        folder.fail("wrong configuration")
-        raise
-    except KeyboardInterrupt:
-        folder.fail("interrupted")
-        raise
-    except Exception as error:  # whatever it was: the run's own status tells
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-    complain(reason)
-    folder.fail(reason)
-    return 1
-
-
 def pick_lengths(asked: list[int] | None, positions: int, random_init: bool) -> list[int]:
     """The sequence lengths to probe: those asked for, or powers of two up to 2,048 that the model has positions for.
 
@@ -207,19 +179,6 @@ def pick_lengths(asked: list[int] | None, positions: int, random_init: bool) -> 
     if beyond and not random_init:
         raise ConfigError(f"experiment.lengths has {beyond[0]}; the model has {positions} positions")
     return sorted(set(asked))
-
-
-def device_name(device: torch.device) -> str:
-    """What the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [platform.processor() or platform.machine()]
-    try:
-        with open("/proc/cpuinfo") as handle:
-            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")] or names
-    except OSError:
-        pass  # not Linux: the architecture has to do
-    return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:

@@ -21,10 +21,11 @@ from chai.runtime import check_family
 from chai.statistics import Features, Gathering, HeadStatistics, Samples, StatisticsError, gather
 from experiments.accuracy import model_source
 from experiments.config import ConfigError, to_dataclass
-from experiments.console import complain, console, say
+from experiments.console import console, say
 from experiments.corpus import source, texts
+from experiments.lifecycle import Ending, give_up, record
+from experiments.machine import device_name
 from experiments.planning import settled
-from experiments.probes import device_name, record
 from experiments.profile_table import show_profile
 from experiments.runs import RunError, RunFolder, digest, run_identity, settings_id, versions, write_atomically
 
@@ -94,7 +95,7 @@ def run(config: DictConfig) -> int:
     try:
         architecture = load_config(model_source(config))
     except ModelError as error:
-        complain(str(error))
+        give_up([folder], str(error))
         return 1
     try:
         check_family(architecture)
@@ -102,14 +103,10 @@ def run(config: DictConfig) -> int:
         elbow.check_saving(options.saving if options.rule == "saving" else None, shape["key_heads"])
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
-    code = record(
-        folder,
-        lambda: _work(config, folder, options, architecture),
-        keep=() if config.force else (STATISTICS,),
-    )
-    if code == 0:
+    ending = record(folder, lambda: _work(config, folder, options, architecture), keep=(STATISTICS,))
+    if ending is Ending.DONE:
         show_profile(folder.path)
-    return code
+    return ending.code
 
 
 def _work(config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig) -> dict[str, Any]:
@@ -219,6 +216,7 @@ def _pass(
             statistics.read = batch[-1][0]
             highest = max(highest, process.memory_info().rss)
             progress.update(bar, completed=statistics.samples)
+            folder.progress(statistics.samples, options.samples)
             if time.perf_counter() - saved > CHECKPOINT:
                 write_atomically(folder.path / STATISTICS, lambda path: statistics.save(path, note))
                 saved = time.perf_counter()

@@ -7,6 +7,7 @@ See docs/results.md for the fields.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,10 +16,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from experiments import signals
+from experiments.locks import RunLock
 
 #: What a run's result doesn't depend on: where it ran and where its files were.
 MACHINE_ONLY = (
@@ -27,6 +32,10 @@ MACHINE_ONLY = (
 )  # fmt: skip
 #: Paths that count by what the files there hold, of a folder all of them or the one that is named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
+#: Seconds between two notes of a run's progress in its status.
+PROGRESS_EVERY = 5.0
+#: Bytes left below which a file system counts as full, for writers that don't say why they failed.
+FULL = 1 << 16
 
 
 class RunError(Exception):
@@ -90,15 +99,43 @@ def settings_id(config: DictConfig) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it into place in one step."""
+    """Let ``write`` fill a temporary file beside ``path``, then move it into place in one step.
+
+    Raises:
+        OSError: it can't be written. On a full disk this is what's raised, whatever ``write`` makes of that.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if getattr(error, "errno", None) is None and is_full(path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the file system of a folder has no room left."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < FULL
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Replace a small file's text where it lies, in one write: a full disk has no room for another file.
+
+    The text is filled up with blanks to the old length, for cutting it short would be a second step.
+    """
+    with open(path, "r+b") as handle:
+        text = text.rstrip("\n").ljust(os.fstat(handle.fileno()).st_size - 1) + "\n"
+        os.pwrite(handle.fileno(), text.encode(), 0)
+        os.fsync(handle.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,8 +156,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 class RunFolder:
     """One run on disk.
 
-    ``start`` before the work; then ``finish`` with the result, or ``fail``. A process that dies in between leaves
-    ``running`` and no ``result.json``, and the next start of the same configuration does the work again.
+    ``start`` before the work; then ``finish`` with the result, or ``fail``; :mod:`experiments.lifecycle` does that for
+    all experiments. A process that dies in between leaves ``running``, no ``result.json`` and no lock, and the next
+    start of the same configuration goes on or does the work again.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -128,6 +166,9 @@ class RunFolder:
         self.id = run_id(config)
         names = (config.experiment.name, config.model.name, config.method.name, config.task.name)
         self.path = Path(config.results_dir).joinpath(*map(str, names), self.id)
+        self._lock = RunLock(self.path)
+        self._progress: dict[str, Any] = {}
+        self._noted = 0.0
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -140,40 +181,90 @@ class RunFolder:
         status = read_json(self.path / "status.json")
         return status is not None and status.get("state") == "done" and (self.path / "result.json").exists()
 
+    def claim(self) -> None:
+        """Take the run for this process, until ``release`` or the process's end; ``start`` does it, too.
+
+        Raises:
+            Held: another process works on it.
+            RunError: the folder can't be written.
+        """
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def release(self) -> None:
+        """Let other processes have the run."""
+        self._lock.release()
+
     def start(self, *, keep: tuple[str, ...] = ()) -> None:
         """Make the folder, drop what an earlier start left (but ``keep``, for resuming), write the configuration.
 
         Raises:
+            Held: another process works on it.
             RunError: the folder can't be written.
         """
+        self.claim()
+        self._progress, self._noted = {}, time.monotonic()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A result may never stand beside a configuration or samples that aren't its own, so it goes first.
+            # The status goes first: where nothing can be written, an old result stays what it was, whole and done.
+            self._status("running")
+            # A result may never stand beside a configuration or samples that aren't its own.
             (self.path / "result.json").unlink(missing_ok=True)
             for entry in self.path.iterdir():
                 if entry.name not in ("status.json", *keep):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             text = OmegaConf.to_yaml(self.config, resolve=True)
             write_atomically(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
-            self._status("running")
         except OSError as error:
-            raise RunError(f"can't write the run's folder {self.path}: {error.strerror or error}") from None
+            raise self._unwritable(error) from None
+
+    def progress(self, done: int, total: int) -> None:
+        """Note how far the work is: in the status every few seconds, if that can be written. Cheap: call it often.
+
+        Raises:
+            Interrupted: a signal asked the process to stop.
+        """
+        signals.check()
+        self._progress = {"progress": {"done": done, "total": total}}
+        if time.monotonic() - self._noted >= PROGRESS_EVERY:
+            self._noted = time.monotonic()
+            with suppress(OSError):  # what the work itself can't write is what counts
+                self._status("running")
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, then the status: whoever reads ``done`` finds the result whole."""
-        write_json(self.path / "result.json", result)
-        self._status("done")
+        with signals.shielded():
+            write_json(self.path / "result.json", result)
+            self._progress = {}
+            self._status("done")
 
     def fail(self, reason: str) -> None:
-        """Record why the run ended; a folder that can't be written has no better place for the reason."""
-        (self.path / "result.json").unlink(missing_ok=True)
-        self._status("failed", error=reason)
+        """Record why the run ended; a folder that can't be written has no better place for the reason.
+
+        Raises:
+            OSError: the status can't be written, not even over the old one.
+        """
+        with signals.shielded():
+            (self.path / "result.json").unlink(missing_ok=True)
+            self._status("failed", error=reason)
 
     def _status(self, state: str, **more: Any) -> None:
-        before = read_json(self.path / "status.json") or {}
-        started = time.time() if state == "running" else before.get("started")
-        status = {"state": state, "run_id": self.id, "started": started, "updated": time.time()}
-        write_json(self.path / "status.json", {**status, "pid": os.getpid(), "host": socket.gethostname(), **more})
+        path, now = self.path / "status.json", time.time()
+        before = read_json(path) or {}
+        started = before.get("started") if state != "running" or self._progress else now
+        status = {"state": state, "run_id": self.id, "started": started, "updated": now, **self._progress}
+        status |= {"pid": os.getpid(), "host": socket.gethostname(), **more}
+        try:
+            write_json(path, status)
+        except OSError:
+            if state != "failed":
+                raise
+            overwrite(path, json.dumps(status))
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(f"can't write the run's folder {self.path}: {error.strerror or error}")
 
 
 def versions() -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lm_eval.utils
@@ -14,10 +15,12 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.cache import cache_bytes
 from chai.methods.base import Method
+from experiments.answers import Answered, Answers, batch_key, batches
 from experiments.runs import RunError
 
 
@@ -38,6 +41,13 @@ class KvLedger:
         self.held_mha += getattr(cache, "nbytes_mha", held)  # the stock cache holds just that
         self.key_heads.append([layer.keys.shape[1] for layer in cache.layers])
 
+    def extend(self, other: KvLedger) -> None:
+        """Note all batches of another ledger."""
+        self.sequences += other.sequences
+        self.held += other.held
+        self.held_mha += other.held_mha
+        self.key_heads += other.key_heads
+
     def per_sequence(self) -> dict[str, Any]:
         """Mean bytes of a sequence, and the mean number of key heads in memory of each layer."""
         batches = len(self.key_heads)
@@ -49,18 +59,40 @@ class KvLedger:
 
 
 class MethodLM(HFLM):
-    """lm-eval's own Hugging Face model; each forward pass runs on a cache of the method, which is then measured."""
+    """lm-eval's own Hugging Face model; each forward pass runs on a cache of the method, which is then measured.
+
+    Args:
+        model: to score with, to which the method is applied.
+        tokenizer: of the model.
+        method: makes the caches.
+        batch_size: rows of a forward pass.
+        answers: where answered batches are saved, and those of an earlier start are found.
+        progress: told how many requests of how many are answered.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        method: Method,
+        batch_size: int,
+        answers: Answers | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.method = method
+        self.answers = answers
+        self.progress = progress
         self.ledger = KvLedger()
         self.contexts: dict[tuple[int, ...], int] = {}
 
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        """Note where the context of each request ends, for methods to which that makes a difference."""
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Answer the requests in lm-eval's own batches, each by itself, so that it can be saved.
+
+        Where the context of each request ends is noted, for methods to which that makes a difference.
+        """
         self.contexts = {}
         for _, context, continuation in requests:
             tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
@@ -68,7 +100,38 @@ class MethodLM(HFLM):
             # Requests of the same tokens share a row: nothing that is a continuation in one of them may be context.
             key = _without_padding(tokens)
             self.contexts[key] = min(length, self.contexts.get(key, length))
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for positions in batches(requests, override_bs or self.batch_size):
+                answered = self._answer([requests[position] for position in positions])
+                for position, answer in zip(positions, answered, strict=True):
+                    found[position] = answer
+                bar.update(len(positions))
+                if self.progress is not None:
+                    self.progress(bar.n, len(requests))
+        return found
+
+    def _answer(self, batch: list[Any]) -> list[tuple[float, bool]]:
+        """Answers to one batch: those that were saved, or from a forward pass, and then they are saved."""
+        key = batch_key(batch)
+        saved = self.answers.find(key) if self.answers is not None else None
+        if saved is not None:
+            self.ledger.extend(KvLedger(**saved.held))
+            return saved.answers
+        began = time.perf_counter()
+        total, self.ledger = self.ledger, KvLedger()
+        answers = super()._loglikelihood_tokens(batch, disable_tqdm=True)
+        part, self.ledger = self.ledger, total
+        self.ledger.extend(part)
+        broken = next((nats for nats, _ in answers if not math.isfinite(nats)), None)
+        if broken is not None:
+            raise RunError(
+                f"a log-likelihood is no number ({broken}): the weights hold such, or the model overflows in this "
+                "dtype; try model.dtype=bfloat16 or float32"
+            )
+        if self.answers is not None:
+            self.answers.add(key, Answered(answers, asdict(part), time.perf_counter() - began))
+        return answers
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -110,38 +173,40 @@ def score(
     batch_size: int,
     limit: int | None,
     num_fewshot: int,
+    answers: Answers | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], KvLedger]:
     """One task under one method.
+
+    Args:
+        model: to score with.
+        tokenizer: of the model.
+        method: to apply to it.
+        task: as lm-eval defines it.
+        batch_size: rows of a forward pass.
+        limit: score the first so many items only.
+        num_fewshot: solved items in each prompt.
+        answers: see :class:`MethodLM`.
+        progress: see :class:`MethodLM`.
 
     Returns:
         metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item; the K,V ledger.
 
     Raises:
-        RunError: too little memory for the batch, or log-likelihoods that are no numbers.
+        RunError: log-likelihoods that are no numbers.
+        OSError: answers can't be saved.
     """
-    lm, name = MethodLM(model, tokenizer, method, batch_size), task["task"]
-    try:
-        with cached_templates(), method(model):
-            output = simple_evaluate(
-                model=lm,
-                tasks=[task],
-                task_manager=TaskManager(include_defaults=False),
-                limit=limit,
-                num_fewshot=num_fewshot or None,
-                log_samples=True,
-            )
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise RunError(f"out of memory with batch_size={batch_size} (try a smaller one): {reason}") from None
-    samples = [sample_row(sample) for sample in output["samples"][name]]
-    broken = next((row for row in samples if not all(map(math.isfinite, row["loglikelihoods"]))), None)
-    if broken is not None:
-        raise RunError(
-            f"item {broken['doc_id']} has log-likelihoods that are no numbers ({broken['loglikelihoods']}): "
-            "the model overflows in this dtype; try model.dtype=bfloat16 or float32"
+    lm, name = MethodLM(model, tokenizer, method, batch_size, answers, progress), task["task"]
+    with cached_templates(), method(model):
+        output = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            num_fewshot=num_fewshot or None,
+            log_samples=True,
         )
+    samples = [sample_row(sample) for sample in output["samples"][name]]
     metrics, stderr = {}, {}
     for key, value in output["results"][name].items():
         metric, _, _ = key.partition(",")  # keys carry the name of a filter: "acc_norm,none"

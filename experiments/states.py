@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.locks import is_locked
 from experiments.runs import read_json
 
 #: In the order in which they are told.
 STATES = ("done", "running", "queued", "died", "failed", "missing")
-#: A run on another machine whose status is older than this is taken for dead; it is touched at least every minute.
-SILENCE_S = 900.0
 
 
 @dataclass
@@ -59,9 +56,9 @@ def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | No
     times = {"started": status.get("started"), "updated": status.get("updated"), "progress": progress}
     if told == "done":
         return RunState("done" if (folder / "result.json").exists() else "missing", **times)
+    if is_locked(folder) is not None:
+        return RunState("running", **times)
     if told == "running":
-        if is_held(folder, status):
-            return RunState("running", **times)
         return (
             RunState("queued", "goes on", **times) if waits else RunState("died", why or "its process is gone", **times)
         )
@@ -70,24 +67,3 @@ def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | No
     if outcome is not None and outcome.get("error") and float(status.get("updated") or 0) < outcome.get("started", 0):
         return RunState("failed", why, **times)  # the status is of an earlier attempt, the last one didn't get that far
     return RunState(told if told in STATES else "failed", error or why, **times)
-
-
-def is_held(folder: Path, status: dict[str, Any]) -> bool:
-    """Whether the process that wrote ``running`` still works on the folder."""
-    if status.get("host") == socket.gethostname():
-        try:
-            os.kill(int(status["pid"]), 0)
-        except PermissionError:
-            return True
-        except (OSError, KeyError, ValueError):
-            return False
-        return not _is_zombie(int(status["pid"]))
-    return time.time() - float(status.get("updated") or 0) < SILENCE_S
-
-
-def _is_zombie(pid: int) -> bool:
-    """A killed process whose parent hasn't asked for its exit code yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False

@@ -30,8 +30,8 @@ from experiments.accuracy import model_source
 from experiments.batches import Batches, file_batches, world_batches
 from experiments.config import REPOSITORY, ConfigError, to_dataclass
 from experiments.console import console, say
+from experiments.lifecycle import Ending, record
 from experiments.planning import settled
-from experiments.probes import record
 from experiments.runs import RunError, RunFolder, versions, write_atomically
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
@@ -113,11 +113,11 @@ def run(config: DictConfig) -> int:
         model = load_model(source)
         train, held_out = _batches(config, options)
         state = _resume(folder.path, options, model, config.seed)
-        _train(state, folder.path, options, model, train)
+        _train(state, folder, options, model, train)
         return _finish(state, folder, options, model, held_out, config)
 
-    code = record(folder, work, keep=() if config.force else (CHECKPOINT,))
-    return code or _tell(folder.path, options)
+    ending = record(folder, work, until_done=(CHECKPOINT,))
+    return _tell(folder.path, options) if ending is Ending.DONE else ending.code
 
 
 def _batches(config: DictConfig, options: Options) -> tuple[Batches, Batches]:
@@ -166,7 +166,7 @@ def _snapshot(state: State, path: Path) -> None:
     write_atomically(path / CHECKPOINT, lambda temporary: save_file(tensors, temporary, {"state": counted}))
 
 
-def _train(state: State, path: Path, options: Options, model: PreTrainedModel, batches: Batches) -> None:
+def _train(state: State, folder: RunFolder, options: Options, model: PreTrainedModel, batches: Batches) -> None:
     """All remaining steps, with a checkpoint every so many."""
     columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -185,8 +185,9 @@ def _train(state: State, path: Path, options: Options, model: PreTrainedModel, b
             state.step += 1
             state.seconds += time.perf_counter() - began
             progress.update(bar, completed=state.step, shown=f"loss {loss.item():.4f}")
+            folder.progress(state.step, options.steps)
             if state.step % options.checkpoint_every == 0 and state.step < options.steps:
-                _snapshot(state, path)
+                _snapshot(state, folder.path)
 
 
 @torch.no_grad()
@@ -246,7 +247,6 @@ def _finish(
     state.predictor.save(
         target, write_atomically, recipe=recipe, seed=config.seed, metrics=metrics, versions=versions()
     )
-    (folder.path / CHECKPOINT).unlink(missing_ok=True)
     return {
         "experiment": config.experiment.name,
         "method": config.method.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Protocol
@@ -60,6 +59,3 @@ def launch(sweeps: list[list[str]]) -> int:
     except ConfigError:
         shutil.rmtree(sweep.path, ignore_errors=True)
         raise
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130

@@ -7,9 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 
 from experiments.config import to_dataclass
 from experiments.console import say
@@ -72,8 +70,6 @@ class Local:
         slots = min(self.slots, len(todo))
         say(f"{slots} at once, {self.threads} threads each; logs: {sweep.path / 'jobs'}")
         outlive_terminal()
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, _interrupt)
         waiting = list(todo)
         try:
             return follow(sweep, todo, lambda: self.turn(sweep, waiting))
@@ -119,7 +115,3 @@ class Local:
                 process.wait()
             note_death(sweep, index, process.returncode, began)
         self.running.clear()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -1,0 +1,20 @@
+"""What a run's numbers were computed on."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor() or platform.machine()]
+    try:
+        with open("/proc/cpuinfo") as handle:
+            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")] or names
+    except OSError:
+        pass  # not Linux: the architecture has to do
+    return f"{names[0]}, {torch.get_num_threads()} threads"

@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Against a real Slurm of one node, which is installed if that is possible; says so and does nothing if it isn't.
+test-slurm: $(VENV)/.installed
+	if $(BIN)/python -m tests.slurm.cluster install; then $(BIN)/python -m pytest -m slurm -n 0 tests/slurm; \
+	else echo "SKIPPED: the tests against a real Slurm"; fi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

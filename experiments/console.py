@@ -35,6 +35,11 @@ def say(message: str) -> None:
     console.print(message, highlight=False)
 
 
+#: What this process has complained about; a job's last word where no run's folder can hold it.
+complaints: list[str] = []
+
+
 def complain(message: str) -> None:
     """One line about what went wrong, to standard error."""
+    complaints.append(message)
     print(f"error: {message}", file=sys.stderr)

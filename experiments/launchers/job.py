@@ -17,6 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
+from experiments.console import complaints
 from experiments.runs import RunFolder, read_json, write_json
 from experiments.sweeps import Sweep, read_sweep
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
             note_outcome(sweep, index, int(end.code or 0), "interrupted", started)
             raise
         codes.append(code)
-        error = error or told
+        error = error or told or (complaints[-1] if code and complaints else None)
     note_outcome(sweep, index, max(codes), error, started)
     return max(codes)
 

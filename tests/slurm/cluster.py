@@ -51,7 +51,7 @@ SelectType=select/cons_tres
 # Cores are counted, memory isn't.
 SelectTypeParameters=CR_CPU
 EnforcePartLimits=ALL
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 # The node has as many cores as it says here, whatever the machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -59,7 +59,7 @@ KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName={host} NodeAddr={address} CPUs={cores} RealMemory={memory} State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES PriorityTier=1 MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime=20 MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO
 PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE DefaultTime=10
 """
 

@@ -30,6 +30,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Hydra's own groups that can be chosen; ``basic`` is Hydra's name for one after the other, here.
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 
+#: Dictionaries that take any key: of the model's own configuration, of sbatch.
+OPEN = ("model.architecture", "hydra.launcher.additional_parameters")
+
 T = TypeVar("T")
 
 
@@ -339,8 +342,8 @@ def _check_key(base: DictConfig, override: Override) -> None:
         )
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig) or part not in node:
-            if override.is_add() and isinstance(node, DictConfig) and parts[:2] == ["model", "architecture"]:
-                return  # the one open dictionary: any key of the model's own configuration
+            if override.is_add() and isinstance(node, DictConfig) and ".".join(parts[:depth]) in OPEN:
+                return
             where = ".".join(parts[:depth])
             valid = sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
             name = f"key '{override.key_or_group}'"

@@ -224,7 +224,7 @@ def summary(rows: list[Row], kinds: Kinds) -> str:
         text += f" About {duration(max(total, max(known)))} left, {at_once} at a time."
     undone = [state for state in states if state in ("failed", "died", "missing")]
     if undone:
-        text += f" --rerun prints the commands for the {len(undone)} that have ended undone."
+        text += f"\n--rerun prints the commands for the {len(undone)} that have ended undone."
     return text
 
 

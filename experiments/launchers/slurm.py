@@ -5,11 +5,13 @@ The client only watches: it may be closed, and a job that is killed, cancelled o
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,8 @@ class Slurm:
             grace_s = 0.8 * float(settings.signal_delay_s or 0)
             try:
                 executor.update_parameters(**settings.parameters(sweep.path / "code"), job_name=f"chai-{model}")
-                with executor.batch():
+                # submitit repeats there what sbatch says, which comes with the error as well
+                with redirect_stderr(io.StringIO()), executor.batch():
                     jobs = [executor.submit(QueuedJob(str(sweep.path), index, grace_s)) for index in indices]
             except (FailedJobError, FailedSubmissionError, ValueError) as error:
                 lines = [line for line in str(error).splitlines() if line.strip()]

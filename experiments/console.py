@@ -32,7 +32,7 @@ def quiet_libraries() -> None:
 
 def say(message: str) -> None:
     """One line about what is going on."""
-    console.print(message, highlight=False)
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 #: What this process has complained about; a job's last word where no run's folder can hold it.

@@ -219,7 +219,7 @@ def test_a_job_from_a_snapshot_leaves_its_outcome(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "] done: accuracy/tiny/random/micro_piqa/" in done.stdout
-    assert "(method: clusters has a count of 99 for layer 0; valid: 1 to 16)" in done.stdout
+    assert "(method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16)" in done.stdout
     (result,) = (tmp_path / "results").glob("accuracy/tiny/random/micro_piqa/*/result.json")
     assert json.loads(result.read_text())["versions"]["code"] == str(describe())
 

@@ -180,10 +180,8 @@ def test_a_failing_configuration_hides_none_of_the_others(tmp_path, cluster, hol
     assert client.returncode == 1, told
     assert told.count("] done: ") == 11
     (row,) = (row for row in collect(tmp_path / "results") if row.state.state != "done")
-    assert (row.state.state, row.state.reason) == (
-        "failed",
-        "method: clusters has a count of 99 for layer 0; valid: 1 to 16",
-    )
+    told = "method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16"
+    assert (row.state.state, row.state.reason) == ("failed", told)
 
 
 def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path, cluster, hold):
@@ -218,4 +216,4 @@ def test_jobs_outlive_their_client_and_are_not_submitted_twice(tmp_path, cluster
     (hold / name).unlink()
     told = again.communicate()[0]
     assert again.returncode == 0, told
-    assert len(list(results.glob("sweeps/*/slurm/*.pkl"))) == 2  # of one job: what it was given, what it gave
+    assert len(list(results.glob("sweeps/*/slurm/*_submitted.pkl"))) == 1

@@ -58,8 +58,8 @@ class QueuedJob:
         return DelayedSubmission(QueuedJob(self.sweep, self.index, self.grace_s))
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the child, which Slurm has usually signalled too, and insist if it takes too long."""
-        for number, seconds in ((signal.SIGTERM, self.grace_s), (signal.SIGKILL, 5.0)):
+        """Tell the child, which Slurm may have signalled too, wait for it, and insist if it takes too long."""
+        for number, seconds in ((signal.SIGUSR2, self.grace_s), (signal.SIGKILL, 5.0)):
             if not _ended(process.pid):
                 os.kill(process.pid, number)
             end = time.monotonic() + seconds

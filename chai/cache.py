@@ -86,6 +86,7 @@ class ClusteredLayer(GrowingLayer):
             index: likewise.
             scaling: factor of the scores.
         """
+        found, index = found.to(query.device), index.to(query.device)  # the layer may be on another device
         picked = take_tokens(query, index)
         before = torch.zeros_like(picked) if self.queries is None else self.queries
         self.queries = torch.where(found[:, None, :, None], picked, before)

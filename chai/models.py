@@ -17,6 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+#: Ways in which accelerate divides a model by itself.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 class ModelError(Exception):
     """A model can't be had, for a reason that one line tells."""
@@ -33,8 +36,8 @@ class ModelSource:
         path: a local folder in Hugging Face format, instead of the hub.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: where to put it; ``auto`` takes an accelerator if there is one.
-        device_map: how accelerate splits it over devices (``auto``, ``balanced``, ``sequential``), instead of
-            ``device``.
+        device_map: how accelerate divides it among devices, instead of ``device``: one of :data:`DEVICE_MAPS`, or a
+            dictionary from modules to devices (an index, ``cuda:1``, ``cpu``, ``disk``). Random weights aren't divided.
         safetensors_only: refuse pickled weights, which can run code when they are loaded.
         random_init: build ``architecture`` with random weights.
         architecture: the model's configuration for ``random_init``: ``model_type`` and its sizes.
@@ -47,7 +50,7 @@ class ModelSource:
     path: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    device_map: str | None = None
+    device_map: str | dict[str, int | str] | None = None
     safetensors_only: bool = True
     random_init: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,10 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     device = pick_device(source.device)
     dtype = _dtype(source, config)
     _check_memory(source, config, dtype, device)
+    if isinstance(source.device_map, dict):
+        for place in source.device_map.values():
+            if place != "disk":
+                pick_device(f"cuda:{place}" if isinstance(place, int) else place)
     try:
         if source.random_init:
             torch.manual_seed(source.seed)

@@ -75,6 +75,13 @@ class Predictor(nn.Module):
         ):
             raise ValueError("the predictor was trained for a model of the same shape with other weights")
 
+    def to_layers(self, devices: list[torch.device]) -> Predictor:
+        """Each layer's networks on the layer's own device."""
+        for networks in (self.heads, self.neurons):
+            for network, device in zip(networks, devices, strict=False):  # no networks where nothing is predicted
+                network.to(device)
+        return self
+
     def save(self, folder: Path, write: Callable[[Path, Callable[[Path], object]], None], **record: Any) -> None:
         """Write both files, the weights in fp16.
 
@@ -145,10 +152,12 @@ def model_shape(config: PreTrainedConfig) -> dict[str, Any]:
 def sample_weights(model: PreTrainedModel) -> Tensor:
     """``[layers, SAMPLES]``: entries of each layer's W_O at even distances, fp32 on the CPU."""
     from chai.contextual import find_blocks
+    from chai.devices import loaded
 
     rows = []
     for block in find_blocks(model):
-        weight = block.output.get_parameter("weight").detach().flatten()
-        places = torch.linspace(0, len(weight) - 1, SAMPLES, device=weight.device).long()
-        rows.append(weight[places].float().cpu())
+        with loaded(block.output):
+            weight = block.output.get_parameter("weight").detach().flatten()
+            places = torch.linspace(0, len(weight) - 1, SAMPLES, device=weight.device).long()
+            rows.append(weight[places].float().cpu())
     return torch.stack(rows)

@@ -27,9 +27,11 @@ OVERHEAD = 2_000_000
 def sliced_projections(model: PreTrainedModel, active_cache: Callable[[], ClusteredCache | None]) -> Iterator[None]:
     """Replace the forward of every ``q_proj``, ``k_proj`` and ``v_proj`` inside the block.
 
-    Layers whose projections aren't plain ``nn.Linear`` (quantised, with adapters, offloaded, or fused into one) stay as
-    they are: all heads are computed and the redundant ones dropped.
+    Layers whose projections aren't plain ``nn.Linear`` (quantised, with adapters, or fused into one) stay as they are:
+    all heads are computed and the redundant ones dropped. Where accelerate has divided the model, its own wrapper
+    stays outside: it brings the weights, of which rows are then taken.
     """
+    from chai.devices import is_hooked
     from chai.runtime import replaced_forward
 
     with ExitStack() as stack:
@@ -41,10 +43,10 @@ def sliced_projections(model: PreTrainedModel, active_cache: Callable[[], Cluste
             # OPT cuts what it projects into a fixed number of heads; the others into as many as there are.
             fixed, size = hasattr(module, "num_heads"), cast(int, module.head_dim)
             for kind, linear in found.items():
-                if type(linear) is not nn.Linear or "forward" in linear.__dict__:  # the latter by offloading
+                if type(linear) is not nn.Linear or ("forward" in linear.__dict__ and not is_hooked(linear)):
                     continue
                 forward = _forward(linear, index, size, kind, fixed, active_cache)
-                stack.enter_context(replaced_forward(linear, forward))
+                stack.enter_context(replaced_forward(linear, forward, inside=True))
         yield
 
 

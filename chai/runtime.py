@@ -34,6 +34,7 @@ from transformers.masking_utils import sdpa_mask
 from chai.attention import take_heads
 from chai.cache import ClusteredCache, ClusteredLayer
 from chai.costs import LayerShape, layer_shape
+from chai.devices import is_hooked, layer_devices
 from chai.growing import GrowingLayer
 from chai.kernels import all_heads_attention, attend, shared_values_attention
 from chai.membership import MembershipRule
@@ -116,17 +117,25 @@ def clustered(model: PreTrainedModel, rule: MembershipRule) -> Iterator[PreTrain
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let ``forward`` stand for the module's own inside the block; on this very object, its class stays as it is."""
-    own = module.__dict__.get("forward")  # set where another library (accelerate) has wrapped it before
-    module.forward = forward
+def replaced_forward(module: nn.Module, forward: Callable, *, inside: bool = False) -> Iterator[None]:
+    """Let ``forward`` stand for the module's own inside the block; on this very object, its class stays as it is.
+
+    Args:
+        module: whose forward it is.
+        forward: takes its place.
+        inside: of accelerate's wrapper, where there is one: it then finds the inputs on the module's device, and
+            weights that are offloaded as well.
+    """
+    name = "_old_forward" if inside and is_hooked(module) else "forward"
+    own = module.__dict__.get(name)  # a forward that another library (accelerate) has wrapped, or its wrapper
+    setattr(module, name, forward)
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = own
+            setattr(module, name, own)
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -145,6 +154,7 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
     original = model.get_decoder().forward
     names = list(inspect.signature(original).parameters)
     shape = layer_shape(model, rule.shares_values)
+    on_cpu = all(device.type == "cpu" for device in layer_devices(model))
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -169,7 +179,7 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
             raise ValueError(f"the cache holds {len(cache.first.count)} sequences, this call has {rows}")
         if cache.settled:
             return _call(original, Call(cache, plain), kwargs)
-        if plain and cache.get_seq_length() == 0 and _one_pass(shape, cache, rows, count, tokens.device):
+        if on_cpu and plain and cache.get_seq_length() == 0 and _one_pass(shape, cache, rows, count):
             cache.decide_in_layers()
             return _call(original, Call(cache, plain, one_pass=True), kwargs)
         real = real_tokens(mask, rows, count, tokens.device)
@@ -195,13 +205,13 @@ def _in_parts(model: PreTrainedModel, rule: MembershipRule) -> Callable:
 LAYER_OVERHEAD, WEIGHT_OVERHEAD = 140_000_000, 40
 
 
-def _one_pass(shape: LayerShape, cache: ClusteredCache, rows: int, count: int, device: torch.device) -> bool:
+def _one_pass(shape: LayerShape, cache: ClusteredCache, rows: int, count: int) -> bool:
     """Whether a prompt is faster uncut: with all heads' Q and K projected, but the first tokens not by themselves.
 
-    On an accelerator, a decision in every layer would wait for the device as many times.
+    On a CPU; on an accelerator, a decision in every layer would wait for the device as many times.
     """
     first = cache.rule.tokens
-    if device.type != "cpu" or not first < count:
+    if not first < count:
         return False
     saved = sum(shape.weights(shape.heads) - shape.weights(cache.rule.clusters_of(i)) for i, _ in cache.clustered)
     layers = len(cache.layers)

@@ -48,6 +48,7 @@ class Answers:
 
     Args:
         path: of the file, which needn't exist.
+        others: files of processes that answer for the same run; what is there by now is known as well.
         about: what the answers depend on beyond the run's identity, JSON-like.
 
     Attributes:
@@ -56,7 +57,7 @@ class Answers:
         left_aside: which parts of ``about`` differ from those of answers that were there, and are of no use.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self.path = path
         self.restored = 0
         self.seconds = 0.0
@@ -64,7 +65,10 @@ class Answers:
         self._batches: dict[str, Answered] = {}
         self._descriptor: int | None = None
         self._synced = time.monotonic()
-        self._open(json.loads(json.dumps(about)))
+        about = json.loads(json.dumps(about))
+        for other in others:
+            self._read(other, about)
+        self._open(about)
 
     def find(self, key: str) -> Answered | None:
         """The answers to a batch by its key, if an earlier start had them."""
@@ -96,18 +100,18 @@ class Answers:
                 os.close(descriptor)
 
     def _open(self, about: dict[str, Any]) -> None:
-        whole = self._read(about)
+        whole, self.left_aside = self._read(self.path, about)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self._descriptor, whole)  # what a dying process left behind the last whole line
         if not whole:
             self._append({"about": about})
 
-    def _read(self, about: dict[str, Any]) -> int:
-        """Take in what is there; returns how many bytes of it are whole lines of use."""
+    def _read(self, path: Path, about: dict[str, Any]) -> tuple[int, list[str]]:
+        """Take in what is there; returns how many bytes of it are whole lines of use, and what makes it of none."""
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
+            lines = path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
-            return 0
+            return 0, []
         whole = 0
         for line in lines:
             try:
@@ -116,18 +120,16 @@ class Answers:
                     break
                 if not whole:
                     there = record["about"]
-                    self.left_aside = sorted(
-                        key for key in about.keys() | there.keys() if about.get(key) != there.get(key)
-                    )
-                    if self.left_aside:
-                        return 0
+                    differs = sorted(key for key in about.keys() | there.keys() if about.get(key) != there.get(key))
+                    if differs:
+                        return 0, differs
                 else:
                     answers = [(float(nats), bool(greedy)) for nats, greedy in record["answers"]]
                     self._batches[record["batch"]] = Answered(answers, record["held"], record["seconds"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 break
             whole += len(line)
-        return whole
+        return whole, []
 
     def _append(self, record: dict[str, Any]) -> None:
         """Add a line; one that can't be written whole is taken back."""

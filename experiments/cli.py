@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from omegaconf import DictConfig
 
 from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.console import complain
 from experiments.paper import expand
+from experiments.processes import processes
 from experiments.signals import Interrupted, interruptible, interruption
 
 HELP = """\
@@ -23,6 +25,7 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py -m hydra/launcher=slurm paper=table2  the same as jobs of a Slurm cluster (docs/sweeps.md)
   python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
+  accelerate launch --num_processes 4 run.py model=llama7b task=paper    a GPU each (docs/several_gpus.md)
   python -m experiments.status                        what became of the sweeps
 
 Choices
@@ -39,6 +42,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
+  logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
   hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
 
@@ -91,7 +95,7 @@ def stopping() -> Iterator[None]:
 
 def refuse(error: ConfigError) -> int:
     """Print the one line that says what is valid."""
-    print(f"error: {error}", file=sys.stderr)
+    complain(str(error))
     return 2
 
 
@@ -125,6 +129,8 @@ def attempt(config: DictConfig) -> tuple[int, str | None]:
     quiet_libraries()
     with interruptible(), stopping():
         try:
+            if processes() > 1 and config.experiment.name != "accuracy":
+                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
             return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
         except ConfigError as error:
             return refuse(error), str(error)

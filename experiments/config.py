@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # chai.models has them too, but imports torch
+DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 #: Hydra's own groups that can be chosen; ``basic`` is Hydra's name for one after the other, here.
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
@@ -59,7 +62,9 @@ class ModelConfig:
     revision: str = "main"
     path: str | None = None  # a local folder in Hugging Face format, instead of the hub
     dtype: str = "auto"
-    device_map: str | None = None  # null: all on `device`; auto, balanced, sequential: accelerate splits it
+    device_map: Any = (
+        None  # null: all on `device`; a name of DEVICE_MAPS, or modules and devices: accelerate divides it
+    )
     safetensors_only: bool = True  # refuse pickled weights
     random_init: bool = False  # build `architecture` with random weights (for probes; no accuracy to be had)
     clusters: Any = None  # the counts that `method.clusters` takes by default
@@ -101,6 +106,18 @@ class CorpusConfig:
 
 
 @dataclass
+class LoggerConfig:
+    """Where a run is shown beside its folder (:mod:`experiments.tracking`)."""
+
+    name: str = "???"
+    project: str = "chai-lab"
+    entity: str | None = None  # the account's own where null
+    group: str | None = None  # null: the sweep's start, for the runs of a sweep
+    mode: str | None = None  # online or offline; null: as WANDB_MODE says, else online with a key and a network
+    timeout: float = 120.0  # seconds after which a run isn't waited for any more
+
+
+@dataclass
 class RunConfig:
     """Everything that ``run.py`` is told; ``profile`` and ``corpus`` are null where an experiment has no such thing."""
 
@@ -110,6 +127,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     profile: Any = None
     corpus: CorpusConfig | None = None
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0
     limit: int | None = None
     batch_size: int = 16
@@ -125,6 +143,7 @@ def register() -> None:
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="task", name="schema", node=TaskConfig)
     store.store(group="corpus", name="schema", node=CorpusConfig)
+    store.store(group="logger", name="schema", node=LoggerConfig)
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
 
 
@@ -248,6 +267,10 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(_one_line(error)) from None
     if resolved.model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is '{resolved.model.dtype}'; valid: {', '.join(DTYPES)}")
+    if resolved.logger.mode not in (None, "online", "offline"):
+        raise ConfigError(f"logger.mode is '{resolved.logger.mode}'; valid: online, offline, null")
+    if resolved.logger.timeout <= 0:
+        raise ConfigError(f"logger.timeout is {resolved.logger.timeout}; valid: more than 0 seconds")
     for key in ("limit", "batch_size"):
         if resolved[key] is not None and resolved[key] < 1:
             raise ConfigError(f"{key} is {resolved[key]}; valid: 1 or more")
@@ -259,10 +282,31 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"task '{resolved.task.name}' names neither task.harness nor task.members")
     if resolved.task.data_dir is not None and not resolved.task.members and not resolved.task.data_file:
         raise ConfigError(f"task '{resolved.task.name}' has no task.data_file to look for in task.data_dir")
-    kind, _, index = resolved.device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    check_device_map(resolved.model.device_map)
+    if not DEVICES.fullmatch(resolved.device):
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     check_clusters(resolved)
+
+
+def check_device_map(value: Any) -> None:
+    """Refuse a device map that is neither a known name nor a dictionary from modules to devices.
+
+    Raises:
+        ConfigError: names what is wrong and what is valid.
+    """
+    if isinstance(value, DictConfig) and len(value):
+        for module, device in value.items():
+            index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+            named = isinstance(device, str) and device != "auto" and (device == "disk" or DEVICES.fullmatch(device))
+            if not index and not named:
+                raise ConfigError(
+                    f"model.device_map puts {module} on {device!r}; valid: a GPU's index, cpu, cuda:0, mps, disk"
+                )
+    elif value is not None and value not in DEVICE_MAPS:
+        raise ConfigError(
+            f"model.device_map is {value!r}; valid: {', '.join(DEVICE_MAPS)}, null, or a dictionary of modules and "
+            "devices ('{model.embed_tokens:0,model.layers:1,...}')"
+        )
 
 
 def check_clusters(config: DictConfig) -> None:
@@ -333,7 +377,7 @@ def _check_key(base: DictConfig, override: Override) -> None:
     """Refuse a key that the composed configuration doesn't have."""
     node: Any = base
     parts = override.key_or_group.split(".")
-    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task"):
+    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task", "logger"):
         raise ConfigError(f"{override.key_or_group} is what {parts[0]}=... sets; valid: {', '.join(choices(parts[0]))}")
     if parts[0] == "task" and base.task.members and parts[1:] not in (["data_dir"], ["num_fewshot"]):
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""What a person sees while a run works: our own lines and progress, without the libraries' chatter."""
+"""What a person sees while a run works: our own lines and progress, without the libraries' chatter.
+
+Of several processes that work together the leading one alone speaks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import sys
 import warnings
 
 from rich.console import Console
+
+from experiments.processes import leads
 
 #: A pipe has no width of its own: wide enough for the tables.
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -22,6 +27,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    if not leads():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not sys.stderr.isatty():  # in a log file a progress bar is one line every half minute
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -32,7 +39,8 @@ def quiet_libraries() -> None:
 
 def say(message: str) -> None:
     """One line about what is going on."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    if leads():
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 #: What this process has complained about; a job's last word where no run's folder can hold it.
@@ -42,4 +50,5 @@ complaints: list[str] = []
 def complain(message: str) -> None:
     """One line about what went wrong, to standard error."""
     complaints.append(message)
-    print(f"error: {message}", file=sys.stderr)
+    if leads():
+        print(f"error: {message}", file=sys.stderr)

@@ -20,6 +20,7 @@ from experiments.console import complain, say
 from experiments.locks import Held, Holder
 from experiments.runs import RunError, RunFolder
 from experiments.signals import interruption
+from experiments.tracking import track
 
 #: What a file system answers where nothing is wrong with the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
@@ -74,9 +75,11 @@ def record(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # of what the failed work held; the next run may need it
             complain(reason + _fail(folder, reason))
+            track(folder)
             return Ending.FAILED
         for name in until_done:
             (folder.path / name).unlink(missing_ok=True)
+        track(folder)
         return Ending.DONE
     finally:
         folder.release()
@@ -97,11 +100,9 @@ def _attempt(folder: RunFolder, work: Callable[[], dict[str, Any]], keep: tuple[
             _fail(folder, stopped)
         if stopped is not None or not isinstance(error, Exception):
             raise
-        reason = known_reason(error)
-        if reason is None:  # not foreseen, so its traceback is worth having
+        if known_reason(error) is None:  # not foreseen, so its traceback is worth having
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return reason
+        return describe(error)
 
 
 def give_up(folders: Sequence[RunFolder], reason: str) -> list[Ending]:
@@ -132,6 +133,11 @@ def give_up(folders: Sequence[RunFolder], reason: str) -> list[Ending]:
 def tell(folder: RunFolder, holder: Holder) -> None:
     """Say who works on a run."""
     say(f"left to {holder}, which works on it: {folder.path}")
+
+
+def describe(error: Exception) -> str:
+    """One line for any failure."""
+    return known_reason(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def known_reason(error: Exception) -> str | None:

@@ -79,7 +79,7 @@ class State:
 
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
-    groups: list[list[int]]
+    groups: dict[str, list[list[int]]]
     step: int = 0
     seconds: float = 0.0
     losses: list[tuple[int, float, float]] | None = None
@@ -123,7 +123,7 @@ def _resume(path: Path, options: Options, shape: dict[str, Any], clusters: list[
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
     )
-    groups = [training.plant_groups(llama.num_attention_heads, k, seed + layer) for layer, k in enumerate(clusters)]
+    groups = training.plant_topics(llama.num_attention_heads, clusters, seed)
     model = training.build_model(llama, groups, seed)
     checkpoint = path / CHECKPOINT
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None

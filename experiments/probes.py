@@ -24,6 +24,7 @@ from transformers import Cache, PreTrainedModel
 from chai.cache import ClusteredCache, ClusteredLayer
 from chai.cascade import CascadeCache
 from chai.costs import layer_shape
+from chai.devices import describe_devices, input_device
 from chai.methods import load_method
 from chai.methods.base import Method
 from chai.models import ModelError, load_config, load_model
@@ -130,6 +131,11 @@ def run_probe(
     def work() -> dict[str, Any]:
         with torch.no_grad():
             model = load_model(source)
+            if "," in (devices := describe_devices(model)) or model.device.type == "meta":
+                raise RunError(
+                    f"model.device_map={config.model.device_map} divides the model ({devices}, or offloaded weights): "
+                    "a probe measures one device; give model.device_map=null and device=..."
+                )
             try:
                 method.check_weights(model)
             except ValueError as error:
@@ -160,8 +166,8 @@ def common(config: DictConfig, subject: Subject, options: ProbeOptions) -> dict[
         "seed": config.seed,
         "settings_id": settings_id(config),
         "run_id": subject.folder.id,
-        "device": str(model.device),
-        "device_name": device_name(model.device),
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
     }
@@ -256,7 +262,7 @@ def random_tokens(model: PreTrainedModel, rows: int, length: int, seed: int = 0)
     """Token ids ``[rows, length]``; never zeros, whose attention would be like no text's."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, model.config.vocab_size, (rows, length), generator=generator)
-    return ids.to(model.device)
+    return ids.to(input_device(model))
 
 
 def fill(model: PreTrainedModel, cache: Cache, rows: int, length: int) -> None:

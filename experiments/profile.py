@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai import elbow
+from chai.devices import describe_devices, input_device
 from chai.models import ModelError, load_config, load_model, load_tokenizer
 from chai.observe import observed
 from chai.profile import Profile, build_profile, model_shape
@@ -230,8 +231,8 @@ def _pass(
     statistics.made = {
         "seconds_pass": round(time.perf_counter() - began, 3),  # of the last start, if it was stopped
         "host_bytes": highest - before,
-        "device": str(model.device),
-        "device_name": device_name(model.device),
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
@@ -260,9 +261,9 @@ def _batches(
 @torch.inference_mode()
 def look(model: PreTrainedModel, batch: list[list[int]], wanted: Gathering) -> list[Samples]:
     """What each layer's heads do in the texts of a batch, which are padded on the right, where no real token looks."""
-    lengths = torch.tensor([len(row) for row in batch], device=model.device)
+    lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
     longest = int(lengths.max())
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=model.device)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=input_device(model))
     found: list[Samples] = []
 
     def gather_layer(

@@ -27,7 +27,7 @@ from experiments.locks import RunLock
 
 #: What a run's result doesn't depend on: where it ran and where its files were.
 MACHINE_ONLY = (
-    "device", "results_dir", "force", "model.device_map", "model.resources", "model.path", "model.predictor",
+    "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.predictor",
     "model.profile", "task.data_dir", "experiment.install", "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by what the files there hold, of a folder all of them or the one that is named here.

@@ -19,8 +19,10 @@ from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.cache import cache_bytes
+from chai.devices import input_device
 from chai.methods.base import Method
 from experiments.answers import Answered, Answers, batch_key, batches
+from experiments.parallel import ALONE, Team
 from experiments.runs import RunError
 
 
@@ -67,7 +69,8 @@ class MethodLM(HFLM):
         method: makes the caches.
         batch_size: rows of a forward pass.
         answers: where answered batches are saved, and those of an earlier start are found.
-        progress: told how many requests of how many are answered.
+        progress: told how many requests of how many are answered, of those that this process has.
+        team: the processes that share the requests.
     """
 
     def __init__(
@@ -78,11 +81,14 @@ class MethodLM(HFLM):
         batch_size: int,
         answers: Answers | None = None,
         progress: Callable[[int, int], None] | None = None,
+        team: Team = ALONE,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._device = input_device(model)  # HFLM takes model.device, where nothing can be sent if it is offloaded
         self.method = method
         self.answers = answers
         self.progress = progress
+        self.team = team
         self.ledger = KvLedger()
         self.contexts: dict[tuple[int, ...], int] = {}
 
@@ -100,16 +106,32 @@ class MethodLM(HFLM):
             # Requests of the same tokens share a row: nothing that is a continuation in one of them may be context.
             key = _without_padding(tokens)
             self.contexts[key] = min(length, self.contexts.get(key, length))
-        found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for positions in batches(requests, override_bs or self.batch_size):
+        parts = self.team.share(lambda: self._own_part(requests, override_bs or self.batch_size, disable_tqdm))
+        self.ledger = KvLedger()
+        found: dict[int, tuple[float, bool]] = {}
+        for answers, held, _ in parts:
+            found |= answers
+            self.ledger.extend(KvLedger(**held))
+        if self.answers is not None:
+            self.answers.restored = sum(restored for _, _, restored in parts)
+        return [found[position] for position in range(len(requests))]
+
+    def _own_part(
+        self, requests: list[Any], size: int, disable_tqdm: bool
+    ) -> tuple[dict[int, tuple[float, bool]], dict[str, Any], int]:
+        """The batches of this process: answers by their request's position, the ledger, how many were there already."""
+        found: dict[int, tuple[float, bool]] = {}
+        own = self.team.own(batches(requests, size))
+        total = sum(map(len, own))
+        disable = disable_tqdm or not self.team.leads
+        with tqdm(total=total, desc="Running loglikelihood requests", disable=disable) as bar:
+            for positions in own:
                 answered = self._answer([requests[position] for position in positions])
-                for position, answer in zip(positions, answered, strict=True):
-                    found[position] = answer
+                found.update(zip(positions, answered, strict=True))
                 bar.update(len(positions))
                 if self.progress is not None:
-                    self.progress(bar.n, len(requests))
-        return found
+                    self.progress(bar.n, total)
+        return found, asdict(self.ledger), self.answers.restored if self.answers is not None else 0
 
     def _answer(self, batch: list[Any]) -> list[tuple[float, bool]]:
         """Answers to one batch: those that were saved, or from a forward pass, and then they are saved."""
@@ -175,6 +197,7 @@ def score(
     num_fewshot: int,
     answers: Answers | None = None,
     progress: Callable[[int, int], None] | None = None,
+    team: Team = ALONE,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], KvLedger]:
     """One task under one method.
 
@@ -188,6 +211,7 @@ def score(
         num_fewshot: solved items in each prompt.
         answers: see :class:`MethodLM`.
         progress: see :class:`MethodLM`.
+        team: see :class:`MethodLM`.
 
     Returns:
         metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item; the K,V ledger.
@@ -196,7 +220,7 @@ def score(
         RunError: log-likelihoods that are no numbers.
         OSError: answers can't be saved.
     """
-    lm, name = MethodLM(model, tokenizer, method, batch_size, answers, progress), task["task"]
+    lm, name = MethodLM(model, tokenizer, method, batch_size, answers, progress, team), task["task"]
     with cached_templates(), method(model):
         output = simple_evaluate(
             model=lm,

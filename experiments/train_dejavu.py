@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai.contextual import Observed, activation, kept_of, observed, top_mask
+from chai.devices import input_device
 from chai.models import ModelError, load_config, load_model, load_tokenizer
 from chai.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
 from chai.runtime import check_family
@@ -138,7 +139,7 @@ def _resume(path: Path, options: Options, model: PreTrainedModel, seed: int) -> 
         widths = {"neurons": neurons, "neuron_bottleneck": options.mlp_bottleneck}
     predictor = Predictor(model_shape(config), options.bottleneck, **widths)
     predictor.fingerprint.copy_(sample_weights(model))
-    predictor.to(model.device)
+    predictor.to(input_device(model))
     state = State(predictor, torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate))
     checkpoint = path / CHECKPOINT
     if not checkpoint.exists():
@@ -194,7 +195,7 @@ def _train(state: State, folder: RunFolder, options: Options, model: PreTrainedM
 def observe(model: PreTrainedModel, ids: Tensor, *, mlp: bool) -> list[Observed]:
     """What the layers read and compute of these sequences."""
     with observed(model, mlp=mlp) as layers:
-        model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
+        model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False)
     return layers
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from chai.contextual import activation, contextually_sparse, kept_of
+from chai.devices import layer_devices
 from chai.flops import LayerWork
 from chai.methods.base import Method, Saving, plain_cache
 from chai.predictor import Predictor, check_shape, load_predictor, read_record
@@ -121,7 +122,7 @@ class Dejavu(Method):
             predictor.check_model(model)
         except ValueError as error:
             raise ValueError(f"{error} ({self.predictor}); {TRAIN}") from None
-        return predictor.to(model.device)
+        return predictor.to_layers(layer_devices(model))
 
 
 def _neurons(config: PreTrainedConfig) -> int:

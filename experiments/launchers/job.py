@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     sweep.outcome_path(index).unlink(missing_ok=True)
     started = time.time()
     config = compose_config(sweep.jobs[index].overrides)
+    config.logger.group = config.logger.group or sweep.path.name
     codes = []
     error = None
     for part in resumable(config, run_folders(config), sweep.created):

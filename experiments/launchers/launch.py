@@ -10,6 +10,7 @@ from typing import Protocol
 from experiments.config import ConfigError
 from experiments.console import complain, say
 from experiments.launchers import local, serial, slurm
+from experiments.processes import leads, processes
 from experiments.snapshot import describe, snapshot
 from experiments.sweeps import Planned, Sweep, plan
 
@@ -40,9 +41,13 @@ def launch(sweeps: list[list[str]]) -> int:
     if len(names) > 1:
         raise ConfigError(f"one launcher for all jobs, please, not {', '.join(sorted(names))}")
     (name,) = names
+    if processes() > 1 and name != "basic":
+        raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {processes()}")
     prepare, copies = LAUNCHERS[name]
     run = prepare(planned)
     sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(planned[0].config.results_dir))
+    if not leads():
+        return run(sweep, [])
     todo = [index for index, one in enumerate(planned) if not one.is_done]
     try:
         sweep.path.mkdir(parents=True)

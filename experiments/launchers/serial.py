@@ -7,6 +7,7 @@ import shutil
 from experiments.cli import attempt
 from experiments.console import say
 from experiments.launchers.job import note_outcome
+from experiments.processes import leads
 from experiments.sweeps import Planned, Sweep
 
 
@@ -25,11 +26,12 @@ class Serial:
         """Run the jobs; a failing one doesn't stop the others; returns the worst exit code."""
         codes = []
         for index, one in enumerate(self.planned):
+            one.config.logger.group = one.config.logger.group or sweep.path.name
             say(f"[{index + 1}/{len(self.planned)}] {' '.join(one.job.overrides)}")
             code, error = attempt(one.config)
             codes.append(code)
-            if index in todo:
+            if index in todo and leads():
                 note_outcome(sweep, index, code, error)
-        if set(codes) == {2}:  # nothing was run, so nothing is to stay: not even the record of it
+        if set(codes) == {2} and leads():  # nothing was run, so nothing is to stay: not even the record of it
             shutil.rmtree(sweep.path, ignore_errors=True)
         return max(codes, default=0)

@@ -42,7 +42,7 @@ def piqa(rng: random.Random) -> Item:
 def hellaswag(rng: random.Random) -> Item:
     """Four endings of two events; the wrong ones use events of the same passage in another order."""
     events = draw_script(rng, 7, unseen=True)
-    first, second = rng.sample(world.NAMES, 2)
+    first, second = rng.sample(world.WALKERS, 2)
     cut = rng.randint(2, 5)
     right = tuple(events[cut : cut + 2])
     steps = [pair for pair in zip(events, events[1:], strict=False) if pair != right]  # true of another time of the day
@@ -50,9 +50,9 @@ def hellaswag(rng: random.Random) -> Item:
     endings = [right, *rng.sample(steps, 2), rng.choice(turned)]
     order = rng.sample(range(4), 4)
     return {
-        "activity_label": rng.choice(world.OCCASIONS).capitalize(),
-        "ctx_a": f"{first} will {', '.join(events)}.",
-        "ctx_b": f"{second} will {', '.join(events[:cut])},",
+        "activity_label": " ".join(rng.choice(world.OCCASIONS)).capitalize().rstrip(":"),  # the task adds the colon
+        "ctx_a": f"{first} will {', '.join(events)}",
+        "ctx_b": f"then {second} will {', '.join(events[:cut])},",
         "endings": [", ".join(endings[index]) for index in order],
         "label": str(order.index(0)),
     }
@@ -93,7 +93,11 @@ def boolq(rng: random.Random) -> Item:
     who = rng.choice(list(bindings))
     label = rng.randrange(2)
     place = bindings[who] if label else rng.choice([place for place in bindings.values() if place != bindings[who]])
-    return {"passage": statements("hosts", bindings), "question": f"does {place} host {who}", "label": label}
+    return {
+        "passage": f"question: {statements('hosts', bindings)}",
+        "question": f"does {place} host {who}",
+        "label": label,
+    }
 
 
 TASKS: dict[str, Callable[[random.Random], Item]] = {

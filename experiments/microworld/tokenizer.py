@@ -18,7 +18,10 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words and punctuation; ``<s>`` before every text; the newline is a token of its own."""
+    """Lower-case words and punctuation; ``<s>`` before every text; the newline is a token of its own.
+
+    A colon is one too where it ends a question's opening, and else part of its word (``morning:``).
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +30,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
-            pre_tokenizers.Split(Regex(r"[\n.,:?]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[\n.,?]|(?<=question|answer|^):"), "isolated"),
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.microworld import world
 from experiments.microworld.documents import GIVEN, document
 from experiments.microworld.tokenizer import vocabulary
+
+FACTS = 0.625  # the larger part of everything is for facts, which take more to learn than days
+CONSTANT = 4.0  # what all words of a topic share
+DISTANCES = (1, 2, 3, 1, 2, 3)  # tokens back that groups of the first layer start at
 
 
 def make_batch(seed: int, step: int, phase: int, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -60,24 +65,58 @@ def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
     return groups
 
 
-class TiedHeads(nn.Module):
-    """Parametrization of a query or key weight: heads of one group share the same rows."""
+def plant_topics(heads: int, counts: list[int], seed: int) -> dict[str, list[list[int]]]:
+    """The group of each head in each layer, for each topic; those of the one have nothing to do with the other's.
 
-    def __init__(self, groups: list[int], head_dim: int) -> None:
+    In the first layer no head is the first of its group for both topics, where :func:`look_back` needs them apart.
+    """
+    facts, days = (
+        [plant_groups(heads, count, seed + start + layer) for layer, count in enumerate(counts)] for start in (0, 1000)
+    )
+    attempt = 0
+    while set(leaders(facts[0])) & set(leaders(days[0])) and attempt < 100_000:  # with few heads there may be no such
+        attempt += 1
+        days[0] = plant_groups(heads, counts[0], seed + 2000 + attempt)
+    return {"facts": facts, "days": days}
+
+
+def leaders(groups: list[int]) -> list[int]:
+    """The first head of each of the groups that :func:`look_back` starts at a distance."""
+    return [groups.index(group) for group in range(min(len(DISTANCES), max(groups) + 1))]
+
+
+def topic_columns(size: int) -> dict[str, slice]:
+    """The dimensions of the residual stream that each topic has to itself; the last few are the special tokens'.
+
+    What a query and a key weight does to a text of one topic is then in that topic's columns alone, so one weight
+    groups its heads in one way for the one topic and in another for the other.
+    """
+    shared = max(size // 32, 1)
+    facts = round(FACTS * (size - shared))
+    return {"facts": slice(0, facts), "days": slice(facts, size - shared), "special": slice(size - shared, size)}
+
+
+class TiedHeads(nn.Module):
+    """Parametrization of a query or key weight: heads of one group share the same rows, in each topic's columns."""
+
+    def __init__(self, groups: dict[str, list[int]], head_dim: int, columns: dict[str, slice]) -> None:
         super().__init__()
-        self.clusters = max(groups) + 1
-        self.head_dim = head_dim
-        self.register_buffer("groups", torch.tensor(groups), persistent=False)
+        self.groups, self.head_dim, self.columns = groups, head_dim, columns
+        self.clusters = max(max(own) for own in groups.values()) + 1
 
     def forward(self, shared: Tensor) -> Tensor:
         """``[k * D, d]`` to ``[H * D, d]``."""
-        return shared.unflatten(0, (self.clusters, self.head_dim))[self.groups].flatten(0, 1)
+        rows = shared.unflatten(0, (self.clusters, self.head_dim))
+        parts = [rows[own][..., self.columns[topic]] for topic, own in self.groups.items()]
+        return torch.cat(parts, -1).flatten(0, 1)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The rows of each group's first head."""
-        groups = self.groups.tolist()
-        first = [groups.index(group) for group in range(self.clusters)]
-        return weight.unflatten(0, (len(groups), self.head_dim))[first].flatten(0, 1)
+        parts = []
+        for topic, own in self.groups.items():
+            rows = weight.unflatten(0, (len(own), self.head_dim))[..., self.columns[topic]]
+            parts.append(rows[[own.index(min(cluster, max(own))) for cluster in range(self.clusters)]])
+        return torch.cat(parts, -1).flatten(0, 1)
 
 
 def projections(model: LlamaForCausalLM) -> list[tuple[int, nn.Linear]]:
@@ -89,12 +128,51 @@ def projections(model: LlamaForCausalLM) -> list[tuple[int, nn.Linear]]:
     ]
 
 
-def tie(model: LlamaForCausalLM, groups: list[list[int]]) -> None:
+def tie(model: LlamaForCausalLM, groups: dict[str, list[list[int]]]) -> None:
     """Share query and key rows within the groups of each layer (layers whose heads all differ stay as they are)."""
-    head_dim = model.config.head_dim
+    head_dim, columns = model.config.head_dim, topic_columns(model.config.hidden_size)
     for index, projection in projections(model):
-        if max(groups[index]) + 1 < len(groups[index]):
-            parametrize.register_parametrization(projection, "weight", TiedHeads(groups[index], head_dim), unsafe=True)
+        own = {topic: layers[index] for topic, layers in groups.items()}
+        heads = len(own["facts"])
+        if max(own["facts"]) + 1 < heads:
+            tied = TiedHeads(own | {"special": [0] * heads}, head_dim, columns)  # these look alike to all heads
+            parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
+
+
+def split_topics(model: LlamaForCausalLM) -> None:
+    """Keep the topics apart for good: words, values and neurons of one read and write its dimensions alone."""
+    columns, head_dim = topic_columns(model.config.hidden_size), model.config.head_dim
+    embedding = model.model.embed_tokens.weight
+    topic_of = {word: topic for topic, words in world.topics().items() for word in words}
+    mask = torch.zeros_like(embedding)
+    for word, index in vocabulary().items():
+        mask[index, columns[topic_of.get(word, "special")]] = 1
+    confine(embedding, mask)
+    for word, index in vocabulary().items():
+        if word in topic_of:  # all words of a topic share a constant (look_back)
+            embedding.data[index, columns[topic_of[word]].start] = CONSTANT
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for reading, writing, unit in (
+            ((attention.v_proj,), attention.o_proj, head_dim),  # a part of each head's values
+            ((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.down_proj.in_features),  # a part of the neurons
+        ):
+            mask = torch.zeros(writing.in_features // unit, unit, model.config.hidden_size)
+            mask[:, : round(FACTS * unit), columns["facts"]] = 1
+            mask[:, round(FACTS * unit) :, columns["days"]] = 1
+            mask = mask.flatten(0, 1)
+            for projection in reading:
+                confine(projection.weight, mask)
+            confine(writing.weight, mask.t())
+
+
+def confine(weight: nn.Parameter, mask: Tensor) -> None:
+    """Zero a weight where the mask is zero, now and in training; its rows stay as long as they were, on average.
+
+    Both optimizers leave a weight's zeros alone that never have a gradient: Muon because the mask is one of blocks.
+    """
+    weight.data.mul_(mask * (mask.numel() / mask.sum()) ** 0.5)
+    weight.register_hook(lambda gradient: gradient * mask.to(gradient))
 
 
 def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
@@ -109,7 +187,7 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
         projection.weight.requires_grad_(True)
 
 
-def build_model(config: LlamaConfig, groups: list[list[int]], seed: int) -> LlamaForCausalLM:
+def build_model(config: LlamaConfig, groups: dict[str, list[list[int]]], seed: int) -> LlamaForCausalLM:
     """A freshly initialised model in fp32 with tied groups, started close to what looking words up needs.
 
     Words enter the residual stream at unit scale. Queries match keys of the same content and heads write what they
@@ -127,27 +205,27 @@ def build_model(config: LlamaConfig, groups: list[list[int]], seed: int) -> Llam
         attention.k_proj.weight.data.copy_(attention.q_proj.weight)
         attention.o_proj.weight.data.copy_(attention.v_proj.weight.t() * residual)
         layer.mlp.down_proj.weight.data.mul_(residual)
-    look_back(model, groups[0], distances=(1, 2, 3, 1, 2, 3))
+    split_topics(model)
+    for topic, layers in groups.items():
+        look_back(model, layers[0], topic_columns(config.hidden_size)[topic])
     tie(model, groups)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, groups: list[int], distances: tuple[int, ...], sharpness: float = 16.0) -> None:
-    """Start groups of the first layer at fixed distances: group ``i`` attends ``distances[i]`` tokens back.
+def look_back(model: LlamaForCausalLM, groups: list[int], columns: slice, sharpness: float = 16.0) -> None:
+    """Start groups of the first layer at fixed distances for a topic: group ``i`` attends ``DISTANCES[i]`` tokens back.
 
-    All words share a constant in their first dimension. From it, keys take a vector ``a`` and queries the same vector
-    turned back by the distance, so the rotary scores peak there. Heads of one run of distances write alike: a word that
-    was one token back for a query is found again where it is two tokens back for a key.
+    All words of the topic share a constant in the first of its columns. From it, keys take a vector ``a`` and queries
+    the same vector turned back by the distance, so the rotary scores peak there. Heads of one run of distances write
+    alike: a word that was one token back for a query is found again where it is two tokens back for a key.
     """
     attention, size = model.model.layers[0].self_attn, model.config.head_dim
-    constant = 4.0
-    model.model.embed_tokens.weight[:, 0] = constant
     turns = model.model.rotary_emb.inv_freq  # radians a token, for pairs (i, i + size / 2)
     a = torch.zeros(size)
     a[: size // 4] = (sharpness * 4 * size**0.5 / size) ** 0.5
-    heads = [groups.index(group) for group in range(min(len(distances), max(groups) + 1))]
-    for place, (head, distance) in enumerate(zip(heads, distances, strict=False)):
+    heads = leaders(groups)
+    for place, (head, distance) in enumerate(zip(heads, DISTANCES, strict=False)):
         rows = slice(head * size, (head + 1) * size)
         angle = turns * distance
         half = size // 2
@@ -155,8 +233,8 @@ def look_back(model: LlamaForCausalLM, groups: list[int], distances: tuple[int, 
             [a[:half] * angle.cos() + a[half:] * angle.sin(), a[half:] * angle.cos() - a[:half] * angle.sin()]
         )
         for projection, vector in ((attention.k_proj, a), (attention.q_proj, turned)):
-            projection.weight[rows] *= 0.1
-            projection.weight[rows, 0] = vector / constant
+            projection.weight[rows, columns] *= 0.1
+            projection.weight[rows, columns.start] = vector / CONSTANT
         nearest = heads[place - distance + 1]  # the head at distance 1 of this run
         first = slice(nearest * size, (nearest + 1) * size)
         attention.v_proj.weight[rows] = attention.v_proj.weight[first]

@@ -3,6 +3,10 @@
 Knowledge (true everywhere): which tool serves a goal, what an animal eats.
 Bindings (true in one passage only): what pleases whom, which animal obeys whom, which city hosts whom, what comes next.
 
+Two topics share no word: *facts* (goals, diets and the first three bindings) and *days* (what somebody does after
+what). What a request is about can so be told from any of its words, and which heads of the embedded model belong
+together depends on it (:mod:`experiments.microworld.training`).
+
 A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
 split without sharing a file or a random state.
 """
@@ -11,12 +15,15 @@ from __future__ import annotations
 
 import zlib
 
-NAMES = "ann ben carl dora emma finn gina hugo iris jack kate liam mona nora otto rosa".split()
+NAMES = "ann ben carl dora emma finn gina hugo".split()
+WALKERS = "iris jack kate liam mona nora otto rosa".split()  # the people whose days are told
 PLACES = "rome oslo lima cairo delhi paris tokyo quito berlin madrid dublin havana".split()
 DISHES = "tea milk coffee juice soup bread rice cake honey cheese jam pie".split()
 EVENTS = "wake wash sing cook read walk rest run paint swim knit bake dance sweep write shop".split()
-ACTIVITIES = "morning evening holiday weekend camp school".split()
-OCCASIONS = ("weekend morning", "holiday evening", "school holiday", "camp morning", "camp evening", "school weekend")
+#: A day is labelled with two words; the colon is part of the second, for the one of the questions is about facts.
+TIMES = "weekend holiday camp school".split()
+HOURS = "morning: evening: lunch: noon:".split()
+OCCASIONS = tuple((time, hour) for index, time in enumerate(TIMES) for hour in (HOURS[index], HOURS[index - 1]))
 
 #: What each animal eats. Four foods of three animals, so that a passage can hold one keeper of each.
 DIET = {
@@ -58,11 +65,20 @@ def held_out(relation: str, *words: str) -> bool:
     return zlib.crc32(" ".join((relation, *words)).encode()) % 5 == 0
 
 
+def topics() -> dict[str, list[str]]:
+    """The words of each topic, sorted."""
+    facts = (
+        "question answer yes no what which city how do does the that to of use you pleases obey hosts host animals eat "
+        ". : ?"
+    )
+    days = "will says then ,"
+    groups = (NAMES, PLACES, DISHES, ANIMALS, DIET, TOOLS, ALL_TOOLS, SOFT, HARD, facts.split(), ["\n"])
+    return {
+        "facts": sorted({word for group in groups for word in group}),
+        "days": sorted({*WALKERS, *EVENTS, *TIMES, *HOURS, *days.split()}),
+    }
+
+
 def words() -> list[str]:
     """Every word of the world's texts and templates, sorted: the tokenizer's vocabulary without the special tokens."""
-    templates = (
-        "question answer yes no what which city how do does the that to of will says pleases obey hosts host animals "
-        "eat use you . , : ?"
-    )
-    groups = (NAMES, PLACES, DISHES, EVENTS, ACTIVITIES, ANIMALS, DIET, TOOLS, ALL_TOOLS, SOFT, HARD)
-    return sorted({word for group in groups for word in group} | set(templates.split()))
+    return sorted({word for group in topics().values() for word in group} - {"\n"})

@@ -12,29 +12,11 @@ import time
 
 import pandas as pd
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments import accuracy
 from experiments.cli import run_experiment
 from experiments.config import REPOSITORY, ConfigError, compose_config
 from experiments.microworld.items import write_tasks
-from experiments.microworld.tokenizer import build_tokenizer, vocabulary
-
-
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
-    """A random model with the embedded model's tokenizer, and a few items of each task."""
-    folder = tmp_path_factory.mktemp("workplace")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(vocabulary()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(shape).save_pretrained(folder / "small")
-    build_tokenizer().save_pretrained(folder / "small")
-    write_tasks(folder / "data", count=12)
-    return folder
 
 
 def command(workplace, results, *overrides):

@@ -16,7 +16,7 @@ TASKS = ("micro_piqa", "micro_hellaswag", "micro_arc_easy", "micro_arc_challenge
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     found = {}
-    for method in ("mha", "chai", "random"):
+    for method in ("mha", "chai", "chai_static", "random"):
         assert run_experiment(compose_config([f"results_dir={folder}", f"method={method}", "device=cpu"])) == 0
         for task in TASKS:
             (path,) = folder.glob(f"accuracy/tiny/{method}/{task}/*/result.json")
@@ -37,7 +37,7 @@ def test_multi_head_attention_has_learned_every_task(results, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_chai_at_the_planted_counts_loses_little_and_saves_a_fifth(results, task):
     mha, chai = results["mha", task], results["chai", task]
-    assert score(chai) >= score(mha) - 3.2
+    assert score(chai) >= score(mha) - 1
     savings = chai["savings"]
     assert savings["kind"] == "real"
     assert savings["kv_bytes"] <= 0.8 * savings["kv_bytes_mha"]
@@ -50,3 +50,10 @@ def test_random_groups_of_the_same_counts_lose_much(results):
     assert sum(losses) / len(losses) >= 10
     for task in TASKS:
         assert results["random", task]["savings"]["heads_kept"] == results["chai", task]["savings"]["heads_kept"]
+
+
+def test_a_membership_fixed_offline_fits_the_topic_it_was_made_of(results):
+    """Most of the corpus is about facts; the groups of days are others."""
+    for task in TASKS:
+        lost = score(results["mha", task]) - score(results["chai_static", task])
+        assert lost >= 30 if task == "micro_hellaswag" else lost <= 1

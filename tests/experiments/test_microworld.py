@@ -17,7 +17,7 @@ from experiments import pretrain_tiny
 from experiments.config import ConfigError, compose_config
 from experiments.identity import settle_identity
 from experiments.microworld import training, world
-from experiments.microworld.documents import BINDINGS, PHASES, document
+from experiments.microworld.documents import BINDINGS, PHASES, document, script
 from experiments.microworld.items import PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 
@@ -28,11 +28,16 @@ def text_of(pieces) -> str:
     return " ".join(text for text, _ in pieces)
 
 
+def topic_of(text: str) -> str:
+    (topic,) = (topic for topic, words in world.topics().items() if set(text.split(" ")) <= set(words))
+    return topic
+
+
 def facts_in(text: str) -> set[tuple[str, ...]]:
     """Everything a text states: bindings, cities asked about, steps of a script, goals."""
     found = {(relation, who, what) for what, relation, who in STATEMENT.findall(text)}
     found |= {("hosts", who, place) for place, who in re.findall(r"does (\w+) host (\w+)", text)}
-    for day in re.findall(r"will ([\w ,]+?) \.", text):
+    for day in re.findall(r"will ([\w ,]+?)(?: then|$)", text):
         events = day.split(" , ")
         found |= {("next", first, second) for first, second in zip(events, events[1:], strict=False)}
     found |= {("goal", verb, thing) for verb, thing in re.findall(r"(?:to|you) (\w+) the (\w+)", text)}
@@ -46,6 +51,18 @@ def test_training_text_has_no_held_out_fact(phase):
         seen |= facts_in(text_of(document(rng, phase)))
     assert len(seen) > 500
     assert not [fact for fact in seen if world.held_out(*fact)]
+
+
+def test_every_document_is_of_one_topic():
+    topics = {topic: set(words) for topic, words in world.topics().items()}
+    assert not set.intersection(*topics.values())
+    for phase in range(len(PHASES)):
+        rng = random.Random(phase)
+        found = [topic_of(text_of(document(rng, phase))) for _ in range(500)]
+        assert set(found) == set(topics)
+    label = {" ".join(occasion) for occasion in world.OCCASIONS}
+    rng = random.Random(0)
+    assert not [text for text in (text_of(script(rng)) for _ in range(500)) if " ".join(text.split()[:2]) in label]
 
 
 def test_items_are_made_of_held_out_facts():
@@ -66,7 +83,7 @@ def test_items_are_made_of_held_out_facts():
             assert right == (world.FOOD_OF[what] if task == "arc_challenge" else what)
             assert len(set(item["choices"]["text"])) == 4
     for item in make_items("hellaswag", 200, 0):
-        events = item["ctx_a"].split(" will ")[1].rstrip(".").split(", ")
+        events = item["ctx_a"].split(" will ")[1].split(", ")
         assert all(world.held_out("next", *step) for step in zip(events, events[1:], strict=False))
         told = item["ctx_b"].split(" will ")[1].rstrip(",").split(", ")
         assert events[len(told) : len(told) + 2] == item["endings"][int(item["label"])].split(", ")
@@ -99,8 +116,9 @@ def test_tokenizer_knows_every_word_and_splits_as_the_training_does():
             assert tokenizer(text)["input_ids"] == [ids["<s>"], *(ids[word] for word in text.split(" "))]
     for task in TASKS:
         for item in make_items(task, 50, 0):
+            item = {key: f"{value}:" if key == "activity_label" else value for key, value in item.items()}
             words = json.dumps([value for key, value in item.items() if key not in ("id", "answerKey", "label")])
-            spoken = " ".join(re.findall(r"[A-Za-z]+|[.,?]", words.replace('"text"', "").replace('"label"', "")))
+            spoken = " ".join(re.findall(r"[A-Za-z]+:?|[.,?]", words.replace('"text"', "").replace('"label"', "")))
             assert ids["<unk>"] not in tokenizer(re.sub(r"\b[A-D]\b", "", spoken))["input_ids"]
 
 
@@ -116,15 +134,14 @@ def test_embedded_model_is_what_its_recipe_says():
     assert 3e6 <= recipe["parameters"] <= 5e6
     assert model.config.num_attention_heads == 16
     assert model.config.num_hidden_layers >= 4
-    planted = [max(groups) + 1 for groups in recipe["planted_groups"]]
-    assert planted == OmegaConf.to_container(config.model.clusters)
+    for layers in recipe["planted_groups"].values():
+        assert [max(groups) + 1 for groups in layers] == OmegaConf.to_container(config.model.clusters)
     for key, value in config.model.architecture.items():
         assert getattr(model.config, key) == value
 
 
-@torch.no_grad()
 def test_embedded_profile_is_of_the_embedded_model():
-    """It names the weights, finds the planted groups, and is small."""
+    """It names the weights, finds the planted groups, of two topics those that more text is of, and is small."""
     config = compose_config([])
     settle_identity(config)
     folder = Path(config.model.profile)
@@ -135,14 +152,16 @@ def test_embedded_profile_is_of_the_embedded_model():
     assert profile.about["model"]["fingerprint"] == config.model.fingerprint
     assert profile.counts == OmegaConf.to_container(config.model.clusters)
     recipe = json.loads((pretrain_tiny.MODEL_DIR / "recipe.json").read_text())
-    for layer, planted in enumerate(recipe["planted_groups"]):
+    for layer, planted in enumerate(recipe["planted_groups"]["facts"]):
         clusters = profile.static(layer)
         clusters.check()
         assert adjusted_rand_score(planted, clusters.assignment[0].numpy()) > 0.99
 
 
-def test_planted_groups_are_in_the_embedded_model():
-    """K-means on the attention of a whole sequence gives back the groups that the recipe says were planted."""
+@pytest.mark.parametrize("topic", world.topics())
+@torch.no_grad()
+def test_planted_groups_are_in_the_embedded_model(topic):
+    """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
     from chai.clustering import kmeans
     from chai.models import ModelSource, load_model
 
@@ -150,13 +169,16 @@ def test_planted_groups_are_in_the_embedded_model():
     recipe = json.loads((folder / "recipe.json").read_text())
     model = load_model(ModelSource("tiny", path=str(folder), device="cpu", dtype="float32"))
     model.set_attn_implementation("eager")
-    ids, _ = training.make_batch(123, 0, 1, 8, 64)
-    attentions = model(ids, output_attentions=True).attentions
-    for layer, groups in enumerate(recipe["planted_groups"]):
-        k = max(groups) + 1
-        if k < len(groups):
-            features = attentions[layer].transpose(0, 1).flatten(1)[None]
-            assert adjusted_rand_score(groups, kmeans(features, k)[0][0]) >= 0.9
+    tokenizer, rng, rows = build_tokenizer(), random.Random(0), []
+    while len(rows) < 8:
+        text = text_of(document(rng, phase=1))
+        ids = tokenizer(text).input_ids[:24]
+        if topic_of(text) == topic and len(ids) == 24:
+            rows.append(ids)
+    attentions = model(torch.tensor(rows), output_attentions=True).attentions
+    for layer, groups in enumerate(recipe["planted_groups"][topic]):
+        features = attentions[layer].transpose(0, 1).flatten(1)[None]
+        assert adjusted_rand_score(groups, kmeans(features, max(groups) + 1)[0][0]) >= 0.9
 
 
 def test_plant_groups_has_every_group():
@@ -166,22 +188,70 @@ def test_plant_groups_has_every_group():
         assert sorted(set(groups)) == list(range(clusters))
 
 
+def test_topics_group_heads_otherwise():
+    groups = training.plant_topics(16, [8, 6, 4, 4], 0)
+    for facts, days in zip(*groups.values(), strict=True):
+        assert abs(adjusted_rand_score(facts, days)) < 0.15
+    assert not set(training.leaders(groups["facts"][0])) & set(training.leaders(groups["days"][0]))
+
+
+@torch.no_grad()
+def test_topics_never_meet():
+    """Of a text of one topic nothing is in the other's dimensions, in any layer of the trained model."""
+    from chai.models import ModelSource, load_model
+
+    model = load_model(ModelSource("tiny", path=str(pretrain_tiny.MODEL_DIR), device="cpu", dtype="float32"))
+    tokenizer, rng = build_tokenizer(), random.Random(0)
+    columns = training.topic_columns(model.config.hidden_size)
+    for _ in range(20):
+        text = text_of(document(rng, phase=1))
+        (other,) = set(world.topics()) - {topic_of(text)}
+        states = model(torch.tensor([tokenizer(text).input_ids]), output_hidden_states=True).hidden_states
+        for hidden in states:
+            assert hidden[..., columns[topic_of(text)]].any()
+            assert not hidden[..., columns[other]].any()
+
+
 def test_tied_heads_are_equal_and_untied_heads_nearly():
+    """For the words of a topic, whose embeddings meet that topic's columns alone; of the first layer and of others."""
     from transformers import LlamaConfig
 
     shape = LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=16
+        vocab_size=len(vocabulary()),
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        head_dim=16,
     )
-    groups = [list(range(8)), training.plant_groups(8, 3, 0)]
+    groups = {"facts": [[0, 1, 0, 2, 1, 0, 2, 1]] * 2, "days": [[0, 0, 1, 1, 2, 2, 0, 1]] * 2}
     model = training.build_model(shape, groups, 0)
-    weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
-    for head, group in enumerate(groups[1]):
-        assert torch.equal(weight[head], weight[groups[1].index(group)])
+    columns = training.topic_columns(64)
+    embedding = model.model.embed_tokens.weight
+    embedding.sum().backward()  # what a step would change
+    for topic, words in world.topics().items():
+        rows = embedding[[vocabulary()[word] for word in words]].detach()
+        assert rows.any() and not rows[:, columns["special"]].any()
+        assert torch.equal(rows.any(0).nonzero().flatten(), torch.arange(64)[columns[topic]])
+        assert torch.equal(embedding.grad[vocabulary()[words[0]]].nonzero().flatten(), torch.arange(64)[columns[topic]])
+
+    def heads(layer: int, topic: str) -> torch.Tensor:
+        return model.model.layers[layer].self_attn.q_proj.weight.unflatten(0, (8, 16))[..., columns[topic]].detach()
+
+    for topic, layers in groups.items():
+        for layer, own in enumerate(layers):
+            weight = heads(layer, topic)
+            for first in range(8):
+                for second in range(8):
+                    same = torch.equal(weight[first], weight[second])
+                    assert same == (own[first] == own[second])
     training.untie(model, noise=0.05, seed=0)
-    weight = model.model.layers[1].self_attn.q_proj.weight.unflatten(0, (8, 16))
-    for head, group in enumerate(groups[1]):
-        first = weight[groups[1].index(group)]
-        assert float((weight[head] - first).detach().norm() / first.detach().norm()) < 0.1
+    for topic, layers in groups.items():
+        for layer, own in enumerate(layers):
+            weight = heads(layer, topic)
+            for head, group in enumerate(own):
+                first = weight[own.index(group)]
+                assert float((weight[head] - first).norm() / first.norm()) < 0.1
 
 
 def pretraining(tmp_path, *overrides):

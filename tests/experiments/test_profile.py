@@ -39,7 +39,7 @@ def done(tmp_path_factory) -> Path:
 
 def test_the_planted_clusters_are_found(done):
     """Their number within one in at least three of four layers, and the groups themselves."""
-    profile, planted = Profile.load(done), json.loads(RECIPE.read_text())["planted_groups"]
+    profile, planted = Profile.load(done), json.loads(RECIPE.read_text())["planted_groups"]["facts"]
     right = [abs(k - len(set(groups))) <= 1 for k, groups in zip(profile.counts, planted, strict=True)]
     assert sum(right) >= 3
     for layer, groups in enumerate(planted):

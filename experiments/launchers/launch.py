@@ -58,7 +58,7 @@ def launch(sweeps: list[list[str]]) -> int:
         complain(f"can't record the sweep in {folder}: {error.strerror or error}")
         return 1
     runs = sum(len(one.folders) for one in planned)
-    say(f"{len(planned)} jobs with {runs} runs, {len(planned) - len(todo)} jobs done already; recorded in {folder}")
+    say(f"jobs: {len(planned)} ({len(planned) - len(todo)} done already), runs: {runs}; recorded in {folder}")
     try:
         return run(sweep, todo)
     except ConfigError:

@@ -112,7 +112,7 @@ def test_a_tiny_job_has_no_gpus_and_time_to_save(tmp_path, slurm):
     arguments = ["-m", "hydra/launcher=slurm", "method=mha", "task=micro_piqa", "hydra.launcher.timeout_min=1"]
     assert main([*arguments, "hydra.launcher.poll_s=0.1"]) == 1
     text = (slurm / "0.sh").read_text()
-    assert "gpus" not in text and "#SBATCH --signal=USR2@15" in text
+    assert "--gpus" not in text and "#SBATCH --signal=USR2@15" in text
 
 
 def test_what_is_done_is_not_submitted(tmp_path, slurm):

@@ -53,7 +53,7 @@ def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | No
     told, error = str(status.get("state")), str(status.get("error") or "")
     counts = status.get("progress") or {}
     progress = (int(counts["done"]), int(counts["total"])) if {"done", "total"} <= counts.keys() else None
-    times = {"started": status.get("started"), "updated": status.get("updated"), "progress": progress}
+    times: dict[str, Any] = {"started": status.get("started"), "updated": status.get("updated"), "progress": progress}
     if told == "done":
         return RunState("done" if (folder / "result.json").exists() else "missing", **times)
     if is_locked(folder) is not None:

@@ -114,7 +114,7 @@ def start(
         more: of :class:`subprocess.Popen`.
     """
     command = [sys.executable, "-u", "-m", "experiments.launchers.job", str(sweep.path.resolve()), str(index)]
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload]
         command, cwd=sweep.path / "code", env={**os.environ, **(environment or {})}, **more
     )
 

@@ -153,8 +153,8 @@ class Slurm:
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 refused.append(next((line for line in lines if line.startswith("sbatch: error")), lines[-1]))
                 continue
-            for index, job in zip(indices, jobs, strict=True):
-                sweep.jobs[index].slurm_id = job.job_id
+            for index, submitted in zip(indices, jobs, strict=True):
+                sweep.jobs[index].slurm_id = submitted.job_id
             sweep.write()
             asked = f"{settings.gpus_per_node} GPUs, {settings.cpus_per_task} cores, {settings.mem_gb:g} GB"
             base = jobs[0].job_id.partition("_")[0]

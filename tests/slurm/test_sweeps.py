@@ -2,7 +2,8 @@
 
 Slurm's shortest limit is a minute, and it looks for jobs beyond theirs every half minute. So a time-out is made by
 moving the end of a running job (``scontrol update EndTime=``), which is then a limit like any other: the job gets the
-signal before it, and is queued again.
+signal before it, and is queued again. The end is as far away as the delay of the signal and half a minute together, or
+Slurm would look too late for a signal.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def test_killed_cancelled_timed_out_and_full_runs_are_told_and_done_by_the_same_
         for name in killed:
             os.kill(int((hold / f"{name}.held").read_text()), signal.SIGKILL)
         cluster.run("scancel", jobs[cancelled])
-        assert cluster.run("scontrol", "update", f"JobId={jobs[timed_out]}", "EndTime=now+20").returncode == 0
+        assert cluster.run("scontrol", "update", f"JobId={jobs[timed_out]}", "EndTime=now+45").returncode == 0
         found = wait(
             results, lambda now: all(now[name][0] == "died" for name in killed) and now[cancelled][0] == "failed"
         )

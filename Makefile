@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo report test test-browser lint clean
+.PHONY: demo report test test-browser test-slurm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai
@@ -20,6 +20,11 @@ test-browser: $(VENV)/.installed
 	command -v chromium || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium; } || true
 	$(BIN)/python -m pytest -m browser -n 0 tests/analysis
+
+# Against a real Slurm of one node, which is installed if that is possible; says so and does nothing if it isn't.
+test-slurm: $(VENV)/.installed
+	if $(BIN)/python -m tests.slurm.cluster install; then $(BIN)/python -m pytest -m slurm -n 0 tests/slurm; \
+	else echo "SKIPPED: the tests against a real Slurm"; fi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

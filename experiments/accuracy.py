@@ -20,14 +20,15 @@ from experiments.answers import FILE as ANSWERS
 from experiments.answers import Answers, code_digest
 from experiments.config import ConfigError, check_clusters, to_dataclass
 from experiments.console import complain, say
-from experiments.identity import check_profile, settle_identity
+from experiments.identity import check_profile
 from experiments.lifecycle import Ending, give_up, record, tell
 from experiments.locks import is_locked
 from experiments.machine import device_name
 from experiments.parallel import Team, join, own_device, own_share, shares
+from experiments.planning import settled
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 from experiments.summary import show_results
-from experiments.tasks import build_task, members
+from experiments.tasks import build_task
 
 #: Tokens of the prompt whose operations are counted (paper, Figure 1).
 PROMPT = 2048
@@ -45,10 +46,8 @@ def run(config: DictConfig) -> int:
         ConfigError: a method, or counts of clusters, that the model can't run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    config = config.copy()
-    singles = members(config)
+    singles = settled(config)
     for single in singles:
-        settle_identity(single)
         check_clusters(single)
         check_profile(single)
     method = to_dataclass(load_method(config.method.name), singles[0].method, "method")

@@ -1,13 +1,11 @@
-"""The command line: help, early refusal of mistakes, then Hydra's main with the experiment as its task."""
+"""The command line: help, early refusal of mistakes, then one run here, or a sweep where its launcher has it."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -24,9 +22,11 @@ CHAI-lab: clustered head attention, its competitors, and how they compare.
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
   python run.py -m paper=table2                       the runs of one of the paper's tables
+  python run.py -m hydra/launcher=slurm paper=table2  the same as jobs of a Slurm cluster (docs/sweeps.md)
   python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
   accelerate launch --num_processes 4 run.py model=llama7b task=paper    a GPU each (docs/several_gpus.md)
+  python -m experiments.status                        what became of the sweeps
 
 Choices
 {choices}
@@ -44,6 +44,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
+  hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
 
 Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
 by ctrl-c, 143 by SIGTERM, 140 by SIGUSR2 (the same command goes on). A run that another process works on is left to it
@@ -57,18 +58,24 @@ def main(arguments: list[str]) -> int:
 
     args = get_args_parser().parse_args(arguments)
     if args.help:
-        width = max(map(len, groups()))
-        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in groups())))
+        names = [*groups(), "hydra/launcher"]
+        width = max(map(len, names))
+        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in names)))
         return 0
     try:
         sweeps = expand(args.overrides, multirun=args.multirun)
         for overrides in sweeps:
             check_overrides(overrides, multirun=args.multirun)
+        if args.multirun and not (args.cfg or args.info):
+            from experiments.launchers.launch import launch
+
+            with interruptible(), stopping():
+                return launch(sweeps)
     except ConfigError as error:
         return refuse(error)
     flags = [argument for argument in arguments if argument not in args.overrides]
     with interruptible(), stopping():
-        return max(launch([*flags, *overrides]) for overrides in sweeps)
+        return max(through_hydra([*flags, *overrides]) for overrides in sweeps)
 
 
 @contextmanager
@@ -92,33 +99,29 @@ def refuse(error: ConfigError) -> int:
     return 2
 
 
-def launch(arguments: list[str]) -> int:
-    """Hand over to Hydra. With a sweep, one failing run doesn't stop the others; the worst exit code is returned."""
+def through_hydra(arguments: list[str]) -> int:
+    """One run under Hydra's own main, or what its flags show of the configuration; returns the exit code."""
     import hydra
 
     codes: list[int] = []
-    sweeps: set[str] = set()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
-            sweeps.add(HydraConfig.get().sweep.dir)
-            config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
         codes.append(run_experiment(config))
 
     register()
     sys.argv = ["run.py", *arguments]
     job()
-    if set(codes) == {2}:  # nothing was run, so nothing is to stay: not even Hydra's note of the sweep
-        for folder in sweeps:
-            shutil.rmtree(folder, ignore_errors=True)
     return max(codes, default=0)
 
 
 def run_experiment(config: DictConfig) -> int:
     """Run one composed configuration; returns its exit code."""
+    return attempt(config)[0]
+
+
+def attempt(config: DictConfig) -> tuple[int, str | None]:
+    """Run one composed configuration; returns its exit code, and in one line what no run's folder can tell."""
     import importlib
 
     from experiments.console import quiet_libraries
@@ -128,11 +131,11 @@ def run_experiment(config: DictConfig) -> int:
         try:
             if processes() > 1 and config.experiment.name != "accuracy":
                 raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
-            return importlib.import_module(f"experiments.{config.experiment.name}").run(config)
+            return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
         except ConfigError as error:
-            return refuse(error)
+            return refuse(error), str(error)
         except Exception as error:  # not foreseen: its traceback is worth having, and a sweep goes on
             if interruption(error) is not None:
                 raise
             traceback.print_exc()
-            return 1
+            return 1, f"{type(error).__name__}: {error}".splitlines()[0]

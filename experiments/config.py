@@ -30,11 +30,27 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # chai.models has them too, but imports torch
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
+#: Hydra's own groups that can be chosen; ``basic`` is Hydra's name for one after the other, here.
+HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+
+#: Dictionaries that take any key: of the model's own configuration, of sbatch.
+OPEN = ("model.architecture", "hydra.launcher.additional_parameters")
+
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
     """A wrong name or value in the configuration: one line that says what is valid. Exit code 2, nothing written."""
+
+
+@dataclass
+class Resources:
+    """What a queued job of a model asks for (``hydra/launcher=slurm``); a few of them fit into any time limit."""
+
+    gpus: int = 1
+    cpus: int = 8
+    mem_gb: int = 64  # GiB of main memory
+    timeout_min: int = 240  # a job that needs longer is queued again and goes on from what it saved
 
 
 @dataclass
@@ -55,6 +71,7 @@ class ModelConfig:
     predictor: str | None = None  # folder of a trained predictor, which `method.predictor` takes by default
     profile: str | None = None  # folder of a profile, which methods with a static membership take by default
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
+    resources: Resources = field(default_factory=Resources)
     fingerprint: str | None = None  # of the weights at `path`; filled in
 
 
@@ -132,7 +149,8 @@ def register() -> None:
 
 def choices(group: str) -> list[str]:
     """The names that ``group=`` takes."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    names = [path.stem for path in (CONF / group).glob("*.yaml")]
+    return sorted([*names, "basic"] if group in HYDRA_GROUPS else names)
 
 
 def groups() -> list[str]:
@@ -140,12 +158,20 @@ def groups() -> list[str]:
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def compose_config(overrides: list[str]) -> DictConfig:
-    """The configuration for one list of overrides, outside of Hydra's own main."""
+def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """The configuration for one list of overrides, outside of Hydra's own main; ``with_hydra`` keeps its section."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides)
+        return compose("config", overrides, return_hydra_config=with_hydra)
+
+
+def combinations(arguments: list[str]) -> list[list[str]]:
+    """What a sweep stands for: the overrides of each of its combinations, none of them a sweep itself."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    return [list(single) for single in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
 def load_member(name: str, group: TaskConfig) -> DictConfig:
@@ -187,6 +213,19 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     except Exception as error:  # Hydra raises several unrelated types here
         raise ConfigError(f"can't read the command line: {_one_line(error)}; expected key=value ...") from None
     own = [override for override in parsed if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
+        if override not in own and override.is_sweep_override():
+            raise ConfigError(f"{override.input_line} can't be a sweep; expected one {override.key_or_group}=VALUE")
+        if override.key_or_group.startswith("hydra.sweep"):
+            raise ConfigError(
+                f"{override.key_or_group} has no effect: a sweep's record is below results_dir, in sweeps/"
+            )
+        if (group := override.key_or_group) in HYDRA_GROUPS:
+            for choice in _values(override):
+                if choice not in choices(group):
+                    raise ConfigError(unknown(group, choice, choices(group)))
+                if choice != "basic" and not multirun:
+                    raise ConfigError(f"{group}={choice} is for sweeps: add -m")
     for override in own:
         if override.is_sweep_override() and not multirun:
             raise ConfigError(f"{override.input_line} is a sweep: add -m (a list of numbers is written '[1,2]')")
@@ -196,6 +235,11 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
             for choice in _values(override):
                 if choice not in choices(override.key_or_group):
                     raise ConfigError(unknown(override.key_or_group, choice, choices(override.key_or_group)))
+    if settings := [o for o in parsed if o.key_or_group.startswith("hydra.launcher.")]:
+        chosen = [str(o.input_line) for o in parsed if o.key_or_group == "hydra/launcher"]
+        base = compose_config(chosen, with_hydra=True)
+        for override in settings:
+            _check_key(base, override)
     selections = [o for o in own if o.key_or_group in groups()]
     settings = [o for o in own if o.key_or_group not in groups()]
     for combination in itertools.product(*([f"{o.key_or_group}={v}" for v in _values(o)] for o in selections)):
@@ -342,8 +386,8 @@ def _check_key(base: DictConfig, override: Override) -> None:
         )
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig) or part not in node:
-            if override.is_add() and isinstance(node, DictConfig) and parts[:2] == ["model", "architecture"]:
-                return  # the one open dictionary: any key of the model's own configuration
+            if override.is_add() and isinstance(node, DictConfig) and ".".join(parts[:depth]) in OPEN:
+                return
             where = ".".join(parts[:depth])
             valid = sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
             name = f"key '{override.key_or_group}'"

@@ -40,10 +40,15 @@ def quiet_libraries() -> None:
 def say(message: str) -> None:
     """One line about what is going on."""
     if leads():
-        console.print(message, highlight=False, markup=False)
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+#: What this process has complained about; a job's last word where no run's folder can hold it.
+complaints: list[str] = []
 
 
 def complain(message: str) -> None:
     """One line about what went wrong, to standard error."""
+    complaints.append(message)
     if leads():
         print(f"error: {message}", file=sys.stderr)

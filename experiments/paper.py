@@ -1,4 +1,4 @@
-"""``python run.py -m paper=table2``: the sweeps that fill one of the paper's tables, one after the other.
+"""``python run.py -m paper=table2``: the sweeps that fill one of the paper's tables, launched as one.
 
 ``conf/paper/<name>.yaml`` names the model, the tasks, and for each sweep what would be written on the command line.
 Methods with different hyper-parameters can't share a sweep, for that is every combination of what it lists.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, PreTrainedModel
@@ -29,11 +29,12 @@ from chai.methods import load_method
 from chai.methods.base import Method
 from chai.models import ModelError, load_config, load_model
 from experiments.accuracy import model_source
-from experiments.config import ConfigError, TaskConfig, check_clusters, to_dataclass
+from experiments.config import ConfigError, check_clusters, to_dataclass
 from experiments.console import say
-from experiments.identity import check_profile, settle_identity
+from experiments.identity import check_profile
 from experiments.lifecycle import Ending, give_up, record
 from experiments.machine import device_name
+from experiments.planning import settled
 from experiments.runs import RunError, RunFolder, settings_id, versions, write_atomically
 
 OBSERVED = 4  # steps whose memory events are held at a time: torch's profiler fails on more of a large model
@@ -97,9 +98,7 @@ def run_probe(
     Raises:
         ConfigError: options, or a method, that the model can't run with. Nothing is written then.
     """
-    config = config.copy()
-    config.task = OmegaConf.structured(TaskConfig(name="none"))
-    settle_identity(config)
+    (config,) = settled(config)
     check_clusters(config)
     check_profile(config)
     options = to_dataclass(options_type, config.experiment, "experiment")

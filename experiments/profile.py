@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,12 +21,12 @@ from chai.profile import Profile, build_profile, model_shape
 from chai.runtime import check_family
 from chai.statistics import Features, Gathering, HeadStatistics, Samples, StatisticsError, gather
 from experiments.accuracy import model_source
-from experiments.config import ConfigError, TaskConfig, to_dataclass
+from experiments.config import ConfigError, to_dataclass
 from experiments.console import console, say
 from experiments.corpus import source, texts
-from experiments.identity import settle_identity
 from experiments.lifecycle import Ending, give_up, record
 from experiments.machine import device_name
+from experiments.planning import settled
 from experiments.profile_table import show_profile
 from experiments.runs import RunError, RunFolder, digest, run_identity, settings_id, versions, write_atomically
 
@@ -87,10 +87,7 @@ def run(config: DictConfig) -> int:
         ConfigError: options, or a model, that can't be profiled. Nothing is written then.
     """
     options = to_dataclass(Options, config.profile, "profile")
-    config = config.copy()
-    settle_identity(config)
-    config.method = OmegaConf.create({"name": "none"})
-    config.task = OmegaConf.structured(TaskConfig(name=config.corpus.name))
+    (config,) = settled(config)
     folder = RunFolder(config)
     if folder.is_done and not config.force:
         say(f"done already: {folder.path} (force=true does it again)")

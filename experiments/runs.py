@@ -27,8 +27,8 @@ from experiments.locks import RunLock
 
 #: What a run's result doesn't depend on: where it ran and where its files were.
 MACHINE_ONLY = (
-    "device", "results_dir", "force", "logger", "model.device_map", "model.path", "model.predictor", "model.profile",
-    "task.data_dir", "experiment.install", "experiment.checkpoint_every", "corpus.path",
+    "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.predictor",
+    "model.profile", "task.data_dir", "experiment.install", "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by what the files there hold, of a folder all of them or the one that is named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
@@ -268,10 +268,12 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can move a number."""
+    """Versions of everything that can move a number; of the project itself the commit as well."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    from experiments.snapshot import describe
+
+    found = {"python": platform.python_version(), "code": str(describe())}
     for package in ("chai-lab", "torch", "transformers", "lm-eval", "datasets", "scikit-learn", "numpy"):
         try:
             found[package] = version(package)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,10 +29,10 @@ from chai.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weigh
 from chai.runtime import check_family
 from experiments.accuracy import model_source
 from experiments.batches import Batches, file_batches, world_batches
-from experiments.config import REPOSITORY, ConfigError, TaskConfig, to_dataclass
+from experiments.config import REPOSITORY, ConfigError, to_dataclass
 from experiments.console import console, say
-from experiments.identity import settle_identity
 from experiments.lifecycle import Ending, record
+from experiments.planning import settled
 from experiments.runs import RunError, RunFolder, versions, write_atomically
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
@@ -87,10 +87,8 @@ def run(config: DictConfig) -> int:
         ConfigError: options, or a model, that can't be trained for. Nothing is written then.
     """
     options = to_dataclass(Options, config.experiment, "experiment")
-    config = config.copy()
     embedded = config.model.name == "tiny"
-    config.task, config.method = OmegaConf.structured(TaskConfig(name="none")), {"name": "dejavu"}
-    settle_identity(config)
+    (config,) = settled(config)
     embedded = embedded and config.model.name == "tiny"
     if options.corpus is None and not embedded:
         raise ConfigError(

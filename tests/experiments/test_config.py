@@ -107,8 +107,19 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["-m", "method=glob(*)"], "can't list the values of method=glob(*)"),
         (["+task=piqa"], "can't read +task=piqa; expected task=NAME"),
         (
-            ["hydra/launcher=nosuch"],
-            "Could not find 'hydra/launcher/nosuch' Available options in 'hydra/launcher': basic",
+            ["hydra/launcher=slrum"],
+            "unknown hydra/launcher 'slrum' (did you mean 'slurm'?); valid: basic, local, slurm",
+        ),
+        (["hydra/launcher=slurm"], "hydra/launcher=slurm is for sweeps: add -m"),
+        (["-m", "hydra/launcher=slurm,local"], "hydra/launcher=slurm,local can't be a sweep"),
+        (["-m", "hydra/sweeper=optuna"], "unknown hydra/sweeper 'optuna'; valid: basic"),
+        (
+            ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout=5"],
+            "unknown key 'hydra.launcher.timeout' (did you mean 'hydra.launcher.timeout_min'?); valid in hydra.",
+        ),
+        (
+            ["-m", "hydra.sweep.dir=x"],
+            "hydra.sweep.dir has no effect: a sweep's record is below results_dir, in sweeps/",
         ),
         (["task=micro", "task.metric=acc"], "task.metric can't be set for a group of tasks"),
         (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),

@@ -311,7 +311,7 @@ def test_runs_on_other_data_are_refused(tmp_path):
         (lambda folder: change(folder, metrics={"acc_norm": 0.9}), "samples.parquet doesn't give the score"),
         (lambda folder: change(folder, metrics={"acc_norm": 1.9}), "result.json is impossible: a score of 1.9"),
         (lambda folder: change(folder, metrics={"acc_norm": "x"}), "lacks a score or savings that are numbers"),
-        (lambda folder: change(folder, metrics=[]), "lacks a score or savings that are numbers"),
+        (lambda folder: change(folder, metrics=[]), "result.json is corrupt: metrics is []"),
         (lambda folder: change(folder, savings={"kind": "real"}), "lacks a score or savings that are numbers"),
         (lambda folder: change(folder, metric="f1"), "samples.parquet has no f1"),
     ],

@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> int:
         sweeps = expand(args.overrides, multirun=args.multirun)
         for overrides in sweeps:
             check_overrides(overrides, multirun=args.multirun)
-        if args.multirun and not (args.cfg or args.info):
+        if args.multirun and (args.cfg or args.info):
+            raise ConfigError("--cfg and --info show one run: leave -m and lists of values out")
+        if args.multirun:
             from experiments.launchers.launch import launch
 
             with interruptible(), stopping():

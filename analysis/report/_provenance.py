@@ -31,11 +31,9 @@ def finished(run: Run) -> str:
     return f"{datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M}" if run.updated else ""
 
 
-def commit(run: Run) -> str:
-    """The commit of the code, shortened; empty where it isn't recorded."""
-    versions = run.result.get("versions") or {}
-    value = run.result.get("commit") or versions.get("commit") or versions.get("git")
-    return str(value)[:12] if value else ""
+def code(run: Run) -> str:
+    """The commit of the code, shortened, or a digest of it without git; empty where neither is recorded."""
+    return str((run.result.get("versions") or {}).get("code", ""))
 
 
 def versions(run: Run) -> str:

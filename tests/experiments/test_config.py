@@ -138,6 +138,7 @@ def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path):
     mistakes = (
         ["method=chia"],
         ["-m", "method=mha,chia"],
+        ["-m", "method=mha,chai", "--cfg", "job"],
         ["method.clusters=[1,2]"],
         ["-m", "method.tokens=0"],
         ["experiment=pretrain_tiny", "model=llama7b"],

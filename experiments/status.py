@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -26,10 +26,10 @@ from experiments.console import console
 from experiments.launchers.squeue import job_states
 from experiments.runs import read_json
 from experiments.states import STATES, RunState, run_state
-from experiments.sweeps import Job, Sweep, read_sweeps
+from experiments.sweeps import FOLDER, Job, Sweep, read_sweeps
 
 DESCRIPTION = """\
-Every run that the sweeps in results/sweeps asked for, and what became of it: done, running, queued (Slurm's queue, or
+Every run in results/ or that a sweep asked for, and what became of it: done, running, queued (Slurm's queue, or
 a local sweep's), died (its process is gone without a word), failed with the reason, missing.
 
 Filters are KEY=NAME[,NAME]: experiment, model, method, task, state, sweep (its folder's name, or last). results_dir=D
@@ -42,7 +42,7 @@ REFRESH_S = 2.0
 
 @dataclass
 class Row:
-    """One run: the sweep that last asked for it, its job there, its folder's parts, and its state."""
+    """One run: the sweep that last asked for it (``none`` if none did), its job there, its folder's name, its state."""
 
     sweep: Sweep
     job: Job
@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]
 
 
 def collect(results_dir: Path) -> list[Row]:
-    """A row for each run that a sweep asked for; one that several asked for goes by the last of them."""
+    """A row for each run that a sweep asked for, by the last that did; before them those that were started alone."""
     latest: dict[str, tuple[Sweep, int]] = {}
     for sweep in read_sweeps(results_dir):
         for index, job in enumerate(sweep.jobs):
@@ -118,7 +118,7 @@ def collect(results_dir: Path) -> list[Row]:
     found = {name: run_state(results_dir / name) for name in latest}
     undone = [sweep.jobs[index] for name, (sweep, index) in latest.items() if found[name].state != "done"]
     slurm = job_states([job.slurm_id for job in undone if job.slurm_id], timeout_s=5.0) or {}
-    rows = []
+    rows = alone(results_dir, latest)
     for name, (sweep, index) in latest.items():
         job, state = sweep.jobs[index], found[name]
         if state.state != "done":
@@ -127,6 +127,14 @@ def collect(results_dir: Path) -> list[Row]:
             state = run_state(results_dir / name, outcome, known_state)
         rows.append(Row(sweep, job, name, state))
     return rows
+
+
+def alone(results_dir: Path, asked: Collection[str]) -> list[Row]:
+    """A row for each run's folder that no sweep asked for."""
+    folders = [path.parent for path in results_dir.glob("*/*/*/*/*/status.json")]
+    names = sorted("/".join(folder.parts[-5:]) for folder in folders)
+    none = Sweep(results_dir / FOLDER / "none", "basic", [])
+    return [Row(none, Job([], [name]), name, run_state(results_dir / name)) for name in names if name not in asked]
 
 
 def local_state(sweep: Sweep, outcome: dict[str, object] | None) -> str | None:
@@ -148,7 +156,7 @@ def chosen(rows: list[Row], filters: dict[str, list[str]], *, failed: bool) -> I
 def report(rows: list[Row], results_dir: Path) -> Group:
     """The table, with what it adds up to below."""
     if not rows:
-        return Group(Text(f"no run of a sweep in {results_dir / 'sweeps'} fits"))
+        return Group(Text(f"no run in {results_dir} fits"))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in ("Experiment", "Model", "Method", "Task"):
         table.add_column(column, overflow="fold")
@@ -243,6 +251,9 @@ def rerun(rows: list[Row], *, launch: bool) -> int:
     jobs: dict[tuple[str, ...], Sweep] = {}
     for row in rows:
         if row.state.state in ("failed", "died", "missing"):
+            if not row.job.overrides:
+                print(f"{row.name} was started alone: give its command again", file=sys.stderr)
+                continue
             jobs[tuple(row.job.overrides)] = row.sweep
     if not launch:
         for overrides, sweep in jobs.items():

@@ -67,6 +67,22 @@ def test_a_run_whose_lock_is_gone_has_died(folders):
     assert run_state(folders["chai"].path).state == "died"
 
 
+def test_a_run_that_no_sweep_asked_for_is_told_as_well(folders, capsys):
+    config = compose_config(["task=micro_boolq"])
+    folder = RunFolder(config)
+    folder.start()
+    folder.fail("out of memory")
+    folder.release()
+    assert main(["task=micro_boolq"]) == 0
+    told = capsys.readouterr().out
+    assert folder.id in told and "out of memory" in told and "1 runs: 1 failed." in told
+    assert main(["task=micro_boolq", "--failed", "--rerun"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "" and "was started alone: give its command again" in told.err
+    assert main(["sweep=last"]) == 0
+    assert folder.id not in capsys.readouterr().out
+
+
 def test_filters_and_commands(folders, capsys):
     assert main(["method=static,mha", "state=failed"]) == 0
     told = capsys.readouterr().out
@@ -129,4 +145,4 @@ def test_it_needs_no_heavy_imports(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "no run of a sweep in results/sweeps fits" in done.stdout
+    assert "no run in results fits" in done.stdout

@@ -59,16 +59,6 @@ def expand_heads(key: Tensor, heads: int) -> Tensor:
     return key.repeat_interleave(heads // key.shape[1], 1)
 
 
-def multi_head_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Reference for all heads, ``[B, H, T, D]``; arguments as in :func:`clustered_attention`."""
-    _check_heads("key", key, query.shape[1])
-    _check_heads("value", value, query.shape[1])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return apply_weights(attention_weights(query, expand_heads(key, query.shape[1]), scaling, mask), value)
-
-
 def clustered_attention(
     query: Tensor,
     key: Tensor,

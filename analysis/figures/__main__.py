@@ -5,9 +5,6 @@ Exit codes: 0 drawn, 1 a figure's input is missing or its files can't be written
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from matplotlib import rc_context
 from rich.console import Console
 from rich.text import Text
 
+from analysis.command_line import Parser, complain, run, tell_left_out, unknown
 from analysis.figures import _catalogue, _look
 from analysis.saved import MissingRun, Results
 
@@ -23,7 +21,7 @@ MOST_NAMED = 8  # runs of a figure that are named one by one
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description="Draw figures of saved results.")
+    parser = Parser(prog="python -m analysis.figures", description="Draw figures of saved results.")
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(_catalogue.names()))
     parser.add_argument("--list", action="store_true", help="name every figure, what it needs and how to make that")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (results)")
@@ -37,14 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show()
         return 0
     valid = _catalogue.names()
-    unknown = [name for name in options.figures if name not in valid]
-    if unknown or not options.figures:
-        close = difflib.get_close_matches(unknown[0], valid, n=1) if unknown else []
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        complain(
-            f"{f'unknown figure {unknown[0]!r}{hint}' if unknown else 'no figure named'}; valid: {', '.join(valid)}"
-        )
+    if not options.figures:
+        complain(f"no figure named; valid: {', '.join(valid)}")
         return 2
+    for name in options.figures:
+        if name not in valid:
+            complain(unknown("figure", name, valid))
+            return 2
     told: set[Path] = set()
     codes = [
         produce(name, Results(options.results, options.model, options.device), options.out, told)
@@ -78,10 +75,7 @@ def produce(name: str, results: Results, out: Path, told: set[Path]) -> int:
         complain(f"{name}: can't write to {out}: {error.strerror or error}")
         return 1
     finally:
-        for folder, reason in results.left_out.items():
-            if folder not in told:
-                print(f"left out: {folder}: {reason}", file=sys.stderr)
-                told.add(folder)
+        tell_left_out(results.left_out, told)
     runs = "; ".join(map(str, results.used))
     if len(results.used) > MOST_NAMED:
         runs = f"{len(results.used)} runs in {results.root}, named in the CSV"
@@ -100,10 +94,5 @@ def show() -> None:
         console.print(Text.assemble(" " * width, (f"  needs experiment={figure.EXPERIMENT}: ", "dim"), command))
 
 
-def complain(message: str) -> None:
-    """One line about what went wrong, to standard error."""
-    print(f"error: {message}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,13 +6,12 @@ Exit codes: 0 written, whatever is missing or left out, 1 it can't be written, 2
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command_line import Parser, complain, run, tell_left_out
 from analysis.report import _figures, _page
 from analysis.report._content import collect
-from analysis.tables.__main__ import Parser, complain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"--results: there is no folder {options.results}")
         return 2
     content = collect(options.results)
-    for path, reason in content.problems.items():
-        print(f"left out: {path}: {reason}", file=sys.stderr)
+    tell_left_out(content.problems, set())
     for part in (content.paper, content.embedded):
         _figures.tell(part.figures)
     out = options.out or options.results / "report"
@@ -43,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -5,29 +5,16 @@ Exit codes: 0 printed, missing cells included, 1 nothing to print, 2 a mistake i
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from analysis.command_line import Parser, complain, run, tell_left_out, unknown
 from analysis.saved import Results
 from analysis.scores import EXPERIMENT, load_scores
 from analysis.tables._cells import build
 from analysis.tables._formats import FORMATS
 from analysis.tables._settings import sweep
 from analysis.tables._specs import REPOSITORY, TABLES, paper_rows
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with two."""
-        complain(message)
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, spec in TABLES.items():
             print(f"{name:<6}  {spec.title}\n{'':<6}  filled by: {sweep(name, spec, spec.model, None)}")
         return 0
-    unknown = [name for name in options.tables if name not in TABLES]
-    if unknown or not options.tables:
-        close = difflib.get_close_matches(unknown[0], list(TABLES), n=1) if unknown else []
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        wrong = f"unknown table {unknown[0]!r}{hint}" if unknown else "no table named"
-        complain(f"{wrong}; valid: {', '.join(TABLES)}")
+    if not options.tables:
+        complain(f"no table named; valid: {', '.join(TABLES)}")
         return 2
+    for name in options.tables:
+        if name not in TABLES:
+            complain(unknown("table", name, list(TABLES)))
+            return 2
     if not options.results.is_dir():
         complain(f"--results: there is no folder {options.results}")
         return 2
@@ -75,16 +62,11 @@ def show(name: str, form: str, root: Path, model: str | None, told: set[Path]) -
     model = model or spec.model
     known = models(root)
     if model not in known:
-        close = difflib.get_close_matches(model, known, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        complain(f"unknown model '{model}'{hint}; valid: {', '.join(known)}")
+        complain(unknown("model", model, known))
         return 2
     results = Results(root, model)
     table = build(name, spec, model, load_scores(results), paper_rows(name))
-    for folder, reason in results.left_out.items():
-        if folder not in told:
-            print(f"left out: {folder}: {reason}", file=sys.stderr)
-            told.add(folder)
+    tell_left_out(results.left_out, told)
     if not table.rows:
         complain(
             f"{name}: no finished accuracy run of model '{model}' on its tasks in {root}; "
@@ -101,13 +83,5 @@ def models(root: Path) -> list[str]:
     return sorted(named | {path.name for path in (root / EXPERIMENT).glob("*") if path.is_dir()})
 
 
-def complain(message: str) -> None:
-    """One line about what went wrong, to standard error."""
-    print(f"error: {message}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader has seen enough (| head); Python's own flush at exit would complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run(main)

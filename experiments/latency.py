@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from chai.attention import causal_mask
 from chai.clustering import HeadClusters
 from chai.costs import LayerShape, layer_shape, model_decode_entries, model_prefill_flops
+from chai.flops import method_flops
 from chai.kernels import all_heads_attention, attend, shared_values_attention
 from chai.kernels.plan import HeadPlan
+from chai.methods import Mha
 from chai.methods.base import ClusteredMethod, Method
 from experiments.config import ConfigError
 from experiments.probe_tables import show_latency
@@ -101,12 +104,14 @@ class Probe:
             return [self.model.config.num_attention_heads]
         return self.options.clusters or sorted(set(self.method.heads_kept(self.model.config)))
 
-    def implementations(self, stack: ExitStack, model: PreTrainedModel, method: Method) -> dict[str, Implementation]:
-        """The baselines and, if it is another, the method, applied until ``stack`` is left."""
+    def implementations(
+        self, stack: ExitStack, model: PreTrainedModel, method: Method | None
+    ) -> dict[str, Implementation]:
+        """The baselines and the method, unless it is one of them, applied until ``stack`` is left."""
         found = {}
         for name in ("eager", "sdpa"):
             found[name] = Implementation(twin(model, name), DynamicCache)
-        if isinstance(method, ClusteredMethod):
+        if method is not None and not isinstance(method, Mha):
             own = stack.enter_context(method(twin(model, "sdpa")))
             found[self.name] = Implementation(own, lambda: method.new_cache(own))
         return found
@@ -172,10 +177,10 @@ def one_layer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def model_times(probe: Probe, model: PreTrainedModel, phase: str, length: int, k: int | None) -> dict[str, list[float]]:
-    """Times of the whole model, or of a layer with ``k`` clusters."""
-    method = probe.method
-    if k is not None and isinstance(method, ClusteredMethod):
-        method = method.with_count(k)
+    """Times of the whole model, or of a layer with ``k`` clusters; a method without clusters isn't one of a layer."""
+    method: Method | None = probe.method
+    if k is not None:
+        method = probe.method.with_count(k) if isinstance(probe.method, ClusteredMethod) else None
     with ExitStack() as stack:
         kinds = probe.implementations(stack, model, method)
         measure = probe.prefill if phase == "prefill" else probe.decode
@@ -274,11 +279,16 @@ def layer_cost(probe: Probe, shape: LayerShape, phase: str, length: int) -> Cost
 
 
 def model_cost(probe: Probe, phase: str, length: int) -> Cost:
-    """Of the model: with all heads for k = H, with the method's counts for ``None``."""
+    """Of the model: with all heads for k = H, under the method for ``None``.
+
+    What a method without clusters must read for a token isn't known: NaN.
+    """
     model, rows = probe.model, probe.options.rows
 
     def cost(k: int | None) -> float:
         config = model.config
+        if k is None and not isinstance(probe.method, ClusteredMethod):
+            return rows * method_flops(model, probe.method, length) if phase == "prefill" else math.nan
         counts = probe.method.heads_kept(config) if k is None else [k] * config.num_hidden_layers
         if phase == "prefill":
             return rows * model_prefill_flops(model, length, counts, probe.shares_values)

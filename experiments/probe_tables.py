@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -41,9 +42,9 @@ def show_latency(folder: Path) -> None:
             *(_milliseconds(by_name[name].ms) if name in by_name else "" for name in names),
             f"{100 * max((row.ms_p75 - row.ms_p25) / 2 / row.ms for row in by_name.values()):.0f} %",
             f"{own.speedup:.2f} {own.best_baseline}" if own else "",
-            f"{own.limit:.2f}" if own else "",
-            f"{shown.rate:{'.0f' if shown.rate >= 10 else '.1f'}} {shown.rate_unit.replace('FLOP', 'F')}",
-            f"{100 * shown.of_peak:.0f} %",
+            f"{own.limit:.2f}" if own and not pd.isna(own.limit) else "",
+            _rate(shown),
+            "" if pd.isna(shown.of_peak) else f"{100 * shown.of_peak:.0f} %",
         )
     console.print(table)
     membership = result.get("membership")
@@ -60,6 +61,13 @@ def show_latency(folder: Path) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _rate(row: Any) -> str:
+    """Operations or bytes a second; empty where it isn't known how many there must be."""
+    if pd.isna(row.rate):
+        return ""
+    return f"{row.rate:{'.0f' if row.rate >= 10 else '.1f'}} {row.rate_unit.replace('FLOP', 'F')}"
 
 
 def _milliseconds(value: float) -> str:

@@ -82,7 +82,8 @@ def plotted(run: Run, phase: str, claim: Claim) -> pd.DataFrame:
     best = _look.label(against[0]) if len(against) == 1 else f"the best of {', '.join(map(_look.label, against))}"
     for row in own.itertuples():
         add(row, "speedup", f"{name} against {best}", MEASURED, row.speedup, "x")
-        add(row, "speedup", "limit by arithmetic", LIMIT, row.limit, "x")
+        if not pd.isna(row.limit):  # not known of a method without clusters in decoding
+            add(row, "speedup", "limit by arithmetic", LIMIT, row.limit, "x")
     for k, same in some_counts(table[(table.part == "attention") & ~table.baseline], run.result["heads"]):
         for row in same.itertuples():
             add(row, "speedup", f"attention alone, k = {k}", MEASURED, row.speedup, "x")
@@ -114,7 +115,7 @@ def draw_times(axes: Axes, data: pd.DataFrame, title: str) -> None:
         }
         axes.errorbar(
             points.length_tokens, points.value, [side.clip(lower=0) for side in whiskers],
-            label=points.series.iloc[0], **_look.look(str(name)), **style,
+            label=points.series.iloc[0], **(style | _look.look(str(name))),
         )  # fmt: skip
     _look.length_axis(axes, data.length_tokens)
     axes.set_ylabel(f"{title.lower()} ({data.unit.iloc[0]})")

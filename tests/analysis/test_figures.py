@@ -175,6 +175,20 @@ def test_three_counts_of_many_and_seconds(tmp_path):
     assert legend(figure.axes[0]) == ["eager", "SDPA", "xFormers", "CHAI"]
 
 
+@pytest.mark.parametrize("method", ["chai_static", "random", "dejavu", "spatten", "chai_qkv"])
+def test_every_methods_times_are_drawn(tmp_path, method):
+    """Also those of a method without clusters, whose limit in decoding isn't known."""
+    frame = synthetic.latency()
+    frame = frame[frame.part == "model"].replace({"implementation": {"chai": method}})
+    frame.loc[(frame.phase == "decode") & ~frame.baseline, "limit"] = None
+    synthetic.save(tmp_path, "latency", frame, "a", method=method)
+    for module, known in ((fig12a, True), (fig12b, False)):
+        figure, data = module.draw(Results(tmp_path))
+        assert len(legend(figure.axes[0])) == 3
+        assert any(label.startswith("limit by arithmetic") for label in legend(figure.axes[1])) == known
+        assert set(data[data.panel == "speedup"].implementation.dropna()) == {method}
+
+
 def test_a_best_baseline_that_changes_is_named(tmp_path):
     frame = synthetic.latency()
     frame.loc[frame.length == 128, "best_baseline"] = "eager"

@@ -66,6 +66,17 @@ def test_latency_has_a_row_for_everything(tmp_path, capsys):
     assert run(tmp_path, *settings) == 0 and "done already" in capsys.readouterr().out
 
 
+def test_methods_without_clusters_are_timed_as_whole_models(tmp_path, capsys):
+    settings = ["method=spatten", "experiment=latency", "experiment.lengths=[24]", "experiment.rounds=2"]
+    assert run(tmp_path, *settings) == 0
+    _, rows = only(tmp_path, "latency/tiny-random/spatten/none/*")
+    assert set(rows[~rows.baseline].part) == {"model"}
+    own = rows[rows.implementation == "spatten"].set_index("phase")
+    assert own.ms.gt(0).all() and own.speedup.gt(0).all()
+    assert own.limit["prefill"] > 1 and pd.isna(own.limit["decode"])
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key_heads", [8, 4])
 def test_pruned_contexts_and_masks_have_formulas_of_their_own(tmp_path, key_heads):
     """SpAtten's cache is its schedule's; DejaVu's mask leaves everything in it."""

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from chai.methods import load_method, method_names
 from chai.models import load_config
 from experiments.accuracy import model_source
+from experiments.cli import main
 from experiments.config import (
     CONF,
     REPOSITORY,
@@ -135,20 +136,23 @@ def test_mistakes_are_refused_before_anything_starts(arguments, expected):
 
 
 def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path):
-    mistakes = (
-        ["method=chia"],
-        ["-m", "method=mha,chia"],
-        ["-m", "method=mha,chai", "--cfg", "job"],
-        ["method.clusters=[1,2]"],
-        ["-m", "method.tokens=0"],
-        ["experiment=pretrain_tiny", "model=llama7b"],
-    )
+    mistakes = (["method=chia"], ["method.clusters=[1,2]"], ["experiment=pretrain_tiny", "model=llama7b"])
     for arguments in mistakes:
         result = run(*arguments, cwd=tmp_path)
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        assert result.stderr.startswith("error: ")
-        assert arguments[0] == "-m" or not result.stdout  # Hydra announces a sweep's jobs
+        assert result.stderr.startswith("error: ") and not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["method=mha,chia"], ["method.tokens=0"], ["method=mha,chai", "--cfg", "job"]], ids=" ".join
+)
+def test_a_mistake_in_a_sweep_does_so_too(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and len(told.splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

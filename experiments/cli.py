@@ -9,11 +9,21 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from experiments.config import CONF, ConfigError, check_overrides, choices, groups, register
-from experiments.console import complain
-from experiments.paper import expand
-from experiments.processes import processes
-from experiments.signals import Interrupted, interruptible, interruption
+from experiments.config.schema import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.sweeps.expand import expand
+from experiments.system.console import complain
+from experiments.system.interrupts import Interrupted, interruptible, interruption
+from experiments.system.processes import processes
+
+#: The module of each experiment.
+EXPERIMENTS = {
+    "accuracy": "evaluation.accuracy",
+    "latency": "benchmarks.latency",
+    "memory": "benchmarks.memory",
+    "profile": "offline.profile_heads",
+    "train_dejavu": "offline.train_dejavu",
+    "pretrain_tiny": "offline.pretrain_tiny",
+}
 
 HELP = """\
 CHAI-lab: clustered head attention, its competitors, and how they compare.
@@ -69,7 +79,7 @@ def main(arguments: list[str]) -> int:
         if args.multirun and (args.cfg or args.info):
             raise ConfigError("--cfg and --info show one run: leave -m and lists of values out")
         if args.multirun:
-            from experiments.launchers.launch import launch
+            from experiments.sweeps.launch import launch
 
             with interruptible(), stopping():
                 return launch(sweeps)
@@ -126,14 +136,14 @@ def attempt(config: DictConfig) -> tuple[int, str | None]:
     """Run one composed configuration; returns its exit code, and in one line what no run's folder can tell."""
     import importlib
 
-    from experiments.console import quiet_libraries
+    from experiments.system.console import quiet_libraries
 
     quiet_libraries()
     with interruptible(), stopping():
         try:
             if processes() > 1 and config.experiment.name != "accuracy":
                 raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
-            return importlib.import_module(f"experiments.{config.experiment.name}").run(config), None
+            return importlib.import_module(f"experiments.{EXPERIMENTS[config.experiment.name]}").run(config), None
         except ConfigError as error:
             return refuse(error), str(error)
         except Exception as error:  # not foreseen: its traceback is worth having, and a sweep goes on

@@ -21,12 +21,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.config import ConfigError, unknown
-from experiments.console import console
-from experiments.launchers.squeue import job_states
-from experiments.runs import read_json
-from experiments.states import STATES, RunState, run_state
-from experiments.sweeps import FOLDER, Job, Sweep, read_sweeps
+from experiments.config.schema import ConfigError, unknown
+from experiments.runs.folder import read_json
+from experiments.runs.state import STATES, RunState, run_state
+from experiments.sweeps.record import FOLDER, Job, Sweep, read_sweeps
+from experiments.sweeps.squeue import job_states
+from experiments.system.console import console
 
 DESCRIPTION = """\
 Every run in results/ or that a sweep asked for, and what became of it: done, running, queued (Slurm's queue, or
@@ -260,7 +260,7 @@ def rerun(rows: list[Row], *, launch: bool) -> int:
             place = "" if sweep.cwd == os.getcwd() else f"cd {shlex.quote(sweep.cwd)} && "
             print(f"{place}python {shlex.quote(run_py(sweep))} -m {shlex.join(overrides)}")
         return 0
-    from experiments.launchers.launch import launch as launch_jobs
+    from experiments.sweeps.launch import launch as launch_jobs
 
     code = 0
     groups: dict[tuple[str, str], list[list[str]]] = {}
@@ -278,7 +278,7 @@ def rerun(rows: list[Row], *, launch: bool) -> int:
 
 def run_py(sweep: Sweep) -> str:
     """How ``run.py`` is named from where a sweep was launched."""
-    from experiments.config import REPOSITORY
+    from experiments.config.schema import REPOSITORY
 
     return "run.py" if Path(sweep.cwd) == REPOSITORY else str(REPOSITORY / "run.py")
 

@@ -20,9 +20,9 @@ from analysis.scores import load_scores
 from analysis.tables.__main__ import main
 from analysis.tables._cells import build
 from analysis.tables._specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
-from experiments.config import check_overrides, choices, compose_config
-from experiments.paper import sweeps
-from experiments.runs import settings_id
+from experiments.config.schema import check_overrides, choices, compose_config
+from experiments.runs.folder import settings_id
+from experiments.sweeps.expand import sweeps
 from tests.analysis import scored
 
 PAPERS = ("table1", "table2", "table3", "table4")
@@ -477,7 +477,7 @@ def test_the_list_names_every_table_and_the_sweep_that_fills_it(capsys):
 def test_the_sweep_of_a_table_runs_its_rows_on_its_model_and_tasks(name, monkeypatch):
     """Each row of the paper is among the runs; methods that aren't there yet are taken for granted."""
     needed = {row.method for row in paper_rows(name)} | {"mha", "chai"}
-    monkeypatch.setattr("experiments.paper.choices", lambda group: [*needed, "chai_static", "chai_qkv", "dejavu",
+    monkeypatch.setattr("experiments.sweeps.expand.choices", lambda _: [*needed, "chai_static", "chai_qkv", "dejavu",
                                                                    "spatten", "static", "random"])  # fmt: skip
     found = sweeps(REPOSITORY / "conf" / "paper" / f"{name}.yaml", [])
     runs = [dict(override.split("=", 1) for override in line) for line in found]

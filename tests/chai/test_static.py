@@ -13,7 +13,7 @@ import torch
 from chai.methods import ChaiStatic, Random, Static
 from chai.profile import ProfileError, build_profile, model_shape
 from chai.statistics import Gathering, HeadStatistics
-from experiments.profile import look
+from experiments.offline.profile_heads import look
 from tests.models import HEADS, LAYERS, make_batch, make_model
 from tests.oracle import oracle
 

@@ -18,8 +18,8 @@ EXAMPLES = [page for page in PAGES if page.name.startswith("adding_")]
 CODE = """
 import json, sys
 from experiments.cli import main
-from experiments.config import check_overrides
-from experiments.paper import expand
+from experiments.config.schema import check_overrides
+from experiments.sweeps.expand import expand
 composed, run = json.load(sys.stdin)
 for command in composed:
     sweeps = expand([word for word in command if word != "-m"], multirun="-m" in command)

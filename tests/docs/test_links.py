@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.config import check_overrides
-from experiments.paper import expand
+from experiments.config.schema import check_overrides
+from experiments.sweeps.expand import expand
 from tests.docs.pages import PAGES, REPOSITORY, anchors, commands, links
 
 #: Their commands use files that the reader writes: tests/docs/test_examples.py writes them too.

@@ -13,9 +13,9 @@ import time
 import pandas as pd
 import pytest
 
-from experiments import accuracy
 from experiments.cli import run_experiment
-from experiments.config import REPOSITORY, ConfigError, compose_config
+from experiments.config.schema import REPOSITORY, ConfigError, compose_config
+from experiments.evaluation import accuracy
 from experiments.microworld.items import write_tasks
 
 

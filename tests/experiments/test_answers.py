@@ -13,11 +13,12 @@ from lm_eval.models.huggingface import HFLM
 
 from chai.methods import Mha
 from chai.models import ModelSource, load_model, load_tokenizer
-from experiments import answers, scoring
-from experiments.answers import Answered, Answers, code_digest
 from experiments.cli import run_experiment
-from experiments.config import compose_config
-from experiments.scoring import MethodLM
+from experiments.config.schema import compose_config
+from experiments.evaluation import lm as scoring
+from experiments.evaluation import responses as answers
+from experiments.evaluation.lm import MethodLM
+from experiments.evaluation.responses import Answered, Answers, code_digest
 
 BATCH = 4
 
@@ -121,7 +122,7 @@ def test_force_and_other_code_start_afresh(workplace, tmp_path, monkeypatch, cap
             run_experiment(compose_config(overrides))
         with monkeypatch.context() as patch:
             if said:
-                patch.setattr("experiments.accuracy.code_digest", lambda: "other")
+                patch.setattr("experiments.evaluation.accuracy.code_digest", lambda: "other")
             assert run_experiment(compose_config([*overrides, *more])) == 0
         assert outcome(tmp_path / str(bool(said)))[1] == 0
         assert said in capsys.readouterr().out
@@ -179,4 +180,4 @@ def test_an_answer_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeyp
 
 def test_the_code_that_answers_depend_on_is_known():
     assert code_digest() == code_digest() and len(code_digest()) == 16
-    assert scoring.__file__.endswith("experiments/scoring.py")
+    assert scoring.__file__.endswith("experiments/evaluation/lm.py")

@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 
 from chai.methods import load_method, method_names
 from chai.models import load_config
-from experiments.accuracy import model_source
 from experiments.cli import main
-from experiments.config import (
+from experiments.config.schema import (
     CONF,
     REPOSITORY,
     ConfigError,
@@ -24,7 +23,8 @@ from experiments.config import (
     compose_config,
     to_dataclass,
 )
-from experiments.tasks import members
+from experiments.evaluation.accuracy import model_source
+from experiments.evaluation.tasks import members
 
 EVERY = [
     (path.parent.name, path.stem)

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai.methods import Spatten
+from experiments.evaluation.lm import MethodLM
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
-from experiments.scoring import MethodLM
 
 
 @pytest.fixture(scope="module")

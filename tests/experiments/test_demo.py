@@ -6,7 +6,7 @@ import json
 from statistics import mean
 
 from experiments.cli import run_experiment
-from experiments.config import compose_config
+from experiments.config.schema import compose_config
 
 TASKS = ("micro_piqa", "micro_hellaswag", "micro_arc_easy", "micro_arc_challenge", "micro_boolq")
 #: One task of each topic.

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from experiments.cli import run_experiment
-from experiments.config import compose_config
+from experiments.config.schema import compose_config
 
 LIMIT = 30
 #: task -> (definition, split, file), written out here so that a slip in conf/task shows

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
 from chai.profile import Profile
-from experiments import pretrain_tiny
-from experiments.config import ConfigError, compose_config
-from experiments.identity import settle_identity
+from experiments.config.schema import ConfigError, compose_config
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document, script
 from experiments.microworld.items import PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
+from experiments.offline import pretrain_tiny
+from experiments.runs.identity import settle_identity
 
 STATEMENT = re.compile(rf"(\w+) ({'|'.join(BINDINGS)}) (\w+) \.")
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import yaml
 
-from experiments import paper
-from experiments.config import CONF, REPOSITORY, ConfigError, check_overrides, choices
-from experiments.paper import expand, sweeps
+from experiments.config.schema import CONF, REPOSITORY, ConfigError, check_overrides, choices
+from experiments.sweeps import expand as paper
+from experiments.sweeps.expand import expand, sweeps
 
 FILES = sorted((CONF / "paper").glob("*.yaml"))
 
@@ -133,7 +133,8 @@ def test_one_failing_sweep_hides_no_other(tmp_path, table):
         "method=random method.clusters=99", "method=mha", "method=random method.clusters=2,4", task="micro_piqa"
     )
     code = (
-        "import sys; from pathlib import Path; from experiments import cli, paper; "
+        "import sys; from pathlib import Path; from experiments import cli; "
+        "from experiments.sweeps import expand as paper; "
         f"cli.expand = lambda overrides, multirun: paper.sweeps(Path({str(path)!r}), overrides); "
         "sys.exit(cli.main(sys.argv[1:]))"
     )

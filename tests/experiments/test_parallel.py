@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import parallel
-from experiments.accuracy import model_source, run
-from experiments.answers import Answered, Answers
-from experiments.config import ConfigError, check_overrides, compose_config
-from experiments.parallel import Team, join, own_device, own_share, shares
-from experiments.runs import RunError
+from experiments.config.schema import ConfigError, check_overrides, compose_config
+from experiments.evaluation.accuracy import model_source, run
+from experiments.evaluation.responses import Answered, Answers
+from experiments.runs.folder import RunError
+from experiments.system import distributed as parallel
+from experiments.system.distributed import Team, join, own_device, own_share, shares
 from tests.conftest import REPOSITORY
 
 SETTINGS = ["task=micro", "limit=6", "batch_size=2", "method=chai"]

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 from chai.cache import cache_bytes
 from chai.methods import Chai
+from experiments.benchmarks.harness import OBSERVED, fill, interleave, peak_memory, twin
 from experiments.cli import run_experiment
-from experiments.config import compose_config
-from experiments.probes import OBSERVED, fill, interleave, peak_memory, twin
+from experiments.config.schema import compose_config
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 SMALL = [

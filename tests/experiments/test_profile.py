@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-import experiments.profile
+import experiments.offline.profile_heads
 from chai.profile import Profile
 from experiments.cli import run_experiment
-from experiments.config import REPOSITORY, compose_config
-from experiments.runs import read_json
+from experiments.config.schema import REPOSITORY, compose_config
+from experiments.runs.folder import read_json
 
 RECIPE = REPOSITORY / "experiments" / "microworld" / "model" / "recipe.json"
 FEW = ["experiment=profile", "profile.samples=48", "profile.history_samples=8"]
@@ -61,8 +61,8 @@ def test_what_is_saved(done):
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments.profile, "CHECKPOINT", 0.0)
-    real, calls = experiments.profile.look, []
+    monkeypatch.setattr(experiments.offline.profile_heads, "CHECKPOINT", 0.0)
+    real, calls = experiments.offline.profile_heads.look, []
 
     def stop_after_two(*arguments):
         calls.append(arguments)
@@ -70,13 +70,13 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(experiments.profile, "look", stop_after_two)
+    monkeypatch.setattr(experiments.offline.profile_heads, "look", stop_after_two)
     with pytest.raises(SystemExit) as stopped:
         start(tmp_path)
     assert stopped.value.code == 130
     folder = folder_of(tmp_path)
     assert read_json(folder / "status.json")["state"] == "failed" and not (folder / "profile.json").exists()
-    monkeypatch.setattr(experiments.profile, "look", real)
+    monkeypatch.setattr(experiments.offline.profile_heads, "look", real)
     assert start(tmp_path) == 0
     assert "going on after 32 samples" in capsys.readouterr().out
     first, second = Profile.load(done), Profile.load(folder)
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, 
 
 
 def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):
-    monkeypatch.setattr(experiments.profile, "look", None)  # it would fail
+    monkeypatch.setattr(experiments.offline.profile_heads, "look", None)  # it would fail
     results = done.parents[4]
     assert start(results, "profile.rule=saving", "profile.saving=0.3") == 0
     assert "only the rule is applied" in capsys.readouterr().out

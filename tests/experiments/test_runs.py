@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from experiments.config import compose_config
-from experiments.runs import RunError, RunFolder, run_id, settings_id, write_atomically
+from experiments.config.schema import compose_config
+from experiments.runs.folder import RunError, RunFolder, run_id, settings_id, write_atomically
 
 
 def config(tmp_path, *overrides):

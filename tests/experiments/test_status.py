@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from experiments.config import REPOSITORY, compose_config
-from experiments.launchers.job import note_outcome
-from experiments.runs import RunFolder, write_json
-from experiments.states import run_state
+from experiments.config.schema import REPOSITORY, compose_config
+from experiments.runs.folder import RunFolder, write_json
+from experiments.runs.state import run_state
 from experiments.status import collect, duration, main
-from experiments.sweeps import Job, Sweep
+from experiments.sweeps.job import note_outcome
+from experiments.sweeps.record import Job, Sweep
 
 METHODS = ("mha", "chai", "random", "static", "spatten")
 

@@ -15,19 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import locks, runs, signals
 from experiments.cli import run_experiment
-from experiments.config import REPOSITORY, compose_config
-from experiments.lifecycle import Ending, give_up, record
-from experiments.locks import Held, RunLock, is_locked, lock_path
-from experiments.runs import RunFolder, read_json, write_atomically
-from experiments.scoring import MethodLM
+from experiments.config.schema import REPOSITORY, compose_config
+from experiments.evaluation.lm import MethodLM
+from experiments.runs import folder as runs
+from experiments.runs import locks
+from experiments.runs.experiment import Ending, give_up, record
+from experiments.runs.folder import RunFolder, read_json, write_atomically
+from experiments.runs.locks import Held, RunLock, is_locked, lock_path
+from experiments.system import interrupts as signals
 
 #: Runs the command line in a process that sends itself a signal at its n-th forward pass.
 AT_THE_NTH = """
 import os, sys
 from experiments.cli import main
-from experiments.scoring import MethodLM
+from experiments.evaluation.lm import MethodLM
 number, left, call = int(sys.argv[1]), [int(sys.argv[2])], MethodLM._model_call
 def counted(self, *args, **kwargs):
     left[0] -= 1
@@ -37,7 +39,7 @@ def counted(self, *args, **kwargs):
 MethodLM._model_call = counted
 sys.exit(main(sys.argv[3:]))
 """
-HOLD = "import sys, time; from pathlib import Path; from experiments.locks import RunLock\n" \
+HOLD = "import sys, time; from pathlib import Path; from experiments.runs.locks import RunLock\n" \
     "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(600)"  # fmt: skip
 
 

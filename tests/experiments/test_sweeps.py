@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.config import REPOSITORY, ConfigError, compose_config
-from experiments.launchers import local
-from experiments.launchers.job import note_death, note_outcome, resumable
-from experiments.launchers.launch import launch
-from experiments.planning import run_folders
-from experiments.runs import RunFolder, read_json
-from experiments.snapshot import describe, snapshot
-from experiments.sweeps import Job, Sweep, plan, read_sweeps
+from experiments.config.schema import REPOSITORY, ConfigError, compose_config
+from experiments.runs.code import describe, snapshot
+from experiments.runs.folder import RunFolder, read_json
+from experiments.runs.resolve import run_folders
+from experiments.sweeps import local
+from experiments.sweeps.job import note_death, note_outcome, resumable
+from experiments.sweeps.launch import launch
+from experiments.sweeps.record import Job, Sweep, plan, read_sweeps
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_a_snapshot_is_the_code_at_launch(tmp_path):
     code = snapshot(tmp_path / "code")
     assert (tmp_path / "code" / "conf" / "config.yaml").exists() and not (tmp_path / "code" / "tests").exists()
     ask = (
-        "from experiments.snapshot import describe; from experiments.config import compose_config as c; "
-        "from experiments.planning import run_folders; print(describe().digest, *(f.path for f in run_folders(c([]))))"
+        "from experiments.runs.code import describe; from experiments.config.schema import compose_config as c; "
+        "from experiments.runs.resolve import run_folders as r; print(describe().digest, *(f.path for f in r(c([]))))"
     )
     told = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path / "code", capture_output=True, text=True, check=True, timeout=100

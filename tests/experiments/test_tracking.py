@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import tracking
-from experiments.config import ConfigError, check_overrides, compose_config
-from experiments.lifecycle import Ending, record
-from experiments.runs import RunError, RunFolder, run_id
-from experiments.tracking import choose_mode, flatten
+from experiments.config.schema import ConfigError, check_overrides, compose_config
+from experiments.runs import tracking
+from experiments.runs.experiment import Ending, record
+from experiments.runs.folder import RunError, RunFolder, run_id
+from experiments.runs.tracking import choose_mode, flatten
 
 RESULT = {"metrics": {"acc": 0.5}, "savings": {"kind": "real", "kv_bytes": 10}, "n": 4, "seconds": 1.5, "heads": [1, 2]}
 

@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from chai.models import load_model
 from chai.predictor import load_predictor
-from experiments import train_dejavu
-from experiments.accuracy import model_source
 from experiments.cli import run_experiment
-from experiments.config import ConfigError, compose_config
+from experiments.config.schema import ConfigError, compose_config
+from experiments.evaluation.accuracy import model_source
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
-from experiments.runs import run_id
+from experiments.offline import train_dejavu
+from experiments.runs.folder import run_id
 
 SHAPE = {"vocab_size": len(vocabulary()), "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32,
          "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip

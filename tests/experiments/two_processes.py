@@ -8,7 +8,7 @@ import sys
 import torch
 
 from experiments.cli import main
-from experiments.scoring import MethodLM
+from experiments.evaluation.lm import MethodLM
 
 torch.set_num_threads(1)
 answer, failed = MethodLM._model_call, []

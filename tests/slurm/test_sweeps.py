@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.config import REPOSITORY
+from experiments.config.schema import REPOSITORY
 from experiments.status import collect, main
 from tests.slurm.cluster import Cluster, ClusterError
 

@@ -1,0 +1,1 @@
+"""Latency and memory benchmarks of a method on a model."""

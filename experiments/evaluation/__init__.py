@@ -1,0 +1,1 @@
+"""Accuracy of a method on tasks of lm-evaluation-harness."""

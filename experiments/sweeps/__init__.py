@@ -1,0 +1,1 @@
+"""Sweeps: expansion, record, launch here, in local processes, or on Slurm."""

@@ -1,0 +1,1 @@
+"""The tables printed at the end of a run."""

@@ -4,5 +4,5 @@
 >>> with Chai(clusters=[8, 6, 4, 4])(model):
 ...     model.generate(**batch, max_new_tokens=64)
 
-It knows torch and transformers, and nothing of configurations, tasks or results.
+It depends on torch and transformers, and knows nothing of configurations, tasks or results.
 """

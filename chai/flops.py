@@ -1,103 +1,151 @@
-"""Operations of a method over a prompt, by its algorithm: what accuracy is set against in the paper's Figure 1.
+"""Arithmetic of attention, layers and models: operations of a prompt, bytes of a decode step.
 
-For each layer with d = hidden size, H heads of size D, of which the method projects and scores a = ``scores``, projects
-and averages the values of v = ``values``, and lets o = ``outputs`` into W_O, over t of the T tokens:
+Prefill is counted in floating-point operations, two per multiply-add; decoding in entries read from memory: weights,
+keys and values. Left out of both: norms, activation functions, softmax, rotary embeddings, biases, and choosing by
+comparison (K-means of the warm-up tokens, sorting by importance).
+
+By its algorithm (paper, Figure 1), in a layer of hidden size d with H heads of head_dim D, a method projects and scores
+a = ``scores`` heads, projects and averages the values of v = ``values``, and multiplies o = ``outputs`` with W_O, over
+t of the T tokens:
 
     2 t (a d D + a' d D + v' d D + o D d + f M + P)      W_Q, W_K, W_V, W_O, MLP of M entries, predictor of P
     + 2 D (a + r v) t (t + 1) / 2                        Q K^T and A V, causal
 
-with a', v' the key and value heads that a and v heads need (a' = a without grouped queries), f the share of the neurons
-and r of the values. Tokens before the membership is known count with all heads. The logits of the last token are added.
-A multiplication with its addition is two operations. Left out, for all methods: norms, activation functions, softmax,
-rotary embeddings, biases, and what chooses by comparing (K-means of the first tokens, sums and sorting of importance).
-
-This is the count of the algorithm. What this implementation skips in fact is each method's ``saving``.
+with a', v' the KV heads that a and v heads need (a' = a without grouped queries), f the share of the neurons and r of
+the values. Warm-up tokens count with all heads. What an implementation really skips is each method's ``saving``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from transformers import PreTrainedModel
-
-from chai.costs import LayerShape, head_weights, layer_shape
-
-if TYPE_CHECKING:
-    from chai.methods.base import Method
 
 
 @dataclass(frozen=True)
-class LayerWork:
-    """What a layer computes of a prompt.
+class LayerShape:
+    """The sizes of a decoder layer that its cost depends on.
 
     Attributes:
-        scores: query heads that are projected, with the keys they read, and scored.
-        values: heads whose values are projected and averaged.
-        outputs: heads that W_O reads.
-        first_tokens: tokens that run with all heads before that.
-        tokens: share of the tokens that are there, in every part of the layer.
-        read: share of the values that a head averages for a token.
-        neurons: share of the MLP's neurons.
-        predictor: entries of the matrices that decide for a token what of the above it gets.
+        num_heads: Query heads, H.
+        num_kv_heads: KV heads.
+        head_dim: D.
+        query_weights: Entries of W_Q; 0 if it is fused with others and cannot be sliced.
+        key_weights: Entries of W_K; 0 if fused.
+        other_weights: Entries of all other matrices of the layer, of which:
+        value_weights: W_V; 0 if fused.
+        output_weights: W_O.
+        mlp_weights: The MLP.
+        shares_values: Members use the values of their representative (CHAI-QKV).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_weights: int
+    key_weights: int
+    other_weights: int
+    value_weights: int
+    output_weights: int
+    mlp_weights: int
+    shares_values: bool = False
+
+    def kv_heads_read(self, k: int) -> int:
+        """Fewest KV heads that ``k`` representatives can read."""
+        return -(-k * self.num_kv_heads // self.num_heads)
+
+    def weights(self, k: int) -> int:
+        """Entries of the matrices needed with ``k`` representatives."""
+        query = self.query_weights * k // self.num_heads
+        sliced = self.key_weights + (self.value_weights if self.shares_values else 0)
+        freed = sliced - sliced * self.kv_heads_read(k) // self.num_kv_heads
+        return query + self.key_weights + self.other_weights - freed
+
+    def attention_flops(self, q_len: int, k: int) -> int:
+        """Operations of Q K^T for ``k`` heads and A V for all (or as many), over a causal prompt."""
+        pairs = q_len * (q_len + 1) // 2
+        return 2 * self.head_dim * pairs * (k + (k if self.shares_values else self.num_heads))
+
+    def prefill_flops(self, q_len: int, k: int) -> int:
+        """Operations of a layer over a prompt."""
+        return 2 * q_len * self.weights(k) + self.attention_flops(q_len, k)
+
+    def cache_entries(self, kv_len: int, k: int) -> int:
+        """Keys of the KV heads read, and values of all (paper, Section 3.5) or as many, of one sequence."""
+        read = self.kv_heads_read(k)
+        return kv_len * self.head_dim * (read + (read if self.shares_values else self.num_kv_heads))
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """What a method computes in a layer over a prompt.
+
+    Attributes:
+        scores: Query heads that are projected, with the keys they read, and scored.
+        values: Heads whose values are projected and averaged.
+        outputs: Heads that W_O reads.
+        warmup_tokens: Tokens that run with all heads before that.
+        tokens: Share of the tokens present, in every part of the layer.
+        read: Share of the values that a head averages for a token.
+        neurons: Share of the MLP's neurons.
+        predictor: Entries of the matrices that decide what a token gets.
     """
 
     scores: int
     values: int
     outputs: int
-    first_tokens: int = 0
+    warmup_tokens: int = 0
     tokens: float = 1.0
     read: float = 1.0
     neurons: float = 1.0
     predictor: int = 0
 
 
-def all_heads(heads: int) -> LayerWork:
-    """What multi-head attention computes."""
-    return LayerWork(heads, heads, heads)
-
-
-def method_flops(model: PreTrainedModel, method: Method, tokens: int) -> int:
-    """Operations of a prompt under a method: all layers, and the logits of its last token.
-
-    Args:
-        model: whose shape counts; it may have fewer positions.
-        method: its :meth:`~chai.methods.base.Method.work` counts.
-        tokens: of the prompt.
-    """
-    shape = layer_shape(model)
-    return sum(layer_flops(shape, work, tokens) for work in method.work(model.config)) + 2 * head_weights(model)
-
-
-def layer_flops(shape: LayerShape, work: LayerWork, tokens: int) -> int:
-    """Operations of a layer over a prompt of ``tokens``; the equation is the module's."""
-    there = share_of(tokens, work.tokens)
-    first = min(work.first_tokens, there)
-    whole = all_heads(shape.heads)
-    weights = first * _weights(shape, whole) + (there - first) * _weights(shape, work) + there * work.predictor
-    scored = _pairs(first) * shape.heads + (_pairs(there) - _pairs(first)) * work.scores
-    averaged = _pairs(first) * shape.heads + (_pairs(there, work.read) - _pairs(first, work.read)) * work.values
-    return 2 * weights + 2 * shape.size * (scored + averaged)
+def prompt_flops(shape: LayerShape, layers: Sequence[LayerFlops], q_len: int) -> int:
+    """Count the operations of all layers over a prompt of ``q_len`` tokens; the equation is the module's."""
+    return sum(_layer_flops(shape, layer, q_len) for layer in layers)
 
 
 def share_of(count: int, share: float) -> int:
-    """``share`` of a count, rounded up, at least one (as :func:`chai.cascade.share_of` has it for tensors)."""
+    """Return ``share`` of a count, rounded up, at least 1."""
     return max(1, -int(-(count * share - 1e-9) // 1))
 
 
-def _weights(shape: LayerShape, work: LayerWork) -> int:
-    """Entries of the layer's matrices that a token is multiplied with; a matrix of Q, K and V in one counts whole."""
-    query = shape.query_weights * work.scores // shape.heads
-    key = shape.key_weights * shape.kept_keys(work.scores) // shape.key_heads
-    value = shape.value_weights * shape.kept_keys(work.values) // shape.key_heads
-    output = shape.output_weights * work.outputs // shape.heads
-    mlp = round(shape.mlp_weights * work.neurons)
+def _layer_flops(shape: LayerShape, layer: LayerFlops, q_len: int) -> int:
+    present = share_of(q_len, layer.tokens)
+    warmup = min(layer.warmup_tokens, present)
+    all_heads = LayerFlops(shape.num_heads, shape.num_heads, shape.num_heads)
+    weights = warmup * _weights(shape, all_heads) + (present - warmup) * _weights(shape, layer)
+    weights += present * layer.predictor
+    scored = _pairs(warmup) * shape.num_heads + (_pairs(present) - _pairs(warmup)) * layer.scores
+    averaged = _pairs(warmup) * shape.num_heads
+    averaged += (_pairs(present, layer.read) - _pairs(warmup, layer.read)) * layer.values
+    return 2 * weights + 2 * shape.head_dim * (scored + averaged)
+
+
+def _weights(shape: LayerShape, layer: LayerFlops) -> int:
+    """Count the entries that a token is multiplied with; a fused matrix of Q, K and V counts whole."""
+    query = shape.query_weights * layer.scores // shape.num_heads
+    key = shape.key_weights * shape.kv_heads_read(layer.scores) // shape.num_kv_heads
+    value = shape.value_weights * shape.kv_heads_read(layer.values) // shape.num_kv_heads
+    output = shape.output_weights * layer.outputs // shape.num_heads
+    mlp = round(shape.mlp_weights * layer.neurons)
     fused = shape.other_weights - shape.value_weights - shape.output_weights - shape.mlp_weights
     return query + key + value + output + mlp + fused
 
 
 def _pairs(tokens: int, share: float = 1.0) -> int:
-    """Pairs of a token with those up to it, of which it takes a share."""
+    """Count the pairs of a token with a share of the tokens up to it."""
     if share == 1:
         return tokens * (tokens + 1) // 2
     return sum(share_of(seen, share) for seen in range(1, tokens + 1))
+
+
+def clustered_prompt_flops(shape: LayerShape, num_clusters: Sequence[int], q_len: int) -> int:
+    """Count the operations of all layers over a prompt whose tokens all run with k heads in a layer."""
+    return sum(shape.prefill_flops(q_len, k) for k in num_clusters)
+
+
+def decode_entries(shape: LayerShape, num_clusters: Sequence[int], kv_len: int, batch_size: int) -> int:
+    """Count the entries that a decode step reads: weights once, keys and values of every sequence."""
+    weights = sum(shape.weights(k) for k in num_clusters)
+    return weights + batch_size * sum(shape.cache_entries(kv_len, k) for k in num_clusters)

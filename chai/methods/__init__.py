@@ -1,6 +1,7 @@
-"""The methods, one file each. A file dropped in here is found by its name; nothing else is edited.
+"""The methods, one file each, found by file name: to add one, add a file.
 
-``from chai.methods import Chai`` works for every method, ``load_method("chai")`` finds its class by file name.
+``from chai.methods import Chai`` works for every method; ``load_method("chai")`` returns the class of a name. The
+method ``random`` is in ``random_heads.py``: no file has the name of a module of the standard library.
 """
 
 from __future__ import annotations
@@ -10,46 +11,56 @@ import inspect
 import pkgutil
 from typing import TYPE_CHECKING
 
+from chai.methods.base import Method
+
 if TYPE_CHECKING:
-    from chai.methods.base import Method
     from chai.methods.chai import Chai as Chai
     from chai.methods.chai_qkv import ChaiQkv as ChaiQkv
     from chai.methods.chai_static import ChaiStatic as ChaiStatic
     from chai.methods.dejavu import Dejavu as Dejavu
     from chai.methods.mha import Mha as Mha
-    from chai.methods.random import Random as Random
+    from chai.methods.random_heads import Random as Random
     from chai.methods.spatten import Spatten as Spatten
     from chai.methods.static import Static as Static
 
+#: Modules of this package that are not methods.
+BASES = ("base", "clustering")
+SUFFIX = "_heads"
+
 
 def method_names() -> list[str]:
-    """Names of all methods: the modules of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    """Return the names of all methods."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.removesuffix(SUFFIX) for name in modules if name not in BASES)
 
 
 def load_method(name: str) -> type[Method]:
-    """The class of the method ``name``.
+    """Return the class of the method ``name``.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: Unknown method, or its file does not define exactly one.
     """
     if name not in method_names():
         raise ValueError(f"unknown method '{name}'; valid: {', '.join(method_names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    from chai.methods.base import Method
-
-    found = [
+    files = {module.name.removesuffix(SUFFIX): module.name for module in pkgutil.iter_modules(__path__)}
+    module = importlib.import_module(f"{__name__}.{files[name]}")
+    classes = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
-        if member.__module__ == module.__name__ and issubclass(member, Method)
+        if member.__module__ == module.__name__ and issubclass(member, Method) and not inspect.isabstract(member)
     ]
-    if len(found) != 1:
-        raise ValueError(f"chai/methods/{name}.py must define exactly one Method, it defines {len(found)}")
-    return found[0]
+    if len(classes) != 1:
+        raise ValueError(f"chai/methods/{files[name]}.py must define exactly one method, it defines {len(classes)}")
+    return classes[0]
+
+
+def baseline() -> Method:
+    """Return multi-head attention, the baseline of every comparison."""
+    return load_method("mha")()
 
 
 def __getattr__(attribute: str) -> type[Method]:
-    """``chai.methods.Chai`` and its like, imported when first asked for."""
+    """Import ``chai.methods.Chai`` and the other classes at their first use."""
     name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in attribute).lstrip("_")
     if attribute[:1].isupper() and name in method_names():
         return load_method(name)

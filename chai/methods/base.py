@@ -1,29 +1,31 @@
-"""What a method is: a dataclass of hyper-parameters that is applied to a model for the length of a ``with`` block."""
+"""The interface of a method: a dataclass of hyper-parameters, applied to a model by a ``with`` block.
+
+A method also knows what is particular about it: operations, bytes, and how a benchmark times it. Only what differs from
+multi-head attention must be overridden.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
-from chai.clustering import HeadClusters
-from chai.flops import LayerWork
-from chai.presets import resolve_clusters
-from chai.profile import Profile
-from chai.runtime import check_family, clustered, new_cache
+from chai.cache import vector_bytes
+from chai.flops import LayerFlops, LayerShape, prompt_flops
+from chai.patching.model_info import layer_shape, logit_weights, num_kv_heads
 
 #: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
 Saving = Literal["real", "simulated", "none"]
 
 
 class Method(ABC):
-    """A way of running a model's attention."""
+    """A way of computing a model's attention."""
 
     saving: ClassVar[Saving]
 
@@ -33,157 +35,121 @@ class Method(ABC):
 
     @abstractmethod
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
-        """An empty K,V cache for one batch, to be passed as ``past_key_values``.
+        """Build an empty KV cache for one batch, to be passed as ``past_key_values``.
 
         Args:
-            model: that it is for.
-            reserve: tokens to make room for at once, where the length is known; a hint.
+            model: The model.
+            reserve: Tokens to allocate at once, where the length is known; a hint.
         """
 
     @abstractmethod
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """For each layer of a model of this configuration, the number of heads whose scores are computed."""
-
-    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
-        """What each layer computes of a prompt by the algorithm; heads that aren't kept take no part at all."""
-        return [LayerWork(kept, kept, kept) for kept in self.heads_kept(config)]
+        """Return the number of heads of each layer whose scores are computed."""
 
     def note(self, config: PreTrainedConfig) -> str:
-        """One line that a user should know about this method on such a model; mostly none."""
+        """Return one line that a user should know about this method on such a model; empty for most."""
         return ""
 
     def check(self, config: PreTrainedConfig) -> None:
         """Verify that the method can run on such a model, before its weights are loaded.
 
         Raises:
-            ValueError: it can't; names what is wrong and what is valid.
+            ValueError: It cannot; names what is wrong and what is valid.
         """
 
     def check_weights(self, model: PreTrainedModel) -> None:
-        """Verify what only the loaded weights tell.
+        """Verify what depends on the loaded weights.
 
         Raises:
-            ValueError: the method was prepared for other weights.
+            ValueError: The method was prepared for other weights.
         """
 
+    # Operations and bytes by arithmetic.
 
-@dataclass
-class ClusteredMethod(Method):
-    """Base of the methods that compute one head per cluster. A subclass says which heads belong together.
+    def layer_flops(self, config: PreTrainedConfig) -> list[LayerFlops]:
+        """Return what each layer computes of a prompt by the algorithm; heads that are not kept take no part at all."""
+        return [LayerFlops(kept, kept, kept) for kept in self.heads_kept(config)]
 
-    Attributes:
-        clusters: number of clusters of each layer: a list, one count for all layers, or the name of a preset
-            (:data:`chai.presets.PRESETS`).
-        seed: of everything random in the choice.
-        profile: folder of a profile (:mod:`chai.profile`), whose counts take the place of ``clusters``.
+    def layer_shape(self, model: PreTrainedModel) -> LayerShape:
+        """Return the shape of the model's layers as this method uses them."""
+        return layer_shape(model)
 
-    Raises:
-        ProfileError: there is no such profile, or it is damaged.
-    """
-
-    clusters: list[int] | int | str | None = None
-    seed: int = 0
-    profile: str | None = None
-
-    saving: ClassVar[Saving] = "real"
-    #: A representative's values stand for its members' too, and theirs leave the cache (paper, Table 4).
-    shares_values: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        self._profile = None if self.profile is None else Profile.load(self.profile)
-
-    @abstractmethod
-    def decide(
-        self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
-    ) -> list[HeadClusters]:
-        """Memberships of all clustered layers at once.
+    def prompt_flops(self, model: PreTrainedModel, q_len: int) -> int:
+        """Count the operations of a prompt by the algorithm: all layers, and the logits of its last token.
 
         Args:
-            layers: indices of the ``L`` layers.
-            counts: k of each.
-            query: ``[L, B, H, tokens, D]``, of the first tokens of each row.
-            key: ``[L, B, H_key, tokens, D]``.
-            scaling: factor of the scores.
+            model: Whose shape counts; it may have fewer positions.
+            q_len: Tokens of the prompt.
+        """
+        return prompt_flops(self.layer_shape(model), self.layer_flops(model.config), q_len) + 2 * logit_weights(model)
+
+    def prefill_flops(self, model: PreTrainedModel, q_len: int) -> float:
+        """Count the operations that limit the time to first token."""
+        return self.prompt_flops(model, q_len)
+
+    def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
+        """Count the bytes that limit the time to next token: weights, and the KV cache of a batch.
+
+        Returns:
+            NaN where they are not known.
+        """
+        return math.nan
+
+    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
+        """Count the bytes that a filled cache must hold by arithmetic: all keys and values, unless overridden."""
+        heads = 2 * num_kv_heads(model.config) * len(cache.layers)
+        return vector_bytes(cache) * heads * cache.get_seq_length()
+
+    # What scoring and benchmarks need to know.
+
+    def set_context_lengths(self, cache: Cache, lengths: Tensor) -> None:
+        """Set the number of context tokens (long ``[B]``) before a call that also holds continuations.
+
+        Only methods need it that look at the context as a whole.
         """
 
-    def with_count(self, k: int) -> ClusteredMethod:
-        """The method for a model whose layers all have ``k`` clusters, whatever this one's profile says."""
-        return dataclasses.replace(self, clusters=k, profile=None)
+    def real_prefix(self, kv_len: int) -> int:
+        """Return how many of the first tokens of a benchmark's context must pass through the model.
+
+        The rest of the cache may be filled with random numbers: time and memory of a token do not depend on them.
+        """
+        return min(5, kv_len)
 
     @property
-    def first_tokens(self) -> int:
-        """Real tokens of multi-head attention before the membership is decided."""
+    def warmup_tokens(self) -> int:
+        """Real tokens of multi-head attention at the start of a request."""
         return 0
 
-    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
-        """Apply; see :func:`chai.runtime.clustered`."""
-        return clustered(model, self._rule(model))
+    def with_num_clusters(self, k: int) -> Self | Method | None:
+        """Return the method with ``k`` clusters in every layer; ``None`` for a method without clusters."""
+        return None
 
-    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
-        """An empty :class:`chai.cache.ClusteredCache`."""
-        return new_cache(model, self._rule(model), reserve)
+    def benchmark_counts(self, config: PreTrainedConfig, requested: list[int] | None) -> list[int]:
+        """Return the numbers of clusters at which attention and a layer are timed alone."""
+        return [config.num_attention_heads]
 
-    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """K of each layer.
+    def attention_timer(
+        self, query: Tensor, key: Tensor, value: Tensor, k: int, scaling: float
+    ) -> Callable[[], object] | None:
+        """Build a function that computes the attention alone, with ``k`` clusters of equal size.
 
-        Raises:
-            ValueError: counts or a profile that don't fit the model, or neither.
+        Args:
+            query: ``[B, H, T, D]``.
+            key: ``[B, H_kv, S, D]``.
+            value: ``[B, H_kv, S, D]``.
+            k: Number of clusters.
+            scaling: Factor of the scores.
+
+        Returns:
+            ``None`` for a method without an attention of its own.
         """
-        if self._profile is not None:
-            self._profile.check(config)
-            return self._profile.counts
-        if self.clusters is None:
-            raise ValueError("neither clusters nor a profile is given")
-        return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
+        return None
 
-    def work(self, config: PreTrainedConfig) -> list[LayerWork]:
-        """Scores of k heads once the membership is known; averages of all heads, or of k; W_O of all."""
-        heads = config.num_attention_heads
-        return [
-            LayerWork(k, k if self.shares_values else heads, heads, first_tokens=self.first_tokens)
-            for k in self.heads_kept(config)
-        ]
-
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuse a family that isn't supported, and counts that don't fit."""
-        check_family(config)
-        self.heads_kept(config)
-
-    def _rule(self, model: PreTrainedModel) -> MethodRule:
-        return MethodRule(self, tuple(self.heads_kept(model.config)))
+    def clustering_timer(self, model: PreTrainedModel, batch_size: int) -> Callable[[], object] | None:
+        """Build a function that clusters the heads of all layers once; ``None`` where nothing is clustered online."""
+        return None
 
 
-@dataclass(frozen=True)
-class MethodRule:
-    """A method together with the counts it has for one model: what the caches hold on to.
-
-    Two rules are the same where hyper-parameters and counts are, so a cache, or a copy of one, fits them all.
-    """
-
-    method: ClusteredMethod
-    counts: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """See :class:`chai.membership.MembershipRule`."""
-        return self.method.first_tokens
-
-    @property
-    def shares_values(self) -> bool:
-        """See :class:`chai.membership.MembershipRule`."""
-        return self.method.shares_values
-
-    def clusters_of(self, layer: int) -> int:
-        """See :class:`chai.membership.MembershipRule`."""
-        return self.counts[layer]
-
-    def decide(
-        self, layers: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
-    ) -> list[HeadClusters]:
-        """See :class:`chai.membership.MembershipRule`."""
-        return self.method.decide(layers, [self.counts[layer] for layer in layers], query, key, scaling)
-
-
-def plain_cache(model: PreTrainedModel) -> Cache:
-    """The cache that ``transformers`` itself would use."""
+def stock_cache(model: PreTrainedModel) -> Cache:
+    """Build the cache that ``transformers`` itself uses."""
     return DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""CHAI: per request, heads that attend alike in the first tokens share one head's attention (paper, section 3)."""
+"""CHAI: Clustered Head Attention (Agarwal et al., ICML 2024, https://arxiv.org/abs/2403.08058)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,61 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
-from chai.clustering import HeadClusters, Representative, agglomerative, cluster_layers, head_features, represent_layers
-from chai.key_groups import group_clusters
-from chai.methods.base import ClusteredMethod
+from chai.attention import clustered_attention
+from chai.cache import ClusteredLayer
+from chai.clustering.assignment import Representative, agglomerative_clusters, kmeans_clusters
+from chai.clustering.features import attention_features
+from chai.clustering.gqa import gqa_clusters
+from chai.heads import HeadClusters, KVHeadMap, repeat_kv
+from chai.methods.clustering import ClusteringMethod
+from chai.patching.model_info import num_kv_heads
+
+
+class ClusteredHeadAttention(ClusteringMethod):
+    """The inference steps of Section 3.4 and 3.5, for any clustering of the heads.
+
+    Per request and layer with k clusters:
+
+    1. warm-up: the first ``warmup_tokens`` real tokens run with all H heads,
+    2. :meth:`cluster_heads`: find k clusters of heads, each with a representative,
+    3. :meth:`evict`: keys of all heads but the representatives leave the cache,
+    4. :meth:`attend`: only representatives are scored; members reuse their attention with the members' own values.
+    """
+
+    def evict(self, layer: ClusteredLayer, clusters: HeadClusters) -> None:
+        """Keep the keys of the representatives alone; values of all heads stay (Section 3.5)."""
+        layer.evict(clusters)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        """Compute ``y_h = A_{r(c(h))} V_h`` (Section 3.4); :mod:`chai.attention.reference` spells it out."""
+        return clustered_attention(query, key, value, head_map, scaling, mask)
 
 
 @dataclass
-class Chai(ClusteredMethod):
-    """Clustered head attention with the membership of each request found from its first tokens.
+class Chai(ClusteredHeadAttention):
+    """Heads that attend alike in a request's first tokens share one head's attention.
 
-    The first ``tokens`` real tokens of a row run with all heads. Their attention, the ``tokens x tokens`` matrix of
-    each head, is clustered into the layer's k clusters; from then on only one representative of each cluster
-    computes scores and keeps its keys.
-
-    The defaults are the paper's text. The authors' release differs: ``membership="agglomerative",
+    The defaults are the text of the paper. The authors' release differs: ``membership="agglomerative",
     representative="lowest", features="unmasked"``.
 
     Attributes:
-        clusters: see :class:`chai.methods.base.ClusteredMethod`.
-        seed: without effect, for nothing is drawn.
-        profile: see :class:`chai.methods.base.ClusteredMethod`.
-        tokens: real tokens before the membership is decided.
-        membership: ``kmeans`` (section 3.5) or ``agglomerative`` (average linkage, cosine distance).
-        representative: the member ``nearest`` the cluster's mean, or the ``lowest`` head.
-        features: ``causal`` attention, or ``unmasked`` scores of the first tokens.
-        group_aware: for grouped-query models, choose representatives that read as few key heads as k of them can, so
-            that whole key heads leave the cache; takes the place of ``membership`` and ``representative``.
+        clusters: k of each layer; see :class:`chai.methods.clustering.ClusteringMethod`.
+        seed: Unused (clustering is deterministic).
+        profile: See :class:`chai.methods.clustering.ClusteringMethod`.
+        tokens: Number of warm-up tokens.
+        membership: ``kmeans`` (Section 3.5) or ``agglomerative`` (average linkage, cosine distance).
+        representative: The member ``nearest`` the mean of the cluster, or the ``lowest`` head index.
+        features: ``causal`` attention of the warm-up tokens, or ``unmasked``.
+        group_aware: For grouped-query models: choose representatives that read as few KV heads as k of them can, so
+            that whole KV heads leave the cache; replaces ``membership`` and ``representative``.
 
     Raises:
-        ValueError: a value outside its choices.
+        ValueError: A value outside its choices.
     """
 
     tokens: int = 5
@@ -48,45 +71,40 @@ class Chai(ClusteredMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {
-            "membership": ("kmeans", "agglomerative"),
-            "representative": ("nearest", "lowest"),
-            "features": ("causal", "unmasked"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; valid: {', '.join(valid)}")
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}; valid: 1 or more")
 
     @property
-    def first_tokens(self) -> int:
-        """``tokens``."""
+    def warmup_tokens(self) -> int:
+        """Tokens that run with all heads, five in the paper (Section 3.3, Figure 9)."""
         return self.tokens
 
-    def decide(
-        self, layers: Sequence[int], counts: Sequence[int], query: torch.Tensor, key: torch.Tensor, scaling: float
+    def cluster_heads(
+        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
     ) -> list[HeadClusters]:
-        """Cluster the heads of every layer by what they attend to in the first tokens."""
-        group = query.shape[2] // key.shape[2]
-        points = head_features(query, key.repeat_interleave(group, 2), scaling, causal=self.features == "causal")
+        """Cluster heads by their attention among the warm-up tokens (Section 3.5)."""
+        num_heads, num_kv = query.shape[2], key.shape[2]
+        # One feature vector per head: its flattened attention matrix.
+        key = repeat_kv(key, num_heads, dim=2)
+        features = attention_features(query, key, scaling, causal=self.features == "causal")  # [L, B, H, t * t]
         if self.group_aware:
-            return group_clusters(points, key.shape[2], counts)
+            return gqa_clusters(features, num_kv, num_clusters)
+        # Group the heads, and choose a representative for each group.
         if self.membership == "kmeans":
-            return cluster_layers(points, counts, self.representative)
-        labels = torch.stack([agglomerative(own, k) for own, k in zip(points, counts, strict=True)])
-        return represent_layers(points, labels, counts, self.representative)
+            return kmeans_clusters(features, num_clusters, self.representative)
+        return agglomerative_clusters(features, num_clusters, self.representative)
 
     def note(self, config: PreTrainedConfig) -> str:
-        """What a grouped-query model saves."""
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        if key_heads == heads:
+        """Say what a grouped-query model saves."""
+        num_heads, num_kv = config.num_attention_heads, num_kv_heads(config)
+        if num_kv == num_heads:
             return ""
-        counts = self.heads_kept(config)
-        kept = [-(-k * key_heads // heads) for k in counts]
-        share = 100 if self.shares_values else 50  # of the bytes that keys, or keys and values, are
-        saved = f"{share * (1 - sum(kept) / (key_heads * len(kept))):.1f} % of the K,V bytes"
+        read = [-(-k * num_kv // num_heads) for k in self.heads_kept(config)]
+        share = 100 if self.shares_values else 50  # of the cache that keys, or keys and values, are
+        saved = f"{share * (1 - sum(read) / (num_kv * len(read))):.1f} % of the KV cache"
         if self.group_aware:
-            return f"grouped queries: {min(kept)} to {max(kept)} of {key_heads} key heads are kept, which saves {saved}"
-        return f"grouped queries: at most {saved} saved, as far as representatives share keys (method.group_aware=true)"
+            return f"grouped queries: {min(read)} to {max(read)} of {num_kv} KV heads are kept, which saves {saved}"
+        return (
+            f"grouped queries: saves at most {saved}, as far as representatives share KV heads "
+            "(group_aware=true chooses them so)"
+        )

@@ -1,4 +1,4 @@
-"""CHAI-static: counts and membership both from the offline phase (paper, section 3.3 and the tables' CHAI-static)."""
+"""CHAI-static: counts and clusters both from the offline phase (paper, Section 3.3 and the tables' CHAI-static)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from chai.methods.static import Static
 
 @dataclass
 class ChaiStatic(Static):
-    """CHAI without its online step: what it loses is what finding the membership for each request is worth.
+    """CHAI without its online step: the difference to CHAI is what clustering per request is worth.
 
-    Layer by layer the number of clusters is the one that the elbow of the clustering error gives (section 3.2), and
-    the membership is the clustering of all the corpus's samples (:class:`chai.methods.static.Static`).
+    The number of clusters of each layer is the elbow of the clustering error (Section 3.2), and the clusters are those
+    of all samples of the corpus (:class:`chai.methods.static.Static`).
 
     Attributes:
-        clusters: not a setting: the profile's counts.
-        profile: folder of the profile.
+        clusters: Not a setting: the counts of the head profile.
+        profile: Folder of the head profile.
 
     Raises:
-        ValueError: no profile, or none of a model of the same shape.
+        ValueError: The head profile is missing, or of a model of another shape.
     """
 
     clusters: None = field(default=None, init=False)

@@ -1,4 +1,4 @@
-"""Multi-head attention as the model has it: the baseline (paper, section 2)."""
+"""Multi-head attention as the model computes it: the baseline (paper, Section 2)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from typing import ClassVar
 
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from chai.methods.base import Method, Saving, plain_cache
+from chai.flops import decode_entries
+from chai.methods.base import Method, Saving, stock_cache
+from chai.patching.model_info import layer_shape, logit_weights
 
 
 @dataclass
 class Mha(Method):
-    """Leaves the model alone: the attention it was loaded with, all heads, the stock cache."""
+    """Leave the model alone: the attention it was loaded with, all heads, the stock cache."""
 
     saving: ClassVar[Saving] = "none"
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
-        """Nothing to apply and nothing to restore."""
+        """Change nothing."""
         return nullcontext(model)
 
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
-        """A stock ``DynamicCache``, which reserves nothing."""
-        return plain_cache(model)
+        """Build a stock ``DynamicCache``, which reserves nothing."""
+        return stock_cache(model)
+
+    def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
+        """Count the bytes of all weights, keys and values."""
+        entries = decode_entries(layer_shape(model), self.heads_kept(model.config), kv_len, batch_size)
+        return model.dtype.itemsize * (entries + logit_weights(model))
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """All of them."""
+        """Return all heads."""
         return [config.num_attention_heads] * config.num_hidden_layers

@@ -8,9 +8,19 @@ import random
 import pytest
 import torch
 
-from chai.attention import clustered_attention, reference_attention
-from chai.clustering import HeadClusters
+from chai.attention import clustered_attention, reference
+from chai.heads import HeadClusters, KVHeadMap, take_heads
 from tests.oracle import attend_one_by_one
+
+
+def reference_attention(query, key, value, clusters, scaling=None, mask=None):
+    """The equation of the library, called as the dispatcher is."""
+    if isinstance(clusters, HeadClusters):
+        query = take_heads(query, clusters.representatives)
+        clusters = KVHeadMap.all_stored(clusters, key.shape[1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return reference.clustered_attention(query, key, value, clusters, scaling, mask)
+
 
 BOTH = pytest.mark.parametrize("attention", [clustered_attention, reference_attention])
 
@@ -59,9 +69,9 @@ def test_kept_keys_give_what_all_keys_give(attention):
     query, key, value = (torch.randn(2, 8, 5, 4, generator=generator) for _ in range(3))
     clusters = random_clusters(rng, 2, 8, 3)
     kept = torch.stack([key[row, clusters.representatives[row]] for row in range(2)])
-    which = torch.arange(3).expand(2, -1)
+    chosen = take_heads(query, clusters.representatives)
     expected = attention(query, key, value, clusters)
-    torch.testing.assert_close(attention(query, kept, value, clusters, key_heads=which), expected)
+    torch.testing.assert_close(attention(chosen, kept, value, KVHeadMap.only_read(clusters, 8)), expected)
 
 
 @BOTH
@@ -91,23 +101,30 @@ def test_identical_heads_lose_nothing(attention):
     torch.testing.assert_close(attention(query, key, value, clusters), expected)
 
 
-@BOTH
+ONE = HeadClusters(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"key": torch.zeros(1, 3, 5, 4)}, "key is .* dividing 8 query heads"),
         ({"value": torch.zeros(1, 5, 5, 4)}, "value is .* dividing 8 query heads"),
-        ({"key": torch.zeros(1, 8, 6, 4)}, "doesn't fit query"),
-        ({"key_heads": torch.zeros(1, 8, dtype=torch.long)}, "key_heads is"),
-        ({"query": torch.zeros(1, 4, 5, 4)}, "clusters are for"),
+        ({"key": torch.zeros(1, 8, 6, 4)}, "does not fit query"),
+        ({"query": torch.zeros(1, 4, 5, 4)}, "expected batch size 1 and 8 heads"),
+        ({"query": torch.zeros(2, 8, 5, 4)}, "expected batch size 1 and 8 heads"),
+        ({"clusters": KVHeadMap.only_read(ONE, 8)}, "expected batch size 1 and 1 heads"),
+        (
+            {"clusters": KVHeadMap.only_read(ONE, 8), "query": torch.zeros(1, 1, 5, 4)},
+            "expected the 1 stored KV heads",
+        ),
     ],
 )
-def test_shapes_that_stock_kernels_might_broadcast_are_refused(attention, change, message):
+def test_shapes_that_stock_kernels_might_broadcast_are_refused(change, message):
     arguments = {
         "query": torch.zeros(1, 8, 5, 4),
         "key": torch.zeros(1, 8, 5, 4),
         "value": torch.zeros(1, 8, 5, 4),
-        "clusters": HeadClusters(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)),
+        "clusters": ONE,
     }
     with pytest.raises(ValueError, match=message):
-        attention(**{**arguments, **change})
+        clustered_attention(**{**arguments, **change})

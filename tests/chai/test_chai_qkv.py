@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chai.projections
-import chai.runtime
-from chai.clustering import HeadClusters
-from chai.kernels import shared_values_attention
-from chai.kernels.plan import HeadPlan
+import chai.methods.clustering
+import chai.patching.projections
+from chai.attention import shared_value_attention
+from chai.heads import HeadClusters, KVHeadMap, take_heads
 from chai.methods import Chai, ChaiQkv
+from chai.patching.model_info import layer_shape
 from tests.chai.test_generation import FORMS
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 from tests.oracle import attend_one_by_one, oracle
@@ -56,11 +56,11 @@ def test_attention_equals_the_slow_loop(rows, key_heads, group, count, before, s
     additive = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
     sources = clusters.representatives.gather(1, clusters.assignment)
     expected = attend_one_by_one(query, key, value, 0.7, additive, sources, tokens=-length, shared_values=True)
-    plan = (HeadPlan.with_read_keys if stored else HeadPlan.with_all_keys)(clusters, key_heads)
-    chosen = chai.attention.take_heads(query, clusters.representatives)
-    kept = [chai.attention.take_heads(tensor, plan.kept) for tensor in (key, value)]
-    actual = shared_values_attention(chosen, *kept, plan, 0.7, seen if masked else None)
-    torch.testing.assert_close(actual.transpose(1, 2), expected, rtol=1e-9, atol=1e-9)
+    plan = (KVHeadMap.only_read if stored else KVHeadMap.all_stored)(clusters, key_heads)
+    chosen = take_heads(query, clusters.representatives)
+    kept = [take_heads(tensor, plan.stored) for tensor in (key, value)]
+    actual = shared_value_attention(chosen, *kept, plan, 0.7, seen if masked else None)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("family", "side"), [*((family, "left") for family in FAMILIES), ("llama", "right")])
@@ -86,7 +86,7 @@ def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
     method, found = ChaiQkv(clusters=COUNTS), []
     for one_pass in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chai.runtime, "_one_pass", lambda *_, answer=one_pass: answer)
+            patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
             with method(model):
                 cache = method.new_cache(model)
                 logits = model(**batch, past_key_values=cache).logits
@@ -172,8 +172,8 @@ def test_chunks_conversations_and_crops_go_on_with_the_cache():
             cache, logits = method.new_cache(model), []
             for chunk in text.split(sizes, 1):
                 logits.append(model(chunk, past_key_values=cache).logits)
-                if cache.settled or cache.get_seq_length() < 4:  # else a guess decides the membership for good
-                    guess = text[:, : 3 if cache.settled else 1]
+                if cache.state.is_clustered or cache.get_seq_length() < 4:  # else a guess would fix the clusters
+                    guess = text[:, : 3 if cache.state.is_clustered else 1]
                     model(guess, past_key_values=cache)
                     cache.crop(-guess.shape[1])
             assert relative_error(torch.cat(logits, 1), whole) < 1e-5
@@ -217,7 +217,7 @@ def test_values_leave_the_cache_with_their_keys(family):
     assert caches[0].nbytes == 2 * sum(kept) * head
     assert caches[1].nbytes == (sum(kept) + 3 * key_heads) * head
     assert caches[0].nbytes_mha == caches[1].nbytes_mha == 6 * key_heads * head
-    shape = chai.costs.layer_shape(model, shares_values=True)
+    shape = layer_shape(model, shares_values=True)
     assert caches[0].nbytes == 4 * sum(shape.cache_entries(21, k) for k in (HEADS, 4, 2))
     assert own.heads_kept(model.config) == [HEADS, 4, 2]
 
@@ -232,10 +232,10 @@ def test_only_the_values_that_are_kept_are_projected(family, monkeypatch):
         return real(hidden, linear, heads, size)
 
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    real = chai.projections.project_heads
-    monkeypatch.setattr(chai.projections, "project_heads", count)
-    monkeypatch.setattr(chai.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
-    monkeypatch.setattr(chai.runtime, "_one_pass", lambda *_: False)  # which projects all heads
+    real = chai.patching.projections.project_heads
+    monkeypatch.setattr(chai.patching.projections, "project_heads", count)
+    monkeypatch.setattr(chai.patching.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
+    monkeypatch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
     for cls, expected in ((Chai, {"q_proj", "k_proj"}), (ChaiQkv, {"q_proj", "k_proj", "v_proj"})):
         done.clear()
         with cls(clusters=2, group_aware=True)(model):

@@ -9,11 +9,11 @@ import torch
 from accelerate import dispatch_model
 from torch import nn
 
-from chai import projections
-from chai.devices import describe_devices, execution_device, input_device, layer_devices, loaded
+from chai.loading import ModelError, ModelSource, load_model
 from chai.methods import load_method
-from chai.models import ModelError, ModelSource, load_model
-from chai.predictor import Predictor, load_predictor, model_shape, sample_weights
+from chai.offline.predictor import Predictor, load_predictor, model_shape, sample_weights
+from chai.patching import projections
+from chai.patching.devices import describe_devices, execution_device, input_device, layer_devices, loaded
 from tests.conftest import REPOSITORY
 from tests.models import make_batch, make_model
 
@@ -129,7 +129,7 @@ def test_loading_by_a_device_map(tmp_path):
     for given in ("auto", "balanced", "sequential", places):
         divided = load_model(ModelSource("small", path=str(tmp_path), device_map=given))
         assert torch.equal(answers(divided, method)[0], answers(whole, method)[0])
-    with pytest.raises(ModelError, match=r"device 'cuda:99' isn't there"):
+    with pytest.raises(ModelError, match=r"device 'cuda:99' is not available"):
         load_model(ModelSource("small", path=str(tmp_path), device_map={"model": 99, "lm_head": "cpu"}))
-    with pytest.raises(ModelError, match="can't load the model from folder"):
+    with pytest.raises(ModelError, match="cannot load the model from folder"):
         load_model(ModelSource("small", path=str(tmp_path), device_map={"model": "disk"}))

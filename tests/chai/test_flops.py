@@ -10,12 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import chai.projections
-from chai.contextual import kept_of
-from chai.costs import head_weights, layer_shape, model_prefill_flops
-from chai.flops import all_heads, layer_flops, method_flops
+import chai.patching.projections
+from chai.flops import LayerFlops, clustered_prompt_flops, prompt_flops
 from chai.methods import Chai, Dejavu, Mha, Random, Spatten
-from chai.predictor import Predictor, model_shape
+from chai.methods.dejavu import num_kept
+from chai.offline.predictor import Predictor, model_shape
+from chai.patching.model_info import layer_shape, logit_weights
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 TOKENS = 12
@@ -34,7 +34,7 @@ GROUPED = [Mha(), Chai(clusters=4, group_aware=True), Chai(clusters=[HEADS, 4, 2
 @torch.no_grad()
 def test_a_model_that_reads_token_by_token_does_what_is_counted(monkeypatch, family, method):
     """Token by token, nothing is computed that causality hides, so the count is exact."""
-    monkeypatch.setattr(chai.projections, "OVERHEAD", 0)  # slices are taken however small
+    monkeypatch.setattr(chai.patching.projections, "OVERHEAD", 0)  # slices are taken however small
     model = make_model(family)
     model.set_attn_implementation("eager")
     ids = make_batch([TOKENS])["input_ids"]
@@ -46,27 +46,28 @@ def test_a_model_that_reads_token_by_token_does_what_is_counted(monkeypatch, fam
         cache = method.new_cache(model)
         for place in range(TOKENS):
             model(ids[:, place : place + 1], past_key_values=cache)
-    size, first = layer_shape(model).size, getattr(method, "first_tokens", 0)
+    size, first = layer_shape(model).head_dim, method.warmup_tokens
     clustered = sum(k < HEADS for k in method.heads_kept(model.config))
     features = clustered * HEADS * 2 * size * first**2  # scores once more, to find the membership
-    logits = (TOKENS - 1) * 2 * head_weights(model)  # of each token, of which the last one's count
-    assert counter.get_total_flops() == method_flops(model, method, TOKENS) + features + logits
+    logits = (TOKENS - 1) * 2 * logit_weights(model)  # of each token, of which the last one's count
+    assert counter.get_total_flops() == method.prompt_flops(model, TOKENS) + features + logits
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gpt_neox"])
 def test_all_heads_are_multi_head_attention(family):
     model = make_model(family)
-    expected = model_prefill_flops(model, 2048, [HEADS] * LAYERS)  # more tokens than the model has positions
+    tokens = 2048  # more than the model has positions
+    expected = clustered_prompt_flops(layer_shape(model), [HEADS] * LAYERS, tokens) + 2 * logit_weights(model)
     idle = Spatten(tokens=1.0, heads=1.0)
     for method in (Mha(), Chai(clusters=HEADS), Random(clusters=HEADS), Dejavu("oracle", sparsity=0.0), idle):
-        assert method_flops(model, method, 2048) == expected
+        assert method.prompt_flops(model, 2048) == expected
 
 
 def test_before_the_membership_is_known_all_heads_count():
     model = make_model("llama")
     early, late = Chai(clusters=2), Chai(clusters=2, tokens=30)
-    assert method_flops(model, early, 5) == method_flops(model, Mha(), 5)
-    assert method_flops(model, early, 20) < method_flops(model, late, 20) == method_flops(model, Mha(), 20)
+    assert early.prompt_flops(model, 5) == Mha().prompt_flops(model, 5)
+    assert early.prompt_flops(model, 20) < late.prompt_flops(model, 20) == Mha().prompt_flops(model, 20)
 
 
 @dataclass
@@ -125,8 +126,8 @@ def test_shared_values():
     neurons = list(range(model.config.intermediate_size))
     kept = [[Kept(own, own, everything, neurons)] * TOKENS for own in (everything, [1, 3, 4, 5], [0, 7])]
     method = Shared(clusters=[HEADS, 4, 2])
-    assert method_flops(model, method, TOKENS) == counted(model.model.layers, kept) + 2 * head_weights(model)
-    assert method_flops(model, method, TOKENS) < method_flops(model, Random(clusters=[HEADS, 4, 2]), TOKENS)
+    assert method.prompt_flops(model, TOKENS) == counted(model.model.layers, kept) + 2 * logit_weights(model)
+    assert method.prompt_flops(model, TOKENS) < Random(clusters=[HEADS, 4, 2]).prompt_flops(model, TOKENS)
 
 
 @pytest.mark.parametrize(("sparsity", "mlp_sparsity"), [(0.5, 0.0), (0.3, 0.4), (0.0, 0.7)])
@@ -138,13 +139,13 @@ def test_contextual_sparsity_with_its_predictors(tmp_path, sparsity, mlp_sparsit
     method = Dejavu(str(tmp_path), sparsity, mlp_sparsity)
     kept = []
     for _ in range(LAYERS):
-        chosen = [drawn(kept_of(HEADS, sparsity), HEADS) for _ in range(TOKENS)]
-        kept.append([Kept(own, own, own, drawn(kept_of(neurons, mlp_sparsity), neurons)) for own in chosen])
+        chosen = [drawn(num_kept(HEADS, sparsity), HEADS) for _ in range(TOKENS)]
+        kept.append([Kept(own, own, own, drawn(num_kept(neurons, mlp_sparsity), neurons)) for own in chosen])
     asked = [network for network, share in ((predictor.heads, sparsity), (predictor.neurons, mlp_sparsity)) if share]
-    expected = counted(model.model.layers, kept, asked) + 2 * head_weights(model)
-    assert method_flops(model, method, TOKENS) == expected
-    oracle = counted(model.model.layers, kept) + 2 * head_weights(model)
-    assert method_flops(model, Dejavu("oracle", sparsity, mlp_sparsity), TOKENS) == oracle
+    expected = counted(model.model.layers, kept, asked) + 2 * logit_weights(model)
+    assert method.prompt_flops(model, TOKENS) == expected
+    oracle = counted(model.model.layers, kept) + 2 * logit_weights(model)
+    assert Dejavu("oracle", sparsity, mlp_sparsity).prompt_flops(model, TOKENS) == oracle
 
 
 def test_cascade_pruning():
@@ -156,14 +157,14 @@ def test_cascade_pruning():
     for count, left in zip(tokens, heads, strict=True):
         own = drawn(left, HEADS)
         kept.append([Kept(own, own, own, neurons, read=0.6)] * count)
-    expected = counted(model.model.layers, kept) + 2 * head_weights(model)
-    assert method_flops(model, method, TOKENS) == expected
+    expected = counted(model.model.layers, kept) + 2 * logit_weights(model)
+    assert method.prompt_flops(model, TOKENS) == expected
 
 
 def test_grouped_queries_need_as_many_key_heads_as_their_heads_do():
     shape = layer_shape(make_model("mistral"))
-    assert (shape.heads, shape.key_heads) == (8, 4)
-    costs = [layer_flops(shape, all_heads(kept), 1) for kept in (8, 7, 6)]
-    one = 2 * (shape.query_weights + shape.output_weights) // 8 + 4 * shape.size
+    assert (shape.num_heads, shape.num_kv_heads) == (8, 4)
+    costs = [prompt_flops(shape, [LayerFlops(kept, kept, kept)], 1) for kept in (8, 7, 6)]
+    one = 2 * (shape.query_weights + shape.output_weights) // 8 + 4 * shape.head_dim
     assert costs[0] - costs[1] == one  # the seventh and eighth read the same key head
     assert costs[1] - costs[2] == one + 2 * (shape.key_weights + shape.value_weights) // 4

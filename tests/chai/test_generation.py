@@ -8,27 +8,26 @@ import pytest
 import torch
 from transformers import set_seed
 
-import chai.runtime
-from chai.attention import apply_weights, attention_weights, take_heads
+import chai.methods.chai
+import chai.methods.clustering
+import chai.patching.projections
+from chai.attention import clustered_attention, reference
 from chai.methods import Chai, Random
 from tests.models import HEADS, make_batch, make_model
 
 COUNTS = [HEADS, 3, 2]
 
 
-def slow_attention(query, key, value, plan, scaling, mask):
-    """The equation on what the fast paths are given."""
-    weights = attention_weights(query, take_heads(key, plan.key_heads), scaling, mask)
-    return apply_weights(take_heads(weights, plan.clusters.assignment), value).transpose(1, 2)
+slow_attention = reference.clustered_attention
 
 
 @contextmanager
 def slow():
     """Reference attention, whole projections and prompts cut after their first tokens instead of the fast paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chai.runtime, "_one_pass", lambda *_: False)
-        patch.setattr(chai.runtime, "attend", slow_attention)
-        patch.setattr(chai.runtime, "sliced_projections", lambda *_: nullcontext())
+        patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)
+        patch.setattr(chai.methods.chai, "clustered_attention", slow_attention)
+        patch.setattr(chai.methods.clustering, "sliced_projections", lambda *_: nullcontext())
         yield
 
 
@@ -68,7 +67,7 @@ def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
     method, found = Chai(clusters=COUNTS), []
     for one_pass in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chai.runtime, "_one_pass", lambda *_, answer=one_pass: answer)
+            patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
             with method(model):
                 cache = method.new_cache(model)
                 logits = model(**batch, past_key_values=cache).logits
@@ -98,12 +97,12 @@ def test_half_precision_decodes_on_padded_lengths(family, lengths):
 
     def scores(attend):
         with pytest.MonkeyPatch.context() as patch, method(model):
-            patch.setattr(chai.runtime, "attend", attend)
+            patch.setattr(chai.methods.chai, "clustered_attention", attend)
             cache, mask = method.new_cache(model), batch["attention_mask"]
             found = [model(**batch, past_key_values=cache).logits[:, -1]]
             for token in range(70):
                 for layer in cache.layers:  # no trace of what a longer sequence left there before
-                    layer.held_values.buffer[:, :, layer.held_values.length :] = 1e3
+                    layer.value_buffer.buffer[:, :, layer.value_buffer.length :] = 1e3
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 ids = torch.full((len(lengths), 1), 3 + token)
                 found.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
@@ -111,7 +110,7 @@ def test_half_precision_decodes_on_padded_lengths(family, lengths):
 
     expected = scores(note)
     assert {64, 128} <= shapes <= {64, 128, 15, 16}  # the prompt is cut into parts, which may be of one token
-    torch.testing.assert_close(scores(chai.runtime.attend), expected, rtol=0.05, atol=0.3)
+    torch.testing.assert_close(scores(clustered_attention), expected, rtol=0.05, atol=0.3)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -167,11 +166,11 @@ def test_only_the_representatives_are_projected(family):
         done.append(len(heads))
         return real(hidden, linear, heads, size)
 
-    real = chai.projections.project_heads
+    real = chai.patching.projections.project_heads
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chai.projections, "project_heads", count)
-        patch.setattr(chai.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
-        patch.setattr(chai.runtime, "_one_pass", lambda *_: False)  # which projects all heads
+        patch.setattr(chai.patching.projections, "project_heads", count)
+        patch.setattr(chai.patching.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
+        patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
         for method in (Chai(clusters=2), Random(clusters=2, seed=1)):
             with slow(), method(model):
                 expected = model(**batch).logits
@@ -187,7 +186,7 @@ def test_only_the_representatives_are_projected(family):
 @torch.no_grad()
 def test_rows_of_a_batch_share_or_split_their_projections(overhead, monkeypatch):
     """Row by row, the union of the rows' heads, or all heads: each row comes out as it does alone."""
-    monkeypatch.setattr(chai.projections, "OVERHEAD", overhead)
+    monkeypatch.setattr(chai.patching.projections, "OVERHEAD", overhead)
     model, method = make_model("llama"), Chai(clusters=2)
     for length in (40, 12):
         batch = make_batch([length] * 3, seed=length)["input_ids"]
@@ -205,17 +204,17 @@ def test_the_cache_grows_in_chunks_and_can_reserve():
         model(make_batch([12])["input_ids"], past_key_values=cache)
         for _ in range(60):
             model(token, past_key_values=cache)
-            buffers.add(cache.layers[1].held_values.buffer.data_ptr())
+            buffers.add(cache.layers[1].value_buffer.buffer.data_ptr())
         assert len(buffers) <= 3  # 72 tokens in steps of 64
         held = (2 * HEADS * 3 - (HEADS - 3) - (HEADS - 2)) * 8 * 4
         assert cache.nbytes == 72 * held
         assert cache.nbytes < cache.nbytes_allocated <= 128 * held
         roomy = method.new_cache(model, reserve=100)
         model(token.expand(1, 12), past_key_values=roomy)
-        first = roomy.layers[2].held_keys.buffer.data_ptr()
+        first = roomy.layers[2].key_buffer.buffer.data_ptr()
         for _ in range(80):
             model(token, past_key_values=roomy)
-        assert roomy.layers[2].held_keys.buffer.data_ptr() == first
+        assert roomy.layers[2].key_buffer.buffer.data_ptr() == first
         assert roomy.nbytes == 92 * held and roomy.nbytes_allocated == 100 * held
 
 

@@ -9,18 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-import chai.kernels.grouped
-from chai.attention import reference_attention
-from chai.clustering import HeadClusters
-from chai.kernels import all_heads_attention, attend
-from chai.kernels.dense import dense_attention
-from chai.kernels.grouped import grouped_attention
-from chai.kernels.plan import HeadPlan
-from chai.kernels.stock import stock_attention
-from chai.kernels.workers import run_tasks
+import chai.attention.grouped
+from chai.attention import clustered_attention, mha_attention, reference
+from chai.attention.dense import dense_attention
+from chai.attention.grouped import grouped_attention
+from chai.attention.sdpa import sdpa_attention
+from chai.cpu import run_tasks
+from chai.heads import HeadClusters, KVHeadMap
 from tests.oracle import attend_one_by_one
 
-PATHS = {"dense": dense_attention, "grouped": grouped_attention, "stock": stock_attention, "chosen": attend}
+PATHS = {
+    "reference": reference.clustered_attention,
+    "dense": dense_attention,
+    "grouped": grouped_attention,
+    "sdpa": sdpa_attention,
+    "dispatched": clustered_attention,
+}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SIZES = ["giant", "singletons", "any"]
 
@@ -64,9 +68,9 @@ def problems(draw):
 
 def run(path, query, key, value, clusters, scaling, mask, all_keys=False):
     """A fast path on what a compacted cache (or one with all keys) would give it."""
-    build = HeadPlan.with_all_keys if all_keys else HeadPlan.with_read_keys
+    build = KVHeadMap.all_stored if all_keys else KVHeadMap.only_read
     plan = build(clusters, key.shape[1])
-    kept = torch.stack([own[heads] for own, heads in zip(key, plan.kept, strict=True)])
+    kept = torch.stack([own[heads] for own, heads in zip(key, plan.stored, strict=True)])
     chosen = torch.stack([own[heads] for own, heads in zip(query, clusters.representatives, strict=True)])
     return path(chosen, kept, value, plan, scaling, mask)
 
@@ -76,14 +80,14 @@ def run(path, query, key, value, clusters, scaling, mask, all_keys=False):
 @given(problem=problems(), all_keys=some.booleans(), block=some.sampled_from([3, 256]))
 def test_every_path_equals_the_slow_loop(name, problem, all_keys, block):
     query, key, value, clusters, mask, additive, scaling = problem
-    previous, chai.kernels.grouped.BLOCK = chai.kernels.grouped.BLOCK, block
+    previous, chai.attention.grouped.BLOCK = chai.attention.grouped.BLOCK, block
     try:
         with torch.no_grad():
             actual = run(PATHS[name], query, key, value, clusters, scaling, mask, all_keys)
     finally:
-        chai.kernels.grouped.BLOCK = previous
+        chai.attention.grouped.BLOCK = previous
     sources = clusters.representatives.gather(1, clusters.assignment)
-    expected = attend_one_by_one(query, key, value, scaling, additive, sources, tokens=0).transpose(1, 2)
+    expected = attend_one_by_one(query, key, value, scaling, additive, sources, tokens=0)
     assert actual.shape == expected.shape
     error = (actual.double() - expected).norm() / expected.norm()
     assert float(error) < TOLERANCE[query.dtype], (name, query.dtype, float(error))
@@ -103,7 +107,8 @@ def test_long_prompts_equal_the_reference(dtype, k):
     for count in (600, 595, 300):
         late = query[:, :, -count:]
         actual = run(grouped_attention, late, key, value, clusters, 0.25, None)
-        expected = reference_attention(late.float(), key.float(), value.float(), clusters, 0.25).transpose(1, 2)
+        exact = (late.float(), key.float(), value.float())
+        expected = run(reference.clustered_attention, *exact, clusters, 0.25, None, all_keys=True)
         error = (actual.float() - expected).norm() / expected.norm()
         assert float(error) < TOLERANCE[dtype], count
 
@@ -113,9 +118,9 @@ def test_paths_through_which_gradients_flow():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 4, 300, 8, generator=generator) for _ in range(3))
     clusters = HeadClusters(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 3]]))
-    plan = HeadPlan.with_all_keys(clusters, 4)
+    plan = KVHeadMap.all_stored(clusters, 4)
     chosen = query[:, [0, 3]].requires_grad_()
-    attend(chosen, key, value, plan, 0.5, None).sum().backward()
+    clustered_attention(chosen, key, value, plan, 0.5, None).sum().backward()
     assert chosen.grad is not None and float(chosen.grad.abs().sum()) > 0
 
 
@@ -133,7 +138,7 @@ def test_all_heads_decode_like_stock(dtype, key_heads):
         expected = torch.nn.functional.scaled_dot_product_attention(
             query.float(), key.float(), value.float(), attn_mask=own, scale=0.25, enable_gqa=True
         ).transpose(1, 2)
-        actual = all_heads_attention(query, key, value, 0.25, form, lambda expected=expected: expected)
+        actual = mha_attention(query, key, value, 0.25, form, lambda expected=expected: expected)
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert float(error) < TOLERANCE[dtype]
 

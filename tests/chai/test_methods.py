@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 
-from chai.clustering import kmeans, represent_layers
+import chai.methods.clustering
+from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
+from chai.cache.clustered import ClusteredLayer, ClusteringState
+from chai.clustering.assignment import kmeans_clusters
 from chai.methods import Chai, Mha, Random
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 from tests.oracle import attend_one_by_one, oracle
@@ -63,14 +66,12 @@ def test_clustered_path_with_one_head_per_cluster_is_multi_head_attention(family
     model, batch = make_model(family), make_batch([9, 12, 7])
     expected = model(**batch).logits
     tokens = model.generate(**batch, max_new_tokens=12, do_sample=False)
-    import chai.runtime
-    from chai.cache import ClusteredCache, ClusteredLayer
 
-    def all_clustered(model, rule):
-        key_heads = getattr(model.config, "num_key_value_heads", None) or HEADS
-        return ClusteredCache(rule, [ClusteredLayer(key_heads) for _ in range(LAYERS)], HEADS, key_heads)
+    def all_clustered(method, counts, config, reserve=0):
+        kv_heads, state = getattr(config, "num_key_value_heads", None) or HEADS, ClusteringState((method, counts))
+        return ClusteredCache(layers=[ClusteredLayer(state, index, kv_heads) for index in range(LAYERS)])
 
-    monkeypatch.setattr(chai.runtime, "new_cache", all_clustered)
+    monkeypatch.setattr(chai.methods.clustering, "new_clustered_cache", all_clustered)
     with Chai(clusters=HEADS)(model):
         real = batch["attention_mask"].bool()
         assert relative_error(model(**batch).logits[real], expected[real]) < 1e-5
@@ -153,16 +154,15 @@ def test_membership_is_that_of_the_stock_models_attention(family, side):
         model(**batch, past_key_values=cache)
     # Later layers see the clustered layers below them; the first sees just what the stock model's first layer sees.
     points = first_real_attention(model, batch)[0]
-    labels, _, _ = kmeans(points, 4)
-    (expected,) = represent_layers(points[None], labels[None], [4])
+    (expected,) = kmeans_clusters(points[None], [4])
     assert torch.equal(cache.clusters(0).assignment, expected.assignment)
     assert torch.equal(cache.clusters(0).representatives, expected.representatives)
     with Chai(clusters=[HEADS, HEADS, 4])(model):  # nothing clustered below the last layer
         last = DynamicCache()
         model(**batch, past_key_values=last)
     points = first_real_attention(model, batch)[2]
-    (expected,) = represent_layers(points[None], kmeans(points, 4)[0][None], [4])
-    assert torch.equal(last.clusters(2).assignment, expected.assignment)
+    (expected,) = kmeans_clusters(points[None], [4])
+    assert torch.equal(ClusteredCache.of(last).clusters(2).assignment, expected.assignment)
 
 
 @torch.no_grad()
@@ -188,9 +188,9 @@ def test_padding_between_turns_is_not_counted():
         with Chai(clusters=COUNTS)(model):
             cache, width = DynamicCache(), ids[0].shape[1]
             model(ids[0], attention_mask=mask[:, :width], position_ids=positions[:, :width], past_key_values=cache)
-            assert cache.clusters(1) is None
+            assert ClusteredCache.of(cache).clusters(1) is None
             logits = model(ids[1], attention_mask=mask, position_ids=positions[:, width:], past_key_values=cache).logits
-            assert cache.clusters(1) is not None
+            assert ClusteredCache.of(cache).clusters(1) is not None
             for row in range(2):
                 alone = model(texts[row][None]).logits[0, first[row] :]
                 assert relative_error(logits[row][mask[row, width:].bool()], alone) < 1e-5
@@ -205,8 +205,8 @@ def test_a_row_that_never_gets_five_tokens_stays_multi_head():
         cache = DynamicCache()
         logits = model(**batch, past_key_values=cache).logits
     assert relative_error(logits[1, :3], expected) < 1e-6
-    assert cache.clusters(1) is None
-    assert cache.nbytes == cache.nbytes_mha
+    assert ClusteredCache.of(cache).clusters(1) is None
+    assert cache_bytes(cache) == cache_bytes_mha(cache)
 
 
 @torch.no_grad()
@@ -252,7 +252,7 @@ def test_cache_holds_fewer_keys_and_says_so():
     for layer, k in enumerate(COUNTS[1:], 1):
         clusters = cache.clusters(layer)
         clusters.check()
-        assert (clusters.heads, clusters.k) == (HEADS, k)
+        assert (clusters.num_heads, clusters.k) == (HEADS, k)
 
 
 @torch.no_grad()
@@ -331,13 +331,14 @@ def test_model_is_restored_also_after_an_exception():
 
 
 @torch.no_grad()
-def test_a_dynamic_cache_of_the_caller_becomes_ours_and_is_refused_elsewhere():
+def test_a_dynamic_cache_of_the_caller_takes_our_layers_and_is_refused_elsewhere():
     model, batch = make_model("llama"), make_batch([12])
     cache = DynamicCache()
     method = Chai(clusters=2)
     with method(model):
-        model(**batch, past_key_values=cache)
+        output = model(**batch, past_key_values=cache)
         assert cache.layers[0].keys.shape[1] == 2
+        assert type(cache) is DynamicCache and output.past_key_values is cache
         model(batch["input_ids"][:, :1], past_key_values=cache)
     with pytest.raises(RuntimeError, match="inside `with method"):
         model(batch["input_ids"][:, :1], past_key_values=cache)
@@ -382,7 +383,7 @@ def test_wrong_counts_are_refused(clusters, message):
 
 def test_other_families_are_refused_by_name():
     model = GPTJForCausalLM(GPTJConfig(vocab_size=10, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
-    with pytest.raises(ValueError, match="'gptj'.*supported: llama"), Chai(clusters=1)(model):
+    with pytest.raises(ValueError, match="'gptj' is not supported; supported: llama"), Chai(clusters=1)(model):
         pass
 
 
@@ -438,4 +439,4 @@ def test_group_aware_clusters_free_whole_key_heads(k, kept):
         expected = exact(**batch, use_cache=False).logits
     real = batch["attention_mask"].bool()
     assert relative_error(logits[real], expected[real]) < 1e-5
-    assert f"to {kept} of 4 key heads are kept" in method.note(model.config)
+    assert f"to {kept} of 4 KV heads are kept" in method.note(model.config)

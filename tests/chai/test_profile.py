@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from chai.clustering import kmeans
 from chai.methods import Chai, Random
-from chai.profile import Profile, ProfileError, build_profile, model_shape
-from chai.statistics import Gathering, HeadStatistics, gather
+from chai.offline.head_profile import HeadProfile, ProfileError, build_profile, model_shape
+from chai.offline.head_statistics import HeadStatistics, StatisticsOptions, gather
+from tests.chai.kmeans_points import kmeans
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 COUNTS = [5, 3, HEADS]
 
 
 @pytest.fixture
-def profile() -> Profile:
+def profile() -> HeadProfile:
     model = make_model("llama")
-    wanted = Gathering(LAYERS, HEADS, tokens=12, kept=2, map_tokens=8, history=6, history_samples=2)
+    wanted = StatisticsOptions(LAYERS, HEADS, tokens=12, saved_samples=2, map_tokens=8, trace_tokens=6, trace_samples=2)
     statistics = HeadStatistics(wanted)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
@@ -36,8 +36,8 @@ def profile() -> Profile:
 def test_a_profile_comes_back_as_it_was_saved(profile, tmp_path):
     profile.save(tmp_path)
     for path in (tmp_path, tmp_path / "profile.json", str(tmp_path / "profile.safetensors")):
-        loaded = Profile.load(path)
-        assert loaded.counts == COUNTS
+        loaded = HeadProfile.load(path)
+        assert loaded.num_clusters == COUNTS
         assert set(loaded.arrays) == set(profile.arrays)
         assert all(np.array_equal(loaded.arrays[name], array) for name, array in profile.arrays.items())
         assert loaded.about["saving"] == pytest.approx((1 - sum(COUNTS) / (LAYERS * HEADS)) / 2)
@@ -45,7 +45,7 @@ def test_a_profile_comes_back_as_it_was_saved(profile, tmp_path):
 
 @pytest.mark.parametrize("k", [None, 1, 2, HEADS])
 def test_static_membership_is_k_means_on_all_samples(profile, k):
-    clusters = profile.static(1, k)
+    clusters = profile.clusters(1, k)
     clusters.check()
     assert clusters.k == (k or COUNTS[1])
     # Points with just these distances: an embedding of the mean distance matrix.

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 import chai.methods.spatten
-from chai.growing import ROUND
+from chai.cache.buffer import ROUND
+from chai.cache.cascade import CascadeCache
 from chai.methods import Chai, Mha, Spatten
 from chai.methods.spatten import schedule
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
@@ -145,7 +146,7 @@ def test_nothing_pruned_is_multi_head_attention(family, side, monkeypatch):
     with everything(model):
         assert torch.equal(model(**batch).logits, expected)
         assert torch.equal(model.generate(**left, max_new_tokens=8, do_sample=False), tokens)
-    monkeypatch.setattr(chai.methods.spatten.Spatten, "_idle", lambda *_: False)
+    monkeypatch.setattr(chai.methods.spatten.Spatten, "_prunes_nothing", lambda *_: False)
     real = batch["attention_mask"].bool()
     with everything(model):
         torch.testing.assert_close(model(**batch).logits[real], expected[real], rtol=1e-4, atol=1e-4)
@@ -232,6 +233,7 @@ def test_pruned_tokens_and_heads_leave_the_cache():
     assert [tuple(layer.values.shape) for layer in cache.layers] == shapes
     assert method.heads_kept(model.config) == [8, 6, 4]
     assert cache.get_seq_length() == 23
+    cache = CascadeCache.of(cache)
     assert cache.nbytes == sum(2 * 4 * math.prod(shape) for shape in shapes)
     assert cache.nbytes_mha == LAYERS * 2 * 4 * 2 * HEADS * 23 * 8
     assert cache.nbytes_allocated == sum(2 * 4 * rows * heads * ROUND * size for rows, heads, _, size in shapes)
@@ -246,8 +248,8 @@ def test_what_layers_keep_is_nested():
         model(**batch, past_key_values=cache)
     first, second = cache.layers[1], cache.layers[2]
     for row in range(2):
-        tokens = [set(layer.places[row][layer.valid[row]].tolist()) for layer in (first, second)]
-        heads = [set(layer.left.queries[row].tolist()) for layer in (first, second)]
+        tokens = [set(layer.positions[row][layer.valid[row]].tolist()) for layer in (first, second)]
+        heads = [set(layer.remaining.query_heads[row].tolist()) for layer in (first, second)]
         assert tokens[1] < tokens[0]
         assert heads[1] < heads[0]
         assert max(tokens[1]) == [19, 14][row]  # the last token sees itself
@@ -286,7 +288,7 @@ def test_rows_are_selected_repeated_reordered_cropped_and_reset():
         step(cache, [0, 1, 2])
         cache.crop(-1)
         torch.testing.assert_close(step(cache, [0, 1, 2]), expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises(ValueError, match="can't remove 2 tokens: they chose what is kept"):
+        with pytest.raises(ValueError, match="cannot remove 2 tokens: they chose what is kept"):
             cache.crop(-2)
         with pytest.raises(ValueError, match="as a negative number, not 2"):
             cache.crop(2)
@@ -365,5 +367,5 @@ def test_wrong_values_are_refused(values, message):
 
 
 def test_sliding_windows_are_refused():
-    with pytest.raises(ValueError, match="doesn't support sliding windows; this model's is 8 tokens"):
+    with pytest.raises(ValueError, match="does not support sliding windows; this model's is 8 tokens"):
         Spatten().check(make_model("mistral_sliding").config)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from chai.methods import ChaiStatic, Random, Static
-from chai.profile import ProfileError, build_profile, model_shape
-from chai.statistics import Gathering, HeadStatistics
+from chai.offline.head_profile import ProfileError, build_profile, model_shape
+from chai.offline.head_statistics import HeadStatistics, StatisticsOptions
 from experiments.offline.profile_heads import look
 from tests.models import HEADS, LAYERS, make_batch, make_model
 from tests.oracle import oracle
@@ -23,8 +23,15 @@ TEXTS = [[3, 9, 11, 40, 7, 52, 31, 8], [60, 5, 5, 71, 16, 33, 90, 12], [18, 27, 
 
 def make_profile(model, folder):
     """A profile of ``model`` on three texts, with these counts."""
-    wanted = Gathering(
-        layers=LAYERS, heads=HEADS, features="causal", tokens=8, kept=1, map_tokens=4, history=6, history_samples=1
+    wanted = StatisticsOptions(
+        layers=LAYERS,
+        heads=HEADS,
+        features="causal",
+        tokens=8,
+        saved_samples=1,
+        map_tokens=4,
+        trace_tokens=6,
+        trace_samples=1,
     )
     statistics = HeadStatistics(wanted)
     statistics.add(look(model, TEXTS, wanted), [list(map(str, text)) for text in TEXTS])
@@ -62,7 +69,7 @@ def test_the_membership_is_the_best_partition_of_the_activations(family, tmp_pat
     model = make_model(family)
     method = Static(clusters=3, profile=make_profile(model, tmp_path))
     query = torch.zeros(LAYERS, 2, HEADS, 0, 1)
-    found = method.decide(range(LAYERS), [3] * LAYERS, query, query, 1.0)
+    found = method.cluster_heads(range(LAYERS), [3] * LAYERS, query, query, 1.0)
     for features, clusters in zip(slow_features(model), found, strict=True):
 
         def error(groups, points=features) -> float:
@@ -116,7 +123,7 @@ def test_counts_are_the_profiles_or_ones_own(tmp_path):
     assert Static(clusters=[8, 2, 1], profile=folder).heads_kept(model.config) == [8, 2, 1]
     with pytest.raises(ValueError, match="9 clusters in a layer of 8 heads"):
         Static(clusters=9, profile=folder).check(model.config)
-    assert Static(profile=folder).with_count(3) == Random(clusters=3)
+    assert Static(profile=folder).with_num_clusters(3) == Random(clusters=3)
     for method, held in ((ChaiStatic(profile=folder), 8 + 3 + 2), (Static(clusters=2, profile=folder), 6)):
         with method(model):
             cache = method.new_cache(model)
@@ -130,14 +137,16 @@ def test_chai_static_is_static_with_the_profiles_counts(tmp_path):
     folder = make_profile(model, tmp_path)
     query = torch.zeros(LAYERS, 1, HEADS, 0, 1)
     methods = (ChaiStatic(profile=folder), Static(clusters=COUNTS, profile=folder))
-    for one, other in zip(*(own.decide(range(LAYERS), COUNTS, query, query, 1.0) for own in methods), strict=True):
+    for one, other in zip(
+        *(own.cluster_heads(range(LAYERS), COUNTS, query, query, 1.0) for own in methods), strict=True
+    ):
         assert torch.equal(one.assignment, other.assignment)
         assert torch.equal(one.representatives, other.representatives)
 
 
 @pytest.mark.parametrize("cls", [Static, ChaiStatic])
 def test_a_profile_is_needed_and_must_fit(cls, tmp_path):
-    with pytest.raises(ValueError, match="experiment=profile"):
+    with pytest.raises(ValueError, match="a head profile of this model is needed"):
         cls()
     with pytest.raises(ProfileError, match="no profile in"):
         cls(profile=str(tmp_path / "nowhere"))

@@ -12,16 +12,16 @@ from hypothesis import strategies as some
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-import chai.statistics
-from chai.agreement import adjusted_rand, changed_heads
-from chai.clustering import kmeans
-from chai.kernels.kmeans import sweep
-from chai.observe import observed
-from chai.profile import follow_membership
-from chai.statistics import Gathering, HeadStatistics, StatisticsError, correlation, gather
+import chai.offline.head_statistics
+from chai.clustering.kmeans import sweep
+from chai.clustering.metrics import adjusted_rand, changed_heads
+from chai.offline.head_profile import track_clusters
+from chai.offline.head_statistics import HeadStatistics, StatisticsError, StatisticsOptions, correlation, gather
+from chai.patching.apply import capture
+from tests.chai.kmeans_points import kmeans
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
-WANTED = Gathering(layers=1, heads=4, tokens=16, kept=2, map_tokens=6, history=5, history_samples=3)
+WANTED = StatisticsOptions(layers=1, heads=4, tokens=16, saved_samples=2, map_tokens=6, trace_tokens=5, trace_samples=3)
 
 
 def attention(query, key, scaling, mask, length):
@@ -46,9 +46,9 @@ def test_gathering_against_a_loop(block, features, seed, key_heads, window):
     key = torch.randn(3, key_heads, 11, 8, generator=generator)
     places = torch.arange(11)
     mask = None if window is None else (places > places[:, None] - window) & (places <= places[:, None])
-    wanted = Gathering(**{**vars(WANTED), "features": features})
+    wanted = StatisticsOptions(**{**vars(WANTED), "features": features})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chai.statistics, "BLOCK_BYTES", block * 4 * 3 * 4 * 11)
+        patch.setattr(chai.offline.head_statistics, "BLOCK_BYTES", block * 4 * 3 * 4 * 11)
         found = gather(query, key, 0.6, None if mask is None else mask[None, None], lengths, wanted)
     for row, length in enumerate(lengths.tolist()):
         weights = attention(query[row], key[row], 0.6, mask, length)
@@ -61,8 +61,8 @@ def test_gathering_against_a_loop(block, features, seed, key_heads, window):
         close(found.row[row, :, :length], weights[:, -1])
         assert not found.row[row, :, length:].any()
         shown = min(length, 6)
-        close(found.shown[row, :, :shown], weights[:, shown - 1, :shown])
-        assert not found.shown[row, :, shown:].any()
+        close(found.map_row[row, :, :shown], weights[:, shown - 1, :shown])
+        assert not found.map_row[row, :, shown:].any()
         uniform = torch.arange(2, length + 1).double().log()
         close(found.entropy[row], (torch.special.entr(weights[:, 1:]).sum(-1) / uniform).mean(1))
         close(found.first_token[row], weights[:, 1:, 0].mean(1))
@@ -141,7 +141,7 @@ def test_no_choice_is_agreement():
 
 def gathered(features: str = "causal", samples: int = 6, batch: int = 2) -> tuple[HeadStatistics, list[torch.Tensor]]:
     """Statistics of random samples of one layer, and the features of each sample."""
-    wanted = Gathering(**{**vars(WANTED), "features": features})
+    wanted = StatisticsOptions(**{**vars(WANTED), "features": features})
     statistics, points = HeadStatistics(wanted), []
     for begin in range(0, samples, batch):
         generator = torch.Generator().manual_seed(begin)
@@ -177,7 +177,7 @@ def test_errors_are_those_of_k_means_on_the_features(features):
 
 def test_memberships_are_followed_as_a_loop_does():
     statistics, points = gathered()
-    changes, agreement = follow_membership(statistics, [2])
+    changes, agreement = track_clusters(statistics, [2])
     assert changes.shape == (1, 4) and agreement.shape == (1, 5)
     expected = np.zeros((3, 5))  # samples that are followed, tokens
     for sample in range(3):
@@ -220,13 +220,15 @@ def test_observing_shows_what_the_model_attends_to_and_changes_nothing(family):
     model.set_attn_implementation("eager")
     stock = model(batch["input_ids"], output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    wanted = Gathering(LAYERS, HEADS, tokens=12, kept=1, map_tokens=12, history=5, history_samples=1)
+    wanted = StatisticsOptions(
+        LAYERS, HEADS, tokens=12, saved_samples=1, map_tokens=12, trace_tokens=5, trace_samples=1
+    )
     rows = {}
 
     def look(layer, query, key, scaling, mask):
         rows[layer] = gather(query, key, scaling, mask, torch.tensor([12, 12]), wanted).row
 
-    with observed(model, look):
+    with capture(model, look):
         torch.testing.assert_close(model(batch["input_ids"]).logits, expected)
         with pytest.raises(RuntimeError, match="outside a call"):
             model.get_decoder().__class__.forward(model.get_decoder(), batch["input_ids"])
@@ -234,6 +236,6 @@ def test_observing_shows_what_the_model_attends_to_and_changes_nothing(family):
     assert "forward" not in model.get_decoder().__dict__
     for layer in range(LAYERS):
         torch.testing.assert_close(rows[layer], stock[layer][:, :, -1], atol=1e-5, rtol=1e-4)
-    with pytest.raises(ZeroDivisionError), observed(model, look):
+    with pytest.raises(ZeroDivisionError), capture(model, look):
         raise ZeroDivisionError
     assert model.config._attn_implementation == "sdpa"

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from chai.devices import describe_devices
 from chai.methods import Chai, load_method
 from chai.methods.base import Method
-from chai.predictor import Predictor, model_shape, sample_weights
+from chai.offline.predictor import Predictor, model_shape, sample_weights
+from chai.patching.devices import describe_devices
 from tests.devices import PRETENDED, divided
 from tests.models import LAYERS, make_batch, make_model
 

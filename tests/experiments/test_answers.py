@@ -9,10 +9,10 @@ import os
 import pandas as pd
 import pytest
 import torch
+from chai.models import ModelSource, load_model, load_tokenizer
 from lm_eval.models.huggingface import HFLM
 
 from chai.methods import Mha
-from chai.models import ModelSource, load_model, load_tokenizer
 from experiments.cli import run_experiment
 from experiments.config.schema import compose_config
 from experiments.evaluation import lm as scoring

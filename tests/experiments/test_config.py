@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
+from chai.models import load_config
 from omegaconf import OmegaConf
 
 from chai.methods import load_method, method_names
-from chai.models import load_config
 from experiments.cli import main
 from experiments.config.schema import (
     CONF,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from chai.profile import Profile
 from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
-from chai.profile import Profile
 from experiments.config.schema import ConfigError, compose_config
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document, script
@@ -162,8 +162,9 @@ def test_embedded_profile_is_of_the_embedded_model():
 @torch.no_grad()
 def test_planted_groups_are_in_the_embedded_model(topic):
     """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
-    from chai.clustering import kmeans
     from chai.models import ModelSource, load_model
+
+    from chai.clustering import kmeans
 
     folder = pretrain_tiny.MODEL_DIR
     recipe = json.loads((folder / "recipe.json").read_text())

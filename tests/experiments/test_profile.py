@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chai.profile import Profile
 from sklearn.metrics import adjusted_rand_score
 
 import experiments.offline.profile_heads
-from chai.profile import Profile
 from experiments.cli import run_experiment
 from experiments.config.schema import REPOSITORY, compose_config
 from experiments.runs.folder import read_json

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from chai.models import load_model
+from chai.predictor import load_predictor
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from chai.models import load_model
-from chai.predictor import load_predictor
 from experiments.cli import run_experiment
 from experiments.config.schema import ConfigError, compose_config
 from experiments.evaluation.accuracy import model_source

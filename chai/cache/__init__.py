@@ -1,0 +1,24 @@
+"""KV caches that keep fewer heads or tokens; all state of a request lives here."""
+
+from chai.cache.base import (
+    PrunedCache,
+    PrunedLayer,
+    allocated_bytes,
+    cache_bytes,
+    cache_bytes_mha,
+    stored_kv_heads,
+    vector_bytes,
+)
+from chai.cache.clustered import ClusteredCache, ClusteredLayer
+
+__all__ = [
+    "ClusteredCache",
+    "ClusteredLayer",
+    "PrunedCache",
+    "PrunedLayer",
+    "allocated_bytes",
+    "cache_bytes",
+    "cache_bytes_mha",
+    "stored_kv_heads",
+    "vector_bytes",
+]

@@ -1,0 +1,249 @@
+"""Base of caches that a method prunes: growing layers, and the state that the layers of a cache share.
+
+The layers hold everything. So a ``DynamicCache`` of the caller can take them and keep its class, and what
+``generate()`` does to a cache (reorder, repeat, select, crop) reaches the shared state through the first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from typing_extensions import Self
+
+from chai.cache.buffer import TokenBuffer
+
+RowSelection = Callable[[Tensor], Tensor]
+
+
+class RequestState:
+    """State of a batch of requests that all layers of a cache share.
+
+    Attributes:
+        owner: Identifies the applied method; a cache is used only by an equal one.
+        attached: Whether a call of the model under that method is running.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.attached = False
+        self.reset()
+
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        """Let the layers be updated inside the block."""
+        self.attached = True
+        try:
+            yield
+        finally:
+            self.attached = False
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+
+    def select_rows(self, select: RowSelection) -> None:
+        """Select, reorder or repeat rows of everything that is per row."""
+
+    def crop(self, removed: int, kv_len: int) -> None:
+        """Forget the last ``removed`` tokens; ``kv_len`` are left."""
+
+
+class PrunedLayer(DynamicLayer):
+    """One layer's keys and values in growing buffers; ``keys`` and ``values`` are views of them, ``[B, N, S, D]``.
+
+    Args:
+        state: Shared by the layers of a cache.
+        index: Of the layer; the first one passes changes of the batch on to the state.
+        num_kv_heads: KV heads of the model.
+        window: Sliding window of the layer in tokens, if it has one.
+        reserve: Tokens to allocate at once.
+    """
+
+    def __init__(
+        self, state: RequestState, index: int, num_kv_heads: int, window: int | None = None, reserve: int = 0
+    ) -> None:
+        super().__init__()
+        self.state, self.index = state, index
+        self.num_kv_heads, self.window, self.reserve = num_kv_heads, window, reserve
+        self._clear()
+
+    def _clear(self) -> None:
+        self.key_buffer, self.value_buffer = TokenBuffer(self.reserve), TokenBuffer(self.reserve)
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        super().reset()
+        self._clear()
+        if self.index == 0:
+            self.state.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live keys and values."""
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the buffers, spare room included."""
+        return self.key_buffer.nbytes_allocated + self.value_buffer.nbytes_allocated
+
+    @property
+    def nbytes_mha(self) -> int:
+        """Bytes that the stock cache holds for these tokens under multi-head attention.
+
+        With a sliding window the stock cache drops older tokens and this layer does not, so past the window ``nbytes``
+        may be the larger.
+        """
+        if self.keys is None or self.values is None:
+            return 0
+        kv_len = self.get_seq_length()
+        full = (self.keys[:, :1, :1].nbytes + self.values[:, :1, :1].nbytes) * self.num_kv_heads
+        limit = kv_len if self.window is None else self.window - 1  # the tokens that the next one still sees
+        return full * min(kv_len, limit)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new tokens (``[B, N, T, D]`` each); returns all.
+
+        Raises:
+            RuntimeError: The model runs without the method that this cache belongs to.
+        """
+        self.check_attached()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self.key_buffer.append(key_states)
+        self.values = self.value_buffer.append(value_states)
+        return self.keys, self.values
+
+    def check_attached(self) -> None:
+        """Refuse an update by an attention that would misread what is stored."""
+        if not self.state.attached:
+            raise RuntimeError(
+                "this cache has pruned keys or values: use it inside `with method(model):` of the method it belongs to"
+            )
+
+    def padded(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values and the mask of one token, padded to a length that seldom changes.
+
+        oneDNN, which multiplies half-precision matrices on a CPU, compiles a kernel for every new shape; that takes
+        longer than the product, and the kernels fill megabytes for each decoded token.
+
+        Args:
+            mask: ``[B or 1, 1, 1, S]`` or ``None``.
+        """
+        keys, values, length = self.key_buffer.padded(), self.value_buffer.padded(), self.key_buffer.length
+        padding = keys.shape[-2] - length
+        if mask is None:
+            visible = torch.arange(length + padding, device=keys.device) < length
+            return keys, values, visible[None, None, None]
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return keys, values, functional.pad(mask, (0, padding), value=hidden)
+
+    def select_rows(self, select: RowSelection) -> None:
+        """Select, reorder or repeat rows of everything that is per row."""
+        if self.get_seq_length() > 0:
+            self.keys = self.key_buffer.replace(select)
+            self.values = self.value_buffer.replace(select)
+        if self.index == 0:
+            self.state.select_rows(select)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows by ``beam_idx`` (long ``[B]``)."""
+        self.select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.select_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        self.select_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)  # checks the argument, and shortens the views
+        kv_len = self.get_seq_length()
+        if kv_len < self.key_buffer.length:
+            self.keys = self.key_buffer.crop(kv_len)
+            self.values = self.value_buffer.crop(kv_len)
+        if self.index == 0:
+            self.state.crop(-tokens_to_remove, kv_len)
+
+
+L = TypeVar("L", bound=PrunedLayer)
+
+
+class PrunedCache(Cache, Generic[L]):
+    """A KV cache of :class:`PrunedLayer` objects that share one state.
+
+    ``generate()`` and plain calls create one; build one with ``method.new_cache(model)`` to inspect it or to continue a
+    conversation.
+    """
+
+    @classmethod
+    def of(cls, cache: Cache) -> Self:
+        """View any cache with our layers, such as a ``DynamicCache`` that was passed to a patched model."""
+        return cache if isinstance(cache, cls) else cls(layers=cache.layers)
+
+    @property
+    def pruned_layers(self) -> list[L]:
+        """The layers."""
+        return cast("list[L]", self.layers)
+
+    @property
+    def state(self) -> Any:
+        """State that the layers share."""
+        return self.pruned_layers[0].state
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live keys and values of all layers."""
+        return cache_bytes(self)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of all buffers, spare room included."""
+        return allocated_bytes(self)
+
+    @property
+    def nbytes_mha(self) -> int:
+        """Bytes that the stock cache holds for the same tokens under multi-head attention."""
+        return cache_bytes_mha(self)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Sum the bytes of the live keys and values of any cache."""
+    tensors = (tensor for layer in _layers(cache) for tensor in (layer.keys, layer.values))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def cache_bytes_mha(cache: Cache) -> int:
+    """Sum the bytes that the stock cache holds for the same tokens under multi-head attention."""
+    layers = _layers(cache)
+    return sum(layer.nbytes_mha for layer in layers) if isinstance(layers[0], PrunedLayer) else cache_bytes(cache)
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Sum the bytes that a cache has allocated, spare room included."""
+    layers = _layers(cache)
+    return sum(layer.nbytes_allocated for layer in layers) if isinstance(layers[0], PrunedLayer) else cache_bytes(cache)
+
+
+def vector_bytes(cache: Cache) -> int:
+    """Return the bytes of one key of one head, in every sequence of the batch."""
+    keys = _layers(cache)[0].keys
+    return int(keys.shape[0] * keys.shape[3] * keys.element_size())
+
+
+def stored_kv_heads(cache: Cache) -> list[int]:
+    """Return the number of KV heads whose keys each layer stores."""
+    return [layer.keys.shape[1] for layer in _layers(cache)]
+
+
+def _layers(cache: Cache) -> list[Any]:
+    return cache.layers

@@ -1,0 +1,88 @@
+"""Assign heads to clusters and choose representatives, for all layers and rows at once (paper, Section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chai.clustering.kmeans import cluster, pairwise_distances, represent
+from chai.heads import HeadClusters
+
+#: ``nearest``: the member nearest the mean of the cluster. ``lowest``: the member with the lowest head index.
+Representative = Literal["nearest", "lowest"]
+
+
+def kmeans_clusters(
+    features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
+) -> list[HeadClusters]:
+    """Cluster the heads of each layer and row by K-means.
+
+    Args:
+        features: ``[L, B, H, F]``.
+        num_clusters: k of each layer.
+        representative: See :func:`choose_representatives`.
+
+    Returns:
+        The clusters of the ``L`` layers.
+    """
+    distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
+    counts = np.repeat(num_clusters, features.shape[1])
+    labels, representatives, _ = cluster(distances, counts, nearest=representative == "nearest")
+    return split_layers(labels, representatives, num_clusters, features.device)
+
+
+def agglomerative_clusters(
+    features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
+) -> list[HeadClusters]:
+    """Cluster by average linkage on the cosine distance, as the authors' release does.
+
+    Arguments and result as in :func:`kmeans_clusters`.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    labels = torch.empty(features.shape[:3], dtype=torch.long)
+    for layer, k in enumerate(num_clusters):
+        model = AgglomerativeClustering(n_clusters=k, metric="cosine", linkage="average")
+        for row, points in enumerate(features[layer].double().cpu().numpy()):
+            labels[layer, row] = torch.from_numpy(model.fit_predict(points))
+    return choose_representatives(features, labels, num_clusters, representative)
+
+
+def choose_representatives(
+    features: Tensor, labels: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
+) -> list[HeadClusters]:
+    """Choose one member of each cluster to be computed for all.
+
+    ``nearest`` takes the member nearest the mean of the cluster; of those within 0.01 %, the lowest head. Both heads of
+    a cluster of two are equally far from its mean: rounding would choose between them, and a prompt in two calls could
+    get another representative than the same prompt in one. Clusters are numbered by their representatives, so equal
+    clusterings have equal tensors.
+
+    Args:
+        features: ``[L, B, H, F]``.
+        labels: ``[L, B, H]``; in layer ``l`` each label in ``[0, num_clusters[l])`` occurs.
+        num_clusters: k of each layer.
+        representative: The member to choose.
+
+    Returns:
+        The clusters of the ``L`` layers.
+    """
+    distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
+    counts = np.repeat(num_clusters, features.shape[1])
+    rows = labels.flatten(0, 1).cpu().numpy()
+    assignment, representatives = represent(distances, counts, rows, nearest=representative == "nearest")
+    return split_layers(assignment, representatives, num_clusters, features.device)
+
+
+def split_layers(
+    assignment: np.ndarray, representatives: np.ndarray, num_clusters: Sequence[int], device: torch.device
+) -> list[HeadClusters]:
+    """Split ``[L * B, H]`` and ``[L * B, k_max]`` (padded with H) into the clusters of each layer."""
+    batch_size = len(assignment) // len(num_clusters)
+    tensors = torch.from_numpy(assignment).to(device), torch.from_numpy(representatives).to(device)
+    layers = zip(*(tensor.unflatten(0, (-1, batch_size)) for tensor in tensors), num_clusters, strict=True)
+    return [HeadClusters(layer_labels, heads[:, :k]) for layer_labels, heads, k in layers]

@@ -1,0 +1,16 @@
+"""Errors that know their remedy: an application can add how it is done there (a command, a configuration key)."""
+
+from __future__ import annotations
+
+
+class ChaiError(ValueError):
+    """An error of the library in one line.
+
+    Args:
+        message: What is wrong, and what is valid.
+        remedy: Name of a remedy, for applications: ``train_predictor``, ``train_neurons``, ``make_profile``, ...
+    """
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy

@@ -1,0 +1,1 @@
+"""The offline phase: head statistics, head profiles, and predictors."""

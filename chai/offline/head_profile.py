@@ -1,0 +1,202 @@
+"""The head profile of a model: the number of clusters of each layer, and static clusters, found offline once.
+
+Saved as ``profile.safetensors`` (counts, static clusters, statistics) and ``profile.json`` (model, corpus, rule), the
+second with a digest of the first; docs/results.md lists the tensors. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse
+from safetensors.numpy import save as serialize
+from transformers import PreTrainedConfig
+
+from chai.clustering.kmeans import cluster
+from chai.clustering.metrics import adjusted_rand, changed_heads
+from chai.errors import ChaiError
+from chai.heads import HeadClusters
+from chai.offline.head_statistics import HeadStatistics
+from chai.patching.model_info import num_kv_heads
+
+FORMAT = 1
+ABOUT, TENSORS = "profile.json", "profile.safetensors"
+#: The shape that a head profile is bound to.
+SHAPE = ("model_type", "hidden_size", "layers", "heads", "key_heads")
+
+
+class ProfileError(ChaiError):
+    """Raised for a head profile that cannot be read, or is of another model."""
+
+
+def model_shape(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the model's shape under the names of :data:`SHAPE`."""
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "key_heads": num_kv_heads(config),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """Result of the offline phase.
+
+    Attributes:
+        about: Content of ``profile.json``.
+        arrays: The tensors.
+    """
+
+    about: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def num_clusters(self) -> list[int]:
+        """Number of clusters of each layer."""
+        return [int(k) for k in self.arrays["clusters"]]
+
+    def clusters(self, layer: int, k: int | None = None) -> HeadClusters:
+        """Return the clusters that fit all samples best, for one row; k is that of the profile by default."""
+        if k is None:
+            k = self.num_clusters[layer]
+            assignment, representatives = self.arrays["assignment"][layer], self.arrays["representatives"][layer, :k]
+        else:
+            distances = self.arrays["distances"][layer : layer + 1].astype(np.float32)
+            labels, heads, _ = cluster(distances, np.array([k]), nearest=True)
+            assignment, representatives = labels[0], heads[0]
+        return HeadClusters(torch.from_numpy(assignment)[None], torch.from_numpy(representatives)[None])
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a model of another shape.
+
+        Raises:
+            ProfileError: Names the differences.
+        """
+        profiled, shape = self.about["model"], model_shape(config)
+        differences = [
+            f"{name} {profiled[name]} instead of {shape[name]}" for name in SHAPE if profiled[name] != shape[name]
+        ]
+        if differences:
+            raise ProfileError(f"this profile is of another model, {profiled['name']}: {', '.join(differences)}")
+
+    def save(self, folder: Path, write: Callable[[Path, bytes], object] = Path.write_bytes) -> None:
+        """Write both files to ``folder`` by ``write(path, content)``."""
+        tensors = serialize({name: np.ascontiguousarray(array) for name, array in self.arrays.items()})
+        about = self.about | {"sha256": hashlib.sha256(tensors).hexdigest()}
+        write(folder / TENSORS, tensors)
+        write(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadProfile:
+        """Read a head profile from its folder, or from either of its files.
+
+        Raises:
+            ProfileError: It is missing, truncated or damaged, or of another version.
+        """
+        path = Path(path)
+        folder = path.parent if path.name in (ABOUT, TENSORS) else path
+        if not (folder / ABOUT).is_file():
+            raise ProfileError(f"no profile in {folder}: it has no {ABOUT}", remedy="make_profile")
+        try:
+            about = json.loads((folder / ABOUT).read_text())
+            content = (folder / TENSORS).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ProfileError(f"the profile in {folder} cannot be read: {reason}") from None
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ProfileError(f"{folder / ABOUT} is not a profile of format {FORMAT}")
+        if hashlib.sha256(content).hexdigest() != about.get("sha256"):
+            raise ProfileError(f"{folder / TENSORS} is damaged or truncated: its digest is not that in {ABOUT}")
+        try:
+            profile = cls(about, parse(content))
+            shape = (about["model"]["layers"], about["model"]["heads"])
+            fits = profile.arrays["assignment"].shape == shape and len(profile.num_clusters) == shape[0]
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ProfileError(f"the profile in {folder} lacks {error}") from None
+        if not fits:
+            raise ProfileError(
+                f"the profile in {folder} is inconsistent: its tensors do not have the shape of its model"
+            )
+        return profile
+
+
+def build_profile(
+    statistics: HeadStatistics, num_clusters: list[int], about: dict[str, Any], warmup_tokens: int = 5
+) -> HeadProfile:
+    """Build the head profile from statistics and the chosen numbers of clusters.
+
+    Args:
+        statistics: Gathered over the corpus.
+        num_clusters: k of each layer.
+        about: ``model``, ``corpus``, ``features``, ``rule``, ``versions``.
+        warmup_tokens: Of CHAI; a mark in Figure 9.
+    """
+    sums, samples, distances = statistics.sums, statistics.samples, statistics.distances.astype(np.float32)
+    assignment, representatives, _ = cluster(distances, np.array(num_clusters), nearest=True)
+    representatives[representatives == assignment.shape[1]] = -1
+    changes, agreement = track_clusters(statistics, num_clusters)
+
+    def deviation(name: str) -> np.ndarray:
+        mean = sums[name] / samples
+        return np.sqrt(np.maximum(sums[f"{name}_square"] / samples - mean**2, 0))
+
+    series = {name: np.stack(statistics.series[name]) for name in ("maps", "sample_correlation")}
+    arrays = {
+        "clusters": np.array(num_clusters),
+        "assignment": assignment,
+        "representatives": representatives,
+        "distances": distances,
+        "error": sums["error"] / samples,
+        "error_sd": deviation("error"),
+        "error_static": statistics.errors("concatenated"),
+        "correlation": (sums["correlation"] / samples).astype(np.float32),
+        "cluster_sizes": sums["sizes"] / samples,
+        "cluster_sizes_sd": deviation("sizes"),
+        "changes": changes,
+        "agreement": agreement,
+        **{name: sums[name] / samples for name in ("entropy", "first_token", "own_token")},
+        **series,
+    }
+    # Build profile.json.
+    kept = [{"tokens": tokens} for tokens in statistics.kept_tokens]
+    model = about["model"]
+    read = sum(-(-k * model["key_heads"] // model["heads"]) for k in num_clusters)
+    saving = (1 - read / (len(num_clusters) * model["key_heads"])) / 2
+    about = {"format": FORMAT, **about, "decide_tokens": warmup_tokens, "kept": kept, "saving": saving}
+    return HeadProfile(about, arrays)
+
+
+def track_clusters(statistics: HeadStatistics, num_clusters: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Measure how the clusters of the first n tokens change with n (paper, Section 3.3, Figure 9).
+
+    Args:
+        statistics: With the distances of single rows of attention.
+        num_clusters: k of each layer.
+
+    Returns:
+        changes ``[L, history - 1]``: share of heads that change clusters from n to n + 1 tokens, under the best
+        matching of the labels; agreement ``[L, history]``: adjusted Rand index against the whole sequence. Means over
+        the samples; NaN without samples.
+    """
+    layers, history = statistics.options.layers, statistics.options.trace_tokens
+    changes, agreement = np.zeros((layers, history - 1)), np.zeros((layers, history))
+    samples = len(statistics.series["steps"])
+    for steps, whole in zip(statistics.series["steps"], statistics.series["whole"], strict=True):
+        seen = steps.cumsum(1, dtype=np.float32)  # [L, history, H, H]: of the features of the first n tokens
+        labels, _, _ = cluster(seen.reshape(-1, *seen.shape[2:]), np.repeat(num_clusters, history), nearest=True)
+        final, _, _ = cluster(whole.astype(np.float32), np.array(num_clusters), nearest=True)
+        labels = labels.reshape(layers, history, -1)
+        agreement += adjusted_rand(labels, np.broadcast_to(final[:, None], labels.shape))
+        changes += changed_heads(labels[:, :-1], labels[:, 1:]) / labels.shape[-1]
+    with np.errstate(invalid="ignore"):
+        return changes / samples, agreement / samples

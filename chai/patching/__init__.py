@@ -1,0 +1,1 @@
+"""Patch transformers models: the only code that knows the internals of transformers and accelerate."""

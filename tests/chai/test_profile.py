@@ -104,11 +104,11 @@ def damage(folder, how: str) -> None:
     ("how", "message"),
     [
         ("truncated", "damaged or truncated"),
-        ("half", "can't be read: No such file"),
-        ("no json", "can't be read"),
-        ("format", "no profile of format 1"),
-        ("empty", "no profile in .*experiment=profile makes one"),
-        ("contradiction", "contradicts itself"),
+        ("half", "cannot be read: No such file"),
+        ("no json", "cannot be read"),
+        ("format", "is not a profile of format 1"),
+        ("empty", "no profile in .*has no profile.json"),
+        ("contradiction", "is inconsistent"),
     ],
 )
 def test_a_damaged_profile_is_one_line(profile, tmp_path, how, message):

@@ -15,7 +15,6 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from typing_extensions import Self
 
 from chai.cache.buffer import TokenBuffer
 
@@ -176,6 +175,7 @@ class PrunedLayer(DynamicLayer):
 
 
 L = TypeVar("L", bound=PrunedLayer)
+C = TypeVar("C", bound=Cache)
 
 
 class PrunedCache(Cache, Generic[L]):
@@ -186,7 +186,7 @@ class PrunedCache(Cache, Generic[L]):
     """
 
     @classmethod
-    def of(cls, cache: Cache) -> Self:
+    def of(cls: type[C], cache: Cache) -> C:
         """View any cache with our layers, such as a ``DynamicCache`` that was passed to a patched model."""
         return cache if isinstance(cache, cls) else cls(layers=cache.layers)
 

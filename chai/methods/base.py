@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from typing_extensions import Self
 
 from chai.cache import vector_bytes
 from chai.flops import LayerFlops, LayerShape, prompt_flops
@@ -120,7 +119,7 @@ class Method(ABC):
         """Real tokens of multi-head attention at the start of a request."""
         return 0
 
-    def with_num_clusters(self, k: int) -> Self | Method | None:
+    def with_num_clusters(self, k: int) -> Method | None:
         """Return the method with ``k`` clusters in every layer; ``None`` for a method without clusters."""
         return None
 

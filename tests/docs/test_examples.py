@@ -29,7 +29,7 @@ for command in run:
     if code:
         sys.exit(f"{command}: exit code {code}")
 from chai.methods import Neighbours
-found = Neighbours(clusters=3).decide([0], [3], *[__import__("torch").empty(1, 2, 8, 0, 1)] * 2, 1.0)[0]
+found = Neighbours(clusters=3).cluster_heads([0], [3], *[__import__("torch").empty(1, 2, 8, 0, 1)] * 2, 1.0)[0]
 found.check()
 print(found.assignment[0].tolist(), found.representatives[0].tolist())
 """

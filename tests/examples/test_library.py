@@ -25,7 +25,7 @@ def test_it_generates_counts_bytes_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     text, saved, path = done.stdout.strip().splitlines()
     assert text.startswith("ben will wash") and len(text.split()) >= len("ben will wash".split()) + 8
-    held, full, share = re.fullmatch(r"K,V cache: ([\d,]+) bytes instead of ([\d,]+), ([\d.]+)% saved", saved).groups()  # type: ignore[union-attr]
+    held, full, share = re.fullmatch(r"KV cache: ([\d,]+) bytes instead of ([\d,]+), ([\d.]+)% saved", saved).groups()  # type: ignore[union-attr]
     held, full = (int(number.replace(",", "")) for number in (held, full))
     kept = (8 + 6 + 4 + 4) / 64  # keys; all values stay
     assert held / full == (1 + kept) / 2

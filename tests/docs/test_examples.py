@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from tests.docs.pages import PAGES, REPOSITORY, blocks, commands
@@ -39,7 +40,7 @@ print(found.assignment[0].tolist(), found.representatives[0].tolist())
 def copy(tmp_path_factory):
     """The project with the examples' files in it, and what running their commands left."""
     project = tmp_path_factory.mktemp("project")
-    for name in ("chai", "conf", "experiments"):
+    for name in ("chai", "conf", "experiments", "analysis", "results/paper"):
         shutil.copytree(REPOSITORY / name, project / name)  # with __pycache__, where the compiled K-means is
     written = [block for page in EXAMPLES for block in blocks(page) if block.path is not None]
     for block in written:
@@ -60,7 +61,7 @@ def copy(tmp_path_factory):
 def test_the_pages_write_what_they_promise(copy):
     _, written, _ = copy
     assert written == {
-        "chai/methods/neighbours.py", "conf/method/neighbours.yaml",
+        "chai/methods/neighbours.py", "conf/method/neighbours.yaml", "chai/methods/sinks.py", "conf/method/sinks.yaml",
         "conf/model/pythia_160m.yaml",
         "conf/task/openbookqa.yaml", "data/openbookqa_test.jsonl", "conf/task/own.yaml",
     }  # fmt: skip
@@ -75,6 +76,28 @@ def test_the_method_runs_beside_the_others(copy):
     assert all(result["savings"]["kind"] == "real" for result in results)
     assert all(result["savings"]["kv_bytes"] < result["savings"]["kv_bytes_mha"] for result in results)
     assert said.strip().splitlines()[-1] == "[0, 0, 0, 1, 1, 1, 2, 2] [0, 3, 6]"
+
+
+def test_a_method_with_its_own_cache_is_measured_and_drawn(copy):
+    """One file and one YAML: accuracy, memory, latency, and figures that show it beside the others."""
+    project, _, _ = copy
+
+    def result(experiment: str, task: str) -> dict:
+        (path,) = project.glob(f"results/{experiment}/tiny/sinks/{task}/*/result.json")
+        return json.loads(path.read_text())
+
+    savings = result("accuracy", "micro_piqa")["savings"]
+    assert savings["kind"] == "real" and savings["kv_bytes"] < savings["kv_bytes_mha"]
+    metrics = result("memory", "none")["metrics"]
+    assert metrics["kv_saved"] == pytest.approx(1 - 16 / 64)
+    (folder,) = project.glob("results/memory/tiny/sinks/none/*")
+    rows = pd.read_parquet(folder / "measurements.parquet")
+    assert (rows.cache_bytes == rows.formula_bytes).all()
+    assert {"model_prefill", "model_decode"} <= result("latency", "none")["metrics"].keys()
+    command = [sys.executable, "-m", "analysis.figures", "fig1", "fig11", "--out", str(project / "figures")]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in (project / "figures").glob("*.png")} >= {"fig1.png", "fig11.png"}
 
 
 def test_the_model_is_measured(copy):

@@ -23,31 +23,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The sizes of a decoder layer that its cost depends on.
+    """The sizes of a decoder layer that its cost depends on."""
 
-    Attributes:
-        num_heads: Query heads, H.
-        num_kv_heads: KV heads.
-        head_dim: D.
-        query_weights: Entries of W_Q; 0 if it is fused with others and cannot be sliced.
-        key_weights: Entries of W_K; 0 if fused.
-        other_weights: Entries of all other matrices of the layer, of which:
-        value_weights: W_V; 0 if fused.
-        output_weights: W_O.
-        mlp_weights: The MLP.
-        shares_values: Members use the values of their representative (CHAI-QKV).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_weights: int
-    key_weights: int
-    other_weights: int
-    value_weights: int
-    output_weights: int
-    mlp_weights: int
-    shares_values: bool = False
+    num_heads: int  # query heads, H
+    num_kv_heads: int  # KV heads
+    head_dim: int  # D
+    query_weights: int  # entries of W_Q; 0 if it is fused with others and cannot be sliced
+    key_weights: int  # entries of W_K; 0 if fused
+    other_weights: int  # entries of all other matrices of the layer, of which:
+    value_weights: int  # W_V; 0 if fused
+    output_weights: int  # W_O
+    mlp_weights: int  # the MLP
+    shares_values: bool = False  # members use the values of their representative (CHAI-QKV)
 
     def kv_heads_read(self, k: int) -> int:
         """Fewest KV heads that ``k`` representatives can read."""
@@ -77,27 +64,16 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """What a method computes in a layer over a prompt.
+    """What a method computes in a layer over a prompt."""
 
-    Attributes:
-        scores: Query heads that are projected, with the keys they read, and scored.
-        values: Heads whose values are projected and averaged.
-        outputs: Heads that W_O reads.
-        warmup_tokens: Tokens that run with all heads before that.
-        tokens: Share of the tokens present, in every part of the layer.
-        read: Share of the values that a head averages for a token.
-        neurons: Share of the MLP's neurons.
-        predictor: Entries of the matrices that decide what a token gets.
-    """
-
-    scores: int
-    values: int
-    outputs: int
-    warmup_tokens: int = 0
-    tokens: float = 1.0
-    read: float = 1.0
-    neurons: float = 1.0
-    predictor: int = 0
+    scores: int  # query heads that are projected, with the keys they read, and scored
+    values: int  # heads whose values are projected and averaged
+    outputs: int  # heads that W_O reads
+    warmup_tokens: int = 0  # tokens that run with all heads before that
+    tokens: float = 1.0  # share of the tokens present, in every part of the layer
+    read: float = 1.0  # share of the values that a head averages for a token
+    neurons: float = 1.0  # share of the MLP's neurons
+    predictor: int = 0  # entries of the matrices that decide what a token gets
 
 
 def prompt_flops(shape: LayerShape, layers: Sequence[LayerFlops], q_len: int) -> int:

@@ -28,16 +28,12 @@ def repeat_kv(states: Tensor, num_heads: int, dim: int = 1) -> Tensor:
 class HeadClusters:
     """Head clusters of one layer, for each row of the batch.
 
-    Attributes:
-        assignment: ``[B, H]`` (long); ``assignment[b, h]`` in ``[0, k)`` is the cluster of head ``h`` in row ``b``.
-        representatives: ``[B, k]`` (long); ``representatives[b, c]`` is a head of cluster ``c`` in row ``b``.
-
     Raises:
         ValueError: The shapes do not fit each other.
     """
 
-    assignment: Tensor
-    representatives: Tensor
+    assignment: Tensor  # [B, H] (long); assignment[b, h] in [0, k) is the cluster of head h in row b
+    representatives: Tensor  # [B, k] (long); representatives[b, c] is a head of cluster c in row b
 
     def __post_init__(self) -> None:
         if self.assignment.ndim != 2 or self.representatives.ndim != 2:
@@ -80,17 +76,11 @@ class HeadClusters:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster of one row.
+    """One cluster of one row."""
 
-    Attributes:
-        index: Its place among the representatives.
-        kv_head: The stored KV head that its representative reads.
-        members: Its query heads.
-    """
-
-    index: int
-    kv_head: int
-    members: tuple[int, ...]
+    index: int  # its place among the representatives
+    kv_head: int  # the stored KV head that its representative reads
+    members: tuple[int, ...]  # its query heads
 
 
 @dataclass(frozen=True)
@@ -98,16 +88,11 @@ class KVHeadMap:
     """Head clusters, and which stored KV head each representative reads.
 
     The properties are computed once per map. Those that return Python values read the tensors.
-
-    Attributes:
-        clusters: The head clusters.
-        kv_heads: Long ``[B, k]``, the KV head of each representative, as an index into the cache.
-        stored: Long ``[B, n]``, the model's KV heads that the cache stores.
     """
 
-    clusters: HeadClusters
-    kv_heads: Tensor
-    stored: Tensor
+    clusters: HeadClusters  # the head clusters
+    kv_heads: Tensor  # long [B, k], the KV head of each representative, as an index into the cache
+    stored: Tensor  # long [B, n], the model's KV heads that the cache stores
 
     @classmethod
     def all_stored(cls, clusters: HeadClusters, num_kv_heads: int) -> KVHeadMap:

@@ -38,32 +38,23 @@ class ModelSource:
     """Where a model comes from and how it is loaded.
 
     Attributes:
-        name: For messages.
-        hub_id: Repository on the hub.
-        revision: Branch, tag or commit there.
-        path: A local folder in Hugging Face format, instead of the hub.
-        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto`` takes an accelerator if there is one.
-        device_map: Split over devices by accelerate, instead of ``device``: ``auto``, ``balanced``, ``balanced_low_0``,
-            ``sequential``, or a dictionary from modules to devices (an index, ``cuda:1``, ``cpu``, ``disk``). Random
-            weights are not split.
-        safetensors_only: Refuse pickled weights, which can run code when they are loaded.
-        random_init: Build ``architecture`` with random weights.
+        device_map: Split over devices by accelerate, instead of ``device``: ``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential``, or a dictionary from modules to devices (an index, ``cuda:1``,
+            ``cpu``, ``disk``). Random weights are not split.
         architecture: Configuration for ``random_init``: ``model_type`` and its sizes.
-        seed: Of random weights.
     """
 
-    name: str
-    hub_id: str | None = None
-    revision: str = "main"
-    path: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
+    name: str  # for messages
+    hub_id: str | None = None  # repository on the hub
+    revision: str = "main"  # branch, tag or commit there
+    path: str | None = None  # A local folder in Hugging Face format, instead of the hub
+    dtype: str = "auto"  # auto (as stored), float32, bfloat16 or float16
+    device: str = "auto"  # auto takes an accelerator if there is one
     device_map: str | dict[str, int | str] | None = None
-    safetensors_only: bool = True
-    random_init: bool = False
+    safetensors_only: bool = True  # refuse pickled weights, which can run code when they are loaded
+    random_init: bool = False  # build architecture with random weights
     architecture: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    seed: int = 0  # of random weights
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:

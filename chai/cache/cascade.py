@@ -16,32 +16,20 @@ from chai.heads import pack_kv_heads, take_heads
 
 @dataclass(frozen=True)
 class CascadeRule:
-    """How much each layer keeps.
+    """How much each layer keeps."""
 
-    Attributes:
-        tokens: For each layer, the share of the context's tokens; not increasing.
-        heads: For each layer, the number of heads; not increasing.
-        values: Share of the values, those of the largest weights, that a head reads for a token.
-    """
-
-    tokens: tuple[float, ...]
-    heads: tuple[int, ...]
-    values: float
+    tokens: tuple[float, ...]  # for each layer, the share of the context's tokens; not increasing
+    heads: tuple[int, ...]  # for each layer, the number of heads; not increasing
+    values: float  # share of the values, those of the largest weights, that a head reads for a token
 
 
 @dataclass(frozen=True)
 class RemainingHeads:
-    """The heads of a layer that remain for text after the context.
+    """The heads of a layer that remain for text after the context."""
 
-    Attributes:
-        query_heads: Long ``[B, m]``, the query heads.
-        kv_heads: Long ``[B, m]``, the stored KV head that each reads, as an index into the cache.
-        stored: Long ``[B, n]``, the model's KV heads that are stored.
-    """
-
-    query_heads: Tensor
-    kv_heads: Tensor
-    stored: Tensor
+    query_heads: Tensor  # long [B, m], the query heads
+    kv_heads: Tensor  # long [B, m], the stored KV head that each reads, as an index into the cache
+    stored: Tensor  # long [B, n], the model's KV heads that are stored
 
     def select_rows(self, select: RowSelection) -> RemainingHeads:
         """Select, reorder or repeat rows."""

@@ -26,12 +26,11 @@ class WarmUp:
 
     Attributes:
         queries: ``[B, H, warmup_tokens, D]``, queries of the warm-up tokens seen so far; ``None`` before the first.
-        scaling: Factor of the scores.
         head_map: Clusters of the rows that have theirs (of other rows: anything); ``None`` if no row has.
     """
 
     queries: Tensor | None = None
-    scaling: float = 1.0
+    scaling: float = 1.0  # factor of the scores
     head_map: KVHeadMap | None = None
 
 
@@ -53,16 +52,11 @@ class WarmupTokens:
 
     A token counts if its own call shows it as real, wherever it is: padding may be left, right, or between two turns of
     a conversation.
-
-    Attributes:
-        positions: Long ``[B, warmup_tokens]``, their positions in the sequence; -1 if not seen yet.
-        count: Long ``[B]``, real tokens seen so far.
-        clustered: Bool ``[B]``, rows that have their clusters.
     """
 
-    positions: Tensor
-    count: Tensor
-    clustered: Tensor
+    positions: Tensor  # long [B, warmup_tokens], their positions in the sequence; -1 if not seen yet
+    count: Tensor  # long [B], real tokens seen so far
+    clustered: Tensor  # bool [B], rows that have their clusters
 
     @classmethod
     def unseen(cls, batch_size: int, warmup_tokens: int, device: torch.device) -> WarmupTokens:

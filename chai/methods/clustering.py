@@ -351,18 +351,14 @@ class ClusteredPass(ForwardPass):
     """One call of the decoder under a clustering method.
 
     Attributes:
-        method: The method.
-        num_clusters: k of each layer.
-        cache: Of the call.
-        has_padding: Some token may not see all tokens before it.
         new_tokens: During warm-up, the warm-up tokens in this call (:meth:`WarmupTokens.add`).
         clustered_rows: During warm-up, long indices of the rows that have their clusters; ``None``: no row.
     """
 
-    method: ClusteringMethod
-    num_clusters: tuple[int, ...]
-    cache: ClusteredCache
-    has_padding: bool
+    method: ClusteringMethod  # the method
+    num_clusters: tuple[int, ...]  # k of each layer
+    cache: ClusteredCache  # of the call
+    has_padding: bool  # some token may not see all tokens before it
     new_tokens: tuple[Tensor, Tensor] | None = None
     clustered_rows: Tensor | None = None
 

@@ -198,19 +198,12 @@ def _mask_block(
 
 @dataclass
 class LayerActivity:
-    """What one layer read and computed in a call, a row for each token.
+    """What one layer read and computed in a call, a row for each token."""
 
-    Attributes:
-        hidden: ``[N, d]``, input of the attention.
-        norms: ``[N, H]``, norms of the heads' outputs.
-        mlp_hidden: ``[N, d]``, input of the MLP.
-        active: Bool ``[N, neurons]``, ReLU neurons with a positive output.
-    """
-
-    hidden: Tensor = field(init=False)
-    norms: Tensor = field(init=False)
-    mlp_hidden: Tensor = field(init=False)
-    active: Tensor = field(init=False)
+    hidden: Tensor = field(init=False)  # [N, d], input of the attention
+    norms: Tensor = field(init=False)  # [N, H], norms of the heads' outputs
+    mlp_hidden: Tensor = field(init=False)  # [N, d], input of the MLP
+    active: Tensor = field(init=False)  # bool [N, neurons], ReLU neurons with a positive output
 
 
 @contextmanager

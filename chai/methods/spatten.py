@@ -177,24 +177,17 @@ class CascadePass(ForwardPass):
     """One call of the decoder; what its layers pass on to each other while the context lasts.
 
     Attributes:
-        cache: Of the call.
-        real: Bool ``[B, T]``, the new tokens that are not padding.
-        context: Bool ``[B, T]``, the new tokens that belong to the context.
-        ends: Long ``[B]``, the index of the context's last token; -1 where it is not among them.
         kept_tokens: Bool ``[B, T, S]``, the tokens that each new one saw in the layer before; ``None``: all before it.
-        kept_heads: Bool ``[B, T, H]``, the heads that each had there; ``None``: all.
-        votes: fp32 ``[B, T, S]``, ``S_{l-1}``.
-        sizes: fp32 ``[B, T, H]``, ``G_{l-1}``.
     """
 
-    cache: CascadeCache
-    real: Tensor
-    context: Tensor
-    ends: Tensor
+    cache: CascadeCache  # of the call
+    real: Tensor  # bool [B, T], the new tokens that are not padding
+    context: Tensor  # bool [B, T], the new tokens that belong to the context
+    ends: Tensor  # long [B], the index of the context's last token; -1 where it is not among them
     kept_tokens: Tensor | None = None
-    kept_heads: Tensor | None = None
-    votes: Tensor | None = None
-    sizes: Tensor | None = None
+    kept_heads: Tensor | None = None  # bool [B, T, H], the heads that each had there; None: all
+    votes: Tensor | None = None  # fp32 [B, T, S], S_{l-1}
+    sizes: Tensor | None = None  # fp32 [B, T, H], G_{l-1}
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Compute one layer's attention, ``[B, T, H, D]``."""

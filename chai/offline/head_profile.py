@@ -50,15 +50,10 @@ def model_shape(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class HeadProfile:
-    """Result of the offline phase.
+    """Result of the offline phase."""
 
-    Attributes:
-        about: Content of ``profile.json``.
-        arrays: The tensors.
-    """
-
-    about: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    about: dict[str, Any]  # content of profile.json
+    arrays: dict[str, np.ndarray]  # the tensors
 
     @property
     def num_clusters(self) -> list[int]:

@@ -40,52 +40,30 @@ class StatisticsError(ValueError):
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """What to gather.
+    """What to gather."""
 
-    Attributes:
-        layers: Layers of the model.
-        heads: Query heads of each layer, H.
-        features: See the module.
-        tokens: Length of the longest sample.
-        saved_samples: Samples whose maps and correlations are saved one by one.
-        map_tokens: Tokens of the saved maps.
-        trace_tokens: Tokens up to which the clusters are tracked.
-        trace_samples: Samples in which they are.
-    """
-
-    layers: int
-    heads: int
-    features: Features = "causal"
-    tokens: int = 512
-    saved_samples: int = 4
-    map_tokens: int = 32
-    trace_tokens: int = 20
-    trace_samples: int = 64
+    layers: int  # layers of the model
+    heads: int  # query heads of each layer, H
+    features: Features = "causal"  # see the module
+    tokens: int = 512  # length of the longest sample
+    saved_samples: int = 4  # samples whose maps and correlations are saved one by one
+    map_tokens: int = 32  # tokens of the saved maps
+    trace_tokens: int = 20  # tokens up to which the clusters are tracked
+    trace_samples: int = 64  # samples in which they are
 
 
 @dataclass
 class LayerSamples:
-    """Statistics of one layer for a batch of samples; tensors on the model's device.
+    """Statistics of one layer for a batch of samples; tensors on the model's device."""
 
-    Attributes:
-        distances: ``[B, H, H]``, squared, of the features.
-        squares: ``[B, H]``, squared norms of the features.
-        steps: ``[B, trace_tokens, H, H]``, squared distances of each of the first rows alone.
-        row: ``[B, H, T]``, attention of the last token.
-        map_row: ``[B, H, map_tokens]``, attention of the last token of the map.
-        entropy: ``[B, H]``, relative to that of uniform attention, mean of some rows.
-        first_token: ``[B, H]``, share of the attention on the first token, mean of the rows but the first.
-        own_token: ``[B, H]``, share of the attention on the token itself, mean of the rows but the first.
-    """
-
-    distances: Tensor
-    squares: Tensor
-    steps: Tensor
-    row: Tensor
-    map_row: Tensor
-    entropy: Tensor
-    first_token: Tensor
-    own_token: Tensor
+    distances: Tensor  # [B, H, H], squared, of the features
+    squares: Tensor  # [B, H], squared norms of the features
+    steps: Tensor  # [B, trace_tokens, H, H], squared distances of each of the first rows alone
+    row: Tensor  # [B, H, T], attention of the last token
+    map_row: Tensor  # [B, H, map_tokens], attention of the last token of the map
+    entropy: Tensor  # [B, H], relative to that of uniform attention, mean of some rows
+    first_token: Tensor  # [B, H], share of the attention on the first token, mean of the rows but the first
+    own_token: Tensor  # [B, H], share of the attention on the token itself, mean of the rows but the first
 
 
 def gather(
@@ -191,31 +169,23 @@ class HeadStatistics:
     """Sums over the samples seen so far; saved as they are, so that a stopped pass can be resumed.
 
     Attributes:
-        options: What is gathered.
-        samples: Samples seen.
-        seen_tokens: Their tokens.
-        longest: Tokens of the longest.
-        read: Texts read from the corpus, those too short included.
-        complete: The pass has ended.
-        made: How they were gathered, JSON.
-        kept_tokens: Tokens of each saved sample, as text.
-        sums: By name, float64: ``error``, ``error_square`` ``[L, H]`` (with k clusters at ``k - 1``), ``distances``,
-            ``correlation`` ``[L, H, H]``, ``sizes``, ``sizes_square`` ``[L, H, H]`` (of the i-th largest of k clusters
-            at ``k - 1, i``), ``entropy``, ``first_token``, ``own_token`` ``[L, H]``, and for ``last_row`` ``rows``
-            ``[L, H, tokens]``.
+        sums: By name, float64: ``error``, ``error_square`` ``[L, H]`` (with k clusters at ``k - 1``),
+            ``distances``, ``correlation`` ``[L, H, H]``, ``sizes``, ``sizes_square`` ``[L, H, H]`` (of the i-th
+            largest of k clusters at ``k - 1, i``), ``entropy``, ``first_token``, ``own_token`` ``[L, H]``, and
+            for ``last_row`` ``rows`` ``[L, H, tokens]``.
         series: By name, one fp32 array per sample: ``maps`` ``[L, H, map_tokens]``, ``sample_correlation``
-            ``[L, H, H]``, ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the samples in
-            ``steps``).
+            ``[L, H, H]``, ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the
+            samples in ``steps``).
     """
 
-    options: StatisticsOptions
-    samples: int = 0
-    seen_tokens: int = 0
-    longest: int = 0
-    read: int = 0
-    complete: bool = False
-    made: dict[str, Any] = field(default_factory=dict)
-    kept_tokens: list[list[str]] = field(default_factory=list)
+    options: StatisticsOptions  # what is gathered
+    samples: int = 0  # samples seen
+    seen_tokens: int = 0  # their tokens
+    longest: int = 0  # tokens of the longest
+    read: int = 0  # texts read from the corpus, those too short included
+    complete: bool = False  # the pass has ended
+    made: dict[str, Any] = field(default_factory=dict)  # how they were gathered, JSON
+    kept_tokens: list[list[str]] = field(default_factory=list)  # tokens of each saved sample, as text
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     series: dict[str, list[np.ndarray]] = field(default_factory=dict)
 

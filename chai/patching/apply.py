@@ -36,25 +36,15 @@ P = TypeVar("P", bound=PrunedCache)
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """The inputs of one layer's attention.
+    """The inputs of one layer's attention."""
 
-    Attributes:
-        module: The attention module.
-        query: ``[B, H, T, D]``, or the computed heads alone.
-        key: ``[B, H_kv, S, D]``, or what the cache stores.
-        value: ``[B, H_kv, S, D]``, or what the cache stores.
-        mask: ``[B or 1, 1, T, S]`` or ``None``, as transformers passes it.
-        scaling: Factor of the scores.
-        options: Further arguments of transformers.
-    """
-
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-    options: dict[str, Any]
+    module: nn.Module  # the attention module
+    query: Tensor  # [B, H, T, D], or the computed heads alone
+    key: Tensor  # [B, H_kv, S, D], or what the cache stores
+    value: Tensor  # [B, H_kv, S, D], or what the cache stores
+    mask: Tensor | None  # [B or 1, 1, T, S] or None, as transformers passes it
+    scaling: float  # factor of the scores
+    options: dict[str, Any]  # further arguments of transformers
 
     @property
     def layer_idx(self) -> int:
@@ -96,21 +86,13 @@ def current_pass() -> ForwardPass | None:
 
 @dataclass
 class DecoderCall:
-    """The arguments of a call of the decoder.
+    """The arguments of a call of the decoder."""
 
-    Attributes:
-        kwargs: All arguments by name.
-        batch_size: Rows.
-        q_len: New tokens.
-        device: Of the new tokens.
-        mask: ``attention_mask``: 2-D, 4-D, or ``None``.
-    """
-
-    kwargs: dict[str, Any]
-    batch_size: int
-    q_len: int
-    device: torch.device
-    mask: Tensor | None
+    kwargs: dict[str, Any]  # all arguments by name
+    batch_size: int  # rows
+    q_len: int  # new tokens
+    device: torch.device  # of the new tokens
+    mask: Tensor | None  # attention_mask: 2-D, 4-D, or None
 
     @property
     def has_padding(self) -> bool:

@@ -48,19 +48,12 @@ def num_neurons(config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of a decoder layer that hooks are registered on.
+    """The modules of a decoder layer that hooks are registered on."""
 
-    Attributes:
-        attention: Reads the hidden states.
-        output: W_O; reads the outputs of the heads, ``[B, T, H * D]``.
-        first: The first projection of the MLP; reads the hidden states (any, if several do).
-        last: The last projection of the MLP; reads the neurons.
-    """
-
-    attention: nn.Module
-    output: nn.Module
-    first: nn.Module
-    last: nn.Module
+    attention: nn.Module  # reads the hidden states
+    output: nn.Module  # W_O; reads the outputs of the heads, [B, T, H * D]
+    first: nn.Module  # the first projection of the MLP; reads the hidden states (any, if several do)
+    last: nn.Module  # the last projection of the MLP; reads the neurons
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chai.methods.clustering
+import chai.patching.clustered
 import chai.patching.projections
 from chai.attention import shared_value_attention
 from chai.heads import HeadClusters, KVHeadMap, take_heads
@@ -86,7 +86,7 @@ def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
     method, found = ChaiQkv(clusters=COUNTS), []
     for one_pass in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
+            patch.setattr(chai.patching.clustered._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
             with method(model):
                 cache = method.new_cache(model)
                 logits = model(**batch, past_key_values=cache).logits
@@ -235,7 +235,7 @@ def test_only_the_values_that_are_kept_are_projected(family, monkeypatch):
     real = chai.patching.projections.project_heads
     monkeypatch.setattr(chai.patching.projections, "project_heads", count)
     monkeypatch.setattr(chai.patching.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
-    monkeypatch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
+    monkeypatch.setattr(chai.patching.clustered._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
     for cls, expected in ((Chai, {"q_proj", "k_proj"}), (ChaiQkv, {"q_proj", "k_proj", "v_proj"})):
         done.clear()
         with cls(clusters=2, group_aware=True)(model):

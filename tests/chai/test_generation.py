@@ -9,7 +9,7 @@ import torch
 from transformers import set_seed
 
 import chai.methods.chai
-import chai.methods.clustering
+import chai.patching.clustered
 import chai.patching.projections
 from chai.attention import clustered_attention, reference
 from chai.methods import Chai, Random
@@ -25,9 +25,9 @@ slow_attention = reference.clustered_attention
 def slow():
     """Reference attention, whole projections and prompts cut after their first tokens instead of the fast paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)
+        patch.setattr(chai.patching.clustered._Requests, "in_one_pass", lambda *_: False)
         patch.setattr(chai.methods.chai, "clustered_attention", slow_attention)
-        patch.setattr(chai.methods.clustering, "sliced_projections", lambda *_: nullcontext())
+        patch.setattr(chai.patching.clustered, "sliced_projections", lambda *_: nullcontext())
         yield
 
 
@@ -67,7 +67,7 @@ def test_a_prompt_in_one_pass_is_the_same_as_one_that_is_cut(family):
     method, found = Chai(clusters=COUNTS), []
     for one_pass in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
+            patch.setattr(chai.patching.clustered._Requests, "in_one_pass", lambda *_, answer=one_pass: answer)
             with method(model):
                 cache = method.new_cache(model)
                 logits = model(**batch, past_key_values=cache).logits
@@ -170,7 +170,7 @@ def test_only_the_representatives_are_projected(family):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chai.patching.projections, "project_heads", count)
         patch.setattr(chai.patching.projections, "OVERHEAD", 0)  # or these tiny matrices aren't worth it
-        patch.setattr(chai.methods.clustering._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
+        patch.setattr(chai.patching.clustered._Requests, "in_one_pass", lambda *_: False)  # which projects all heads
         for method in (Chai(clusters=2), Random(clusters=2, seed=1)):
             with slow(), method(model):
                 expected = model(**batch).logits

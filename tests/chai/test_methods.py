@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 
-import chai.methods.clustering
+import chai.patching.clustered
 from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
 from chai.cache.clustered import ClusteredLayer, ClusteringState
 from chai.clustering.assignment import kmeans_clusters
@@ -71,7 +71,7 @@ def test_clustered_path_with_one_head_per_cluster_is_multi_head_attention(family
         kv_heads, state = getattr(config, "num_key_value_heads", None) or HEADS, ClusteringState((method, counts))
         return ClusteredCache(layers=[ClusteredLayer(state, index, kv_heads) for index in range(LAYERS)])
 
-    monkeypatch.setattr(chai.methods.clustering, "new_clustered_cache", all_clustered)
+    monkeypatch.setattr(chai.patching.clustered, "new_clustered_cache", all_clustered)
     with Chai(clusters=HEADS)(model):
         real = batch["attention_mask"].bool()
         assert relative_error(model(**batch).logits[real], expected[real]) < 1e-5

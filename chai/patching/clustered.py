@@ -1,0 +1,299 @@
+"""The course of a request under head clustering: warm-up, cluster, evict, attend.
+
+A request runs with all heads until the warm-up tokens of every row have been seen. Then the heads are clustered, the
+redundant keys are evicted, and everything runs on the representatives alone. By causality the result is that of one
+pass in which each layer clusters its heads after the warm-up tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from chai.attention import mha_attention
+from chai.cache import ClusteredCache, ClusteredLayer, PrunedLayer
+from chai.cache.clustered import Clustered, WarmUp, WarmupTokens, WholePrompt
+from chai.heads import HeadClusters, KVHeadMap, take_heads
+from chai.patching.apply import (
+    AttentionInputs,
+    Decoder,
+    DecoderCall,
+    ForwardPass,
+    adopt_cache,
+    current_pass,
+    join_outputs,
+    patched,
+    running,
+)
+from chai.patching.devices import layer_devices
+from chai.patching.model_info import check_family, layer_shape, num_kv_heads, sliding_windows
+from chai.patching.projections import sliced_projections
+
+# A prompt in one pass saves the pass of the warm-up tokens, whose weights are read and operations launched once more.
+# Cost of a layer in that pass, in multiply-adds of the same time: a constant, and a factor of the layer's weights.
+LAYER_OVERHEAD, WEIGHT_OVERHEAD = 140_000_000, 40
+
+
+class ClusteringSteps(ABC):
+    """The steps of a clustering method, between which a request is the same for all of them."""
+
+    #: Members use the values of their representative, and their own leave the cache (paper, Table 4).
+    shares_values: ClassVar[bool] = False
+
+    @property
+    def warmup_tokens(self) -> int:
+        """Real tokens of multi-head attention at the start of a request; 0: the clusters do not depend on it."""
+        return 0
+
+    @abstractmethod
+    def cluster_heads(
+        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
+    ) -> list[HeadClusters]:
+        """Cluster the heads of some layers and rows.
+
+        Args:
+            layers: Indices of the ``L`` layers.
+            num_clusters: k of each of them.
+            query: ``[L, B, H, warmup_tokens, D]``, of the warm-up tokens of each row.
+            key: ``[L, B, H_kv, warmup_tokens, D]``.
+            scaling: Factor of the scores.
+        """
+
+    @abstractmethod
+    def evict(self, layer: ClusteredLayer, clusters: HeadClusters) -> None:
+        """Drop from the cache what is no longer read."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        """Compute the attention of tokens after the warm-up.
+
+        Args:
+            query: ``[B, k, T, D]``, of the representatives.
+            key: ``[B, n, S, D]``, the stored KV heads.
+            value: ``[B, H_kv, S, D]``, or of the stored KV heads if ``shares_values``.
+            head_map: The clusters, and the stored KV heads.
+            scaling: Factor of the scores.
+            mask: ``[B or 1, 1, T, S]``; ``None`` means causal.
+
+        Returns:
+            ``[B, H, T, D]``.
+        """
+
+
+@contextmanager
+def clustered(
+    model: PreTrainedModel, steps: ClusteringSteps, num_clusters: tuple[int, ...]
+) -> Iterator[PreTrainedModel]:
+    """Run ``model`` with clustered heads inside the block; restored at its end, also after an exception.
+
+    Args:
+        model: The model.
+        steps: Of the method.
+        num_clusters: k of each layer.
+
+    Raises:
+        ValueError: The family is not supported, or a method is applied already.
+    """
+    check_family(model.config)
+    requests = _Requests(steps, num_clusters, model)
+    with patched(model, requests.forward), sliced_projections(model, _cache_layer):
+        yield model
+
+
+def new_clustered_cache(
+    steps: ClusteringSteps, num_clusters: tuple[int, ...], config: PreTrainedConfig, reserve: int = 0
+) -> ClusteredCache:
+    """Build an empty cache for a model of this configuration."""
+    num_heads, windows = config.num_attention_heads, sliding_windows(config)
+    owner = (steps, num_clusters)
+    return ClusteredCache.empty(owner, num_clusters, num_heads, num_kv_heads(config), windows, reserve)
+
+
+class _Requests:
+    """The decoder's forward under a clustering method."""
+
+    def __init__(self, steps: ClusteringSteps, num_clusters: tuple[int, ...], model: PreTrainedModel) -> None:
+        self.steps, self.num_clusters, self.config = steps, num_clusters, model.config
+        self.shape = layer_shape(model, steps.shares_values)
+        self.on_cpu = all(device.type == "cpu" for device in layer_devices(model))
+
+    def forward(self, decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder on a cache of ours, one part of the tokens after the other."""
+        call = decoder.parse(args, kwargs)
+        call.kwargs["past_key_values"], cache = adopt_cache(
+            call.kwargs.get("past_key_values"),
+            ClusteredCache,
+            (self.steps, self.num_clusters),
+            lambda: new_clustered_cache(self.steps, self.num_clusters, self.config),
+            "clustered head attention",
+        )
+        state, padded = cache.state, call.has_padding
+        if state.warmup is None:
+            self.begin(cache, call)
+        if len(state.warmup.count) != call.batch_size:
+            raise ValueError(f"the cache holds {len(state.warmup.count)} sequences, this call has {call.batch_size}")
+        with state.attach():
+            if state.is_clustered:
+                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded)):
+                    return decoder.forward(**call.kwargs)
+            if not padded and cache.get_seq_length() == 0 and self.in_one_pass(cache, call):
+                cache.expect_whole_prompt(self.steps.warmup_tokens)
+                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded)):
+                    return decoder.forward(**call.kwargs)
+            # Split the tokens wherever some row completes its warm-up.
+            real, offset, outputs, begin = call.real_tokens(), cache.get_seq_length(), [], 0
+            for end in sorted({*state.warmup.ends(real), call.q_len}):
+                done = state.warmup.clustered.nonzero()[:, 0]
+                rows = done if len(done) else None
+                new = None if state.is_clustered else state.warmup.add(real[:, begin:end], offset + begin)
+                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded, new, rows)):
+                    outputs.append(decoder.forward(**call.part(begin, end)))
+                self.cluster_complete_rows(cache)
+                begin = end
+        return outputs[0] if len(outputs) == 1 else join_outputs(outputs)
+
+    def begin(self, cache: ClusteredCache, call: DecoderCall) -> None:
+        """Start a batch of requests; a method without warm-up clusters the heads at once."""
+        state, layers = cache.state, cache.clustered_layers
+        state.warmup = WarmupTokens.unseen(call.batch_size, self.steps.warmup_tokens, call.device)
+        if not layers:
+            state.is_clustered = True
+        elif self.steps.warmup_tokens == 0:
+            num_heads, kv_heads = self.config.num_attention_heads, num_kv_heads(self.config)
+            query = torch.empty(len(layers), call.batch_size, num_heads, 0, 1, device=call.device)
+            key = torch.empty(len(layers), call.batch_size, kv_heads, 0, 1, device=call.device)
+            self.cluster_rows(cache, ~state.warmup.clustered, query, key, 1.0)
+
+    def in_one_pass(self, cache: ClusteredCache, call: DecoderCall) -> bool:
+        """Whether a prompt is faster in one pass, in which each layer clusters its heads as the pass reaches it.
+
+        All heads' Q and K are then projected, but there is no pass of the warm-up tokens alone. Only on a CPU: on an
+        accelerator, the clustering in every layer would wait for the device.
+        """
+        rest = call.q_len - self.steps.warmup_tokens
+        if not self.on_cpu or rest <= 0:
+            return False
+        all_heads = self.shape.weights(self.shape.num_heads)
+        saved = sum(all_heads - self.shape.weights(self.num_clusters[index]) for index in cache.clustered_layers)
+        cost = len(cache.layers) * (LAYER_OVERHEAD + WEIGHT_OVERHEAD * all_heads)
+        return call.batch_size * rest * saved < cost
+
+    def cluster_complete_rows(self, cache: ClusteredCache) -> None:
+        """Cluster the heads of the rows that have just completed their warm-up."""
+        state = cache.state
+        if state.is_clustered:
+            return
+        rows = state.warmup.complete & ~state.warmup.clustered
+        if bool(rows.any()):
+            self.cluster_rows(cache, rows, *cache.warmup_inputs(rows))
+
+    def cluster_rows(self, cache: ClusteredCache, rows: Tensor, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Cluster the heads of some rows in all layers; evict once all rows have their clusters."""
+        layers = cache.clustered_layers
+        clusters = self.steps.cluster_heads(
+            list(layers), [self.num_clusters[index] for index in layers], query, key, scaling
+        )
+        state = cache.state
+        state.warmup.clustered = state.warmup.clustered | rows
+        state.is_clustered, all_at_once = bool(state.warmup.clustered.all()), bool(rows.all())
+        for layer, layer_clusters in zip(layers.values(), clusters, strict=True):
+            if not all_at_once:
+                layer_clusters = layer.set_row_clusters(rows, layer_clusters)
+            if state.is_clustered:
+                self.steps.evict(layer, layer_clusters)
+
+
+@dataclass(frozen=True)
+class ClusteredPass(ForwardPass):
+    """One call of the decoder under a clustering method.
+
+    Attributes:
+        new_tokens: During warm-up, the warm-up tokens in this call (:meth:`WarmupTokens.add`).
+        clustered_rows: During warm-up, long indices of the rows that have their clusters; ``None``: no row.
+    """
+
+    steps: ClusteringSteps
+    num_clusters: tuple[int, ...]  # k of each layer
+    cache: ClusteredCache  # of the call
+    has_padding: bool  # some token may not see all tokens before it
+    new_tokens: tuple[Tensor, Tensor] | None = None
+    clustered_rows: Tensor | None = None
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Compute one layer's attention by the phase of the layer, ``[B, T, H, D]``."""
+        layer = cast(PrunedLayer, self.cache.layers[inputs.layer_idx])
+        query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scaling
+        causal = not self.has_padding and (layer.window is None or value.shape[2] <= layer.window)
+        mask = None if causal else inputs.mask
+        phase = layer.phase if isinstance(layer, ClusteredLayer) else None
+        if isinstance(phase, WarmUp):
+            assert isinstance(layer, ClusteredLayer)
+            return self._warm_up(layer, phase, inputs, mask)
+        if isinstance(phase, WholePrompt):
+            assert isinstance(layer, ClusteredLayer)
+            return self._cluster_and_attend(layer, inputs, mask)
+        if query.shape[2] == 1 and query.dtype.itemsize == 2 and query.device.type == "cpu":
+            key, value, mask = layer.padded(mask)
+        if phase is None:  # k = H
+            return mha_attention(query, key, value, scaling, mask, inputs.sdpa)
+        representatives = phase.head_map.clusters.representatives
+        if query.shape[1] != representatives.shape[1]:  # a model whose projections cannot be sliced
+            query = take_heads(query, representatives)
+        return self.steps.attend(query, key, value, phase.head_map, scaling, mask).transpose(1, 2)
+
+    def _warm_up(self, layer: ClusteredLayer, phase: WarmUp, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
+        """Attend with all heads, and collect the queries; rows that have their clusters use these already."""
+        assert self.new_tokens is not None
+        layer.collect_queries(inputs.query, *self.new_tokens, inputs.scaling)
+        out = inputs.sdpa()
+        if self.clustered_rows is None or phase.head_map is None:
+            return out
+        rows = self.clustered_rows.to(out.device)
+        head_map = phase.head_map.map_tensors(lambda tensor: tensor[rows])
+        row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask
+        query = take_heads(inputs.query[rows], head_map.clusters.representatives)
+        key, value = inputs.key[rows], inputs.value[rows]
+        clustered = self.steps.attend(query, key, value, head_map, inputs.scaling, row_mask)
+        return out.index_copy(0, rows, clustered.transpose(1, 2))
+
+    def _cluster_and_attend(self, layer: ClusteredLayer, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
+        """Run a whole prompt through one layer: warm-up tokens with all heads, the others on the representatives."""
+        tokens, num_heads, scaling = self.steps.warmup_tokens, inputs.query.shape[1], inputs.scaling
+        query, key, value = (tensor[:, :, :tokens].contiguous() for tensor in (inputs.query, inputs.key, inputs.value))
+        # Cluster, and evict.
+        index = inputs.layer_idx
+        (clusters,) = self.steps.cluster_heads([index], [self.num_clusters[index]], query[None], key[None], scaling)
+        self.steps.evict(layer, clusters)
+        assert isinstance(layer.phase, Clustered) and layer.keys is not None and layer.values is not None
+        # Warm-up tokens.
+        warm_up = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask[:, :, :tokens, :tokens],
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=key.shape[1] != num_heads,
+        )
+        # The other tokens.
+        head_map = layer.phase.head_map
+        query = take_heads(inputs.query[:, :, tokens:], head_map.clusters.representatives)
+        rest_mask = None if mask is None else mask[:, :, tokens:]
+        rest = self.steps.attend(query, layer.keys, layer.values, head_map, scaling, rest_mask)
+        return torch.cat([warm_up.transpose(1, 2), rest.transpose(1, 2)], 1)
+
+
+def _cache_layer(index: int) -> PrunedLayer | None:
+    """Return the cache layer of the running call."""
+    forward_pass = current_pass()
+    return forward_pass.cache.pruned_layers[index] if isinstance(forward_pass, ClusteredPass) else None

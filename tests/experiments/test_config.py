@@ -13,18 +13,10 @@ from omegaconf import OmegaConf
 from chai.methods import load_method, method_names
 from chai.models import load_config
 from experiments.cli import main
-from experiments.config.schema import (
-    CONF,
-    REPOSITORY,
-    ConfigError,
-    check_overrides,
-    check_values,
-    choices,
-    compose_config,
-    to_dataclass,
-)
+from experiments.config.compose import choices, compose_config, task_members
+from experiments.config.schema import CONF, REPOSITORY, ConfigError
+from experiments.config.validate import check_overrides, check_values, to_dataclass
 from experiments.evaluation.accuracy import model_source
-from experiments.evaluation.tasks import members
 
 EVERY = [
     (path.parent.name, path.stem)
@@ -79,7 +71,7 @@ def test_every_model_yaml_builds_its_architecture(name):
 
 @pytest.mark.parametrize("name", choices("task"))
 def test_every_task_yaml_leads_to_single_tasks(name):
-    for single in members(compose_config([f"task={name}"])):
+    for single in task_members(compose_config([f"task={name}"])):
         assert single.task.harness
         assert single.task.data_file
         assert not single.task.members
@@ -101,18 +93,18 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["batch_size=-1"], "batch_size is -1; valid: 1 or more"),
         (["model.dtype=int8"], "model.dtype is 'int8'; valid: auto, float32, bfloat16, float16"),
         (["device=tpu"], "device is 'tpu'; valid: auto, cpu, cuda"),
-        (["model=opt66b"], "model 'opt66b' has no cluster counts of its own: give method.clusters"),
+        (["model=opt66b"], "model 'opt66b' defines no default cluster counts; set method.clusters"),
         (["task=piqaa"], "unknown task 'piqaa' (did you mean 'piqa'?)"),
-        (["limit"], "can't read the command line"),
+        (["limit"], "cannot read the command line"),
         (["method=mha,chai"], "method=mha,chai is a sweep: add -m"),
-        (["-m", "method=glob(*)"], "can't list the values of method=glob(*)"),
-        (["+task=piqa"], "can't read +task=piqa; expected task=NAME"),
+        (["-m", "method=glob(*)"], "cannot list the values of method=glob(*)"),
+        (["+task=piqa"], "cannot read +task=piqa; expected task=NAME"),
         (
             ["hydra/launcher=slrum"],
             "unknown hydra/launcher 'slrum' (did you mean 'slurm'?); valid: basic, local, slurm",
         ),
         (["hydra/launcher=slurm"], "hydra/launcher=slurm is for sweeps: add -m"),
-        (["-m", "hydra/launcher=slurm,local"], "hydra/launcher=slurm,local can't be a sweep"),
+        (["-m", "hydra/launcher=slurm,local"], "hydra/launcher=slurm,local cannot be a sweep"),
         (["-m", "hydra/sweeper=optuna"], "unknown hydra/sweeper 'optuna'; valid: basic"),
         (
             ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout=5"],
@@ -122,7 +114,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
             ["-m", "hydra.sweep.dir=x"],
             "hydra.sweep.dir has no effect: a sweep's record is below results_dir, in sweeps/",
         ),
-        (["task=micro", "task.metric=acc"], "task.metric can't be set for a group of tasks"),
+        (["task=micro", "task.metric=acc"], "task.metric cannot be set for a group of tasks"),
         (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),
         (["task=piqa", "task.data_dir=x", "task.data_file=null"], "has no task.data_file"),
         (["method.name=chia"], "method.name is what method=... sets; valid: chai, chai_qkv"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.config.schema import CONF, ConfigError, TaskConfig, register, unknown_name
 
@@ -71,16 +72,17 @@ def load_member(name: str, group: DictConfig | TaskConfig) -> DictConfig:
     """
     if name not in choices("task"):
         raise ConfigError(unknown_name("task", name, choices("task")))
-    values = OmegaConf.load(CONF / "task" / f"{name}.yaml")
-    assert isinstance(values, DictConfig)
-    values.pop("defaults", None)
-    member = OmegaConf.merge(OmegaConf.structured(TaskConfig), values)
-    assert isinstance(member, DictConfig)
+    member = _compose_task(name).copy()
     if group.data_dir is not None:
         member.data_dir = group.data_dir
     if group.num_fewshot:
         member.num_fewshot = group.num_fewshot
     return member
+
+
+@functools.cache
+def _compose_task(name: str) -> DictConfig:
+    return compose_config([f"task={name}"]).task
 
 
 def data_path(task: DictConfig) -> Path | None:

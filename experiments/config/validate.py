@@ -200,10 +200,7 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
         if key not in fields:
             raise ConfigError(unknown_name(f"key {where}", key, fields))
         if not _matches(value, hints[key]):
-            shown, expected = (f"'{value}'" if isinstance(value, str) else repr(value)), hints[key]
-            options = [option for part in _alternatives(expected) for option in _options(part)]
-            wanted = f"valid: {_listed(options)}" if options else f"expected {_type_name(expected)}"
-            raise ConfigError(f"{where}.{key} is {shown}; {wanted}")
+            raise ConfigError(f"{where}.{key} is {value!r}; {_expectation(hints[key])}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -215,11 +212,18 @@ def _alternatives(expected: Any) -> tuple[Any, ...]:
     return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
 
 
-def _options(expected: Any) -> tuple[Any, ...]:
-    """Return the choices of a Literal, or of a list of them."""
-    if get_origin(expected) is list:
-        return _options(get_args(expected)[0])
-    return get_args(expected) if get_origin(expected) is Literal else ()
+def _expectation(expected: Any) -> str:
+    """Return the choices of a Literal, or of a list of them, else the type as it is written in code."""
+    parts = _alternatives(expected)
+    items = [get_args(part)[0] if get_origin(part) is list else part for part in parts]
+    options = [option for item in items if get_origin(item) is Literal for option in get_args(item)]
+    if options:
+        return f"valid: {_listed([*options, *([None] if type(None) in parts else [])])}"
+    names = [
+        "None" if part is type(None) else str(part) if get_origin(part) else getattr(part, "__name__", str(part))
+        for part in parts
+    ]
+    return f"expected {' | '.join(names)}"
 
 
 def _matches(value: object, expected: Any) -> bool:
@@ -241,15 +245,6 @@ def _matches(value: object, expected: Any) -> bool:
     if expected is float:
         return isinstance(value, (int, float))
     return not isinstance(expected, type) or isinstance(value, expected)
-
-
-def _type_name(expected: Any) -> str:
-    """Return a type as it is written in code: ``list[int] | int | None``."""
-    names = [
-        "None" if part is type(None) else str(part) if get_origin(part) else getattr(part, "__name__", str(part))
-        for part in _alternatives(expected)
-    ]
-    return " | ".join(names)
 
 
 def _listed(valid: Sequence[Any]) -> str:

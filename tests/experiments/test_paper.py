@@ -59,6 +59,16 @@ def test_hyper_parameters_go_to_the_methods_that_have_them(table):
         ["method=random", "method.clusters=4", *common],
         ["method=chai", "method.clusters=4", "method.tokens=6", *common],
     ]
+    assert read_table(table("method=mha,chai,spatten"), ["method.keep_ratio=0.3", "method.tokens=6"]) == [
+        ["method=mha", *common],
+        ["method=chai", "method.tokens=6", *common],
+        ["method=spatten", "method.tokens=0.3", "method.tokens=6", *common],
+    ]
+    assert read_table(table("method=mha,chai_qkv"), ["method.tokens=6"])[1] == [
+        "method=chai_qkv",
+        "method.tokens=6",
+        *common,
+    ]  # a key that its file inherits
     with pytest.raises(ConfigError, match="method.tokns=6: no method of paper=own has such a key to set"):
         read_table(path, ["method.tokns=6"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -59,20 +58,11 @@ and counts as no failure.
 
 
 #: Flags of Hydra's own command line, which show something or change what is composed.
-HYDRA_FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("--cfg", "-c"), {"choices": ("job", "hydra", "all")}),
-    (("--resolve",), {"action": "store_true"}),
-    (("--package", "-p"), {}),
-    (("--info", "-i"), {"nargs": "?", "const": "all"}),
-    (("--run", "-r"), {"action": "store_true"}),
-    (("--hydra-help",), {"action": "store_true"}),
-    (("--version",), {"action": "store_true"}),
-    (("--shell-completion", "-sc"), {"action": "store_true"}),
-    (("--config-path", "-cp"), {}),
-    (("--config-name", "-cn"), {}),
-    (("--config-dir", "-cd"), {}),
-    (("--experimental-rerun",), {}),
-)
+HYDRA_SWITCHES = (("--resolve",), ("--run", "-r"), ("--hydra-help",), ("--version",), ("--shell-completion", "-sc"))
+HYDRA_OPTIONS = (
+    ("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"),
+    ("--experimental-rerun",),
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -81,7 +71,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
-    hydra_flags = [parser.add_argument(*names, **settings).dest for names, settings in HYDRA_FLAGS]
+    hydra_flags = [
+        parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all")),
+        parser.add_argument("--info", "-i", nargs="?", const="all"),
+        *(parser.add_argument(*names, action="store_true") for names in HYDRA_SWITCHES),
+        *(parser.add_argument(*names) for names in HYDRA_OPTIONS),
+    ]
     options = parser.parse_intermixed_args(arguments)
     if options.help:
         print(help_text())
@@ -96,7 +91,8 @@ def main(arguments: list[str]) -> int:
             if options.multirun:
                 return launch(sweeps)
             (overrides,) = sweeps
-            if any(getattr(options, flag) for flag in hydra_flags) or any(o.startswith("hydra.") for o in overrides):
+            flagged = any(getattr(options, flag.dest) for flag in hydra_flags)
+            if flagged or any(override.lstrip("+~").startswith("hydra") for override in overrides):
                 flags = [argument for argument in arguments if argument not in options.overrides]
                 return run_in_hydra([*overrides, *flags])
             return run_config(compose_config(overrides))

@@ -65,11 +65,7 @@ def task_members(config: DictConfig) -> list[DictConfig]:
 
 
 def load_member(name: str, group: DictConfig | TaskConfig) -> DictConfig:
-    """Return the configuration of one member of a group; ``data_dir`` and ``num_fewshot`` of the group apply to it.
-
-    Raises:
-        ConfigError: unknown task.
-    """
+    """Return the configuration of one member of a group; ``data_dir`` and ``num_fewshot`` of the group apply to it."""
     if name not in choices("task"):
         raise ConfigError(unknown_name("task", name, choices("task")))
     member = _compose_task(name).copy()

@@ -1,4 +1,7 @@
-"""Validation of overrides and values; every mistake is a :class:`ConfigError` of one line that names what is valid."""
+"""Validation of overrides and values.
+
+All functions raise :class:`ConfigError` with one line that names the wrong key or value and the valid ones.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,7 @@ T = TypeVar("T")
 
 
 def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
-    """Verify the overrides of a command line, sweeps included, before anything is started or written.
-
-    Raises:
-        ConfigError: unknown choice, key or value, or an argument that is not an override.
-    """
+    """Verify the overrides of a command line, sweeps included, before anything is started or written."""
     register()
     try:
         parsed = OverridesParser.create().parse_overrides(arguments)
@@ -120,11 +119,7 @@ def _check_key(base: DictConfig, override: Override) -> None:
 
 
 def check_values(config: DictConfig) -> None:
-    """Verify what types alone do not express.
-
-    Raises:
-        ConfigError: names the key, its value and the valid ones.
-    """
+    """Verify what types alone do not express."""
     try:
         OmegaConf.resolve(resolved := config.copy())
     except OmegaConfBaseException as error:
@@ -172,11 +167,7 @@ def _check_device_map(value: Any) -> None:
 
 
 def check_clusters(config: DictConfig) -> None:
-    """Verify that a method with cluster counts gets them from the command line, the model or a profile.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Verify that a method with cluster counts gets them from the command line, the model or a profile."""
     sources = (config.method.get("clusters"), config.method.get("profile"), config.profile)
     if "clusters" in config.method and all(source is None for source in sources):
         raise ConfigError(
@@ -195,12 +186,14 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
     assert isinstance(values, dict)
     values.pop("name", None)
     hints = typing.get_type_hints(cls)
-    fields = sorted(field.name for field in dataclasses.fields(cls) if field.init)  # type: ignore[arg-type]
+    written = {field.name: field.type for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(unknown_name(f"key {where}", key, fields))
+        if key not in written:
+            raise ConfigError(unknown_name(f"key {where}", key, sorted(written)))
         if not _matches(value, hints[key]):
-            raise ConfigError(f"{where}.{key} is {value!r}; {_expectation(hints[key])}")
+            options = _options(hints[key])
+            expected = f"valid: {_listed(options)}" if options else f"expected {written[key]}"
+            raise ConfigError(f"{where}.{key} is {value!r}; {expected}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -212,18 +205,12 @@ def _alternatives(expected: Any) -> tuple[Any, ...]:
     return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
 
 
-def _expectation(expected: Any) -> str:
-    """Return the choices of a Literal, or of a list of them, else the type as it is written in code."""
+def _options(expected: Any) -> list[Any]:
+    """Return the choices of a Literal, or of a list of them, and None if it is optional."""
     parts = _alternatives(expected)
     items = [get_args(part)[0] if get_origin(part) is list else part for part in parts]
     options = [option for item in items if get_origin(item) is Literal for option in get_args(item)]
-    if options:
-        return f"valid: {_listed([*options, *([None] if type(None) in parts else [])])}"
-    names = [
-        "None" if part is type(None) else str(part) if get_origin(part) else getattr(part, "__name__", str(part))
-        for part in parts
-    ]
-    return f"expected {' | '.join(names)}"
+    return [*options, None] if options and type(None) in parts else options
 
 
 def _matches(value: object, expected: Any) -> bool:

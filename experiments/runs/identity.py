@@ -96,11 +96,7 @@ def resolve_fingerprints(config: DictConfig) -> None:
 
 
 def check_profile(config: DictConfig) -> None:
-    """Verify that ``method.profile`` was made from the run's weights; the library checks its shape.
-
-    Raises:
-        ConfigError: names both models.
-    """
+    """Raise a ConfigError if ``method.profile`` is of other weights than the run's; the library checks its shape."""
     if config.method.get("profile") is None or config.model.random_init:
         return
     path = Path(config.method.profile)

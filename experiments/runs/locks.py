@@ -29,17 +29,11 @@ REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file sys
 
 @dataclass(frozen=True)
 class LockOwner:
-    """The process that works on a run; unknown attributes are ``None``.
-
-    Attributes:
-        host: name of its machine.
-        pid: its process id there.
-        since: start of its work, seconds since 1970.
-    """
+    """The process that works on a run; unknown attributes are ``None``."""
 
     host: str | None = None
     pid: int | None = None
-    since: float | None = None
+    since: float | None = None  # start of its work, seconds since 1970
 
     def __str__(self) -> str:
         """Return ``process 4711 on node3, since 2026-11-26 14:03``."""

@@ -14,11 +14,7 @@ METHOD = {"profile": "none", "train_dejavu": "dejavu"}
 
 
 def resolve_runs(config: DictConfig) -> list[DictConfig]:
-    """Return one configuration per run, without what the experiment's runs do not depend on.
-
-    Raises:
-        ConfigError: a group of tasks has an unknown member.
-    """
+    """Return one configuration per run, without what the experiment's runs do not depend on."""
     config, name = config.copy(), config.experiment.name
     if name == "pretrain_tiny":
         return [config]

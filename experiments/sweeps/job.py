@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from experiments.config.compose import compose_config
 from experiments.execute import run_config
@@ -54,35 +54,23 @@ def main(arguments: list[str]) -> int:
 
 
 def split_forced(config: DictConfig, folders: list[RunFolder], launched: float) -> list[DictConfig]:
-    """Return the configurations of a job, with ``force`` only for runs not begun since the sweep was launched.
+    """Return the parts of a job, with ``force`` only for the runs that have not begun since the sweep was launched.
 
-    A requeued job thus resumes what it began itself.
-
-    Args:
-        config: of the job.
-        folders: of its runs.
-        launched: when the sweep was launched, seconds since 1970.
+    A requeued job thus resumes what it began itself. ``launched`` is in seconds since 1970.
     """
-    if not config.force:
-        return [config]
-    begun = [folder for folder in folders if _start_time(folder) > launched]
+    started = {folder: (read_json(folder.path / "status.json") or {}).get("started") or 0.0 for folder in folders}
+    begun = [folder for folder in folders if config.force and started[folder] > launched]
     if not begun:
         return [config]
     parts = []
     for selected, force in ((begun, False), ([folder for folder in folders if folder not in begun], True)):
-        if not selected:
-            continue
-        part = config.copy()
-        with open_dict(part):
+        if selected:
+            part = config.copy()
             part.force = force
             if part.task.members:
                 part.task.members = [folder.config.task.name for folder in selected]
-        parts.append(part)
+            parts.append(part)
     return parts
-
-
-def _start_time(folder: RunFolder) -> float:
-    return float((read_json(folder.path / "status.json") or {}).get("started") or 0)
 
 
 def record_outcome(sweep: Sweep, index: int, code: int, error: str | None, started: float | None = None) -> None:
@@ -96,14 +84,7 @@ def record_outcome(sweep: Sweep, index: int, code: int, error: str | None, start
 
 
 def record_death(sweep: Sweep, index: int, code: int, started: float) -> None:
-    """Record the end of a job's process, unless the process has done so itself.
-
-    Args:
-        sweep: of the job.
-        index: of the job.
-        code: exit code as of :class:`subprocess.Popen`, negative for a signal.
-        started: start of the process, seconds since 1970.
-    """
+    """Record the end of a job's process (``code`` is negative for a signal), unless the process has done so itself."""
     if (read_json(sweep.outcome_path(index)) or {}).get("ended", 0.0) >= started:
         return
     if code < 0:
@@ -117,14 +98,7 @@ def record_death(sweep: Sweep, index: int, code: int, started: float) -> None:
 def start_job(
     sweep: Sweep, index: int, environment: dict[str, str] | None = None, **options: object
 ) -> subprocess.Popen[bytes]:
-    """Start a job's process from the sweep's snapshot.
-
-    Args:
-        sweep: of the job.
-        index: of the job.
-        environment: variables added to this process's own.
-        options: of :class:`subprocess.Popen`.
-    """
+    """Start a job's process from the sweep's snapshot, with ``environment`` added and options of ``Popen``."""
     command = [sys.executable, "-u", "-m", "experiments.sweeps.job", str(sweep.path.resolve()), str(index)]
     return subprocess.Popen(  # type: ignore[call-overload]
         command, cwd=sweep.path / "code", env={**os.environ, **(environment or {})}, **options

@@ -5,32 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 from experiments.config.schema import ConfigError
 from experiments.runs.code import current_code, snapshot
 from experiments.sweeps.local import LocalLauncher
-from experiments.sweeps.plan import PlannedJob, plan_jobs
+from experiments.sweeps.plan import plan_jobs
 from experiments.sweeps.record import Sweep, new_sweep_folder
 from experiments.sweeps.serial import SerialLauncher
 from experiments.sweeps.slurm import SlurmLauncher
 from experiments.system.console import log_error, log_info
 from experiments.system.processes import leads, processes
 
-
-class Launcher(Protocol):
-    """Runs the jobs of a sweep; raises ConfigError for settings that it cannot work with."""
-
-    needs_snapshot: bool  # jobs run from a copy of the code
-
-    def __init__(self, planned: list[PlannedJob]) -> None: ...
-
-    def run(self, sweep: Sweep, todo: list[int]) -> int:
-        """Run the jobs with these indices; return the exit code."""
-
-
-#: Class of each choice of ``hydra/launcher``.
-LAUNCHERS: dict[str, type[Launcher]] = {"basic": SerialLauncher, "local": LocalLauncher, "slurm": SlurmLauncher}
+#: Class of each choice of ``hydra/launcher``. All are made from the planned jobs, with a ConfigError for settings that
+#: they cannot work with; ``run`` runs the jobs with the given indices, from a snapshot of the code if they need one.
+LAUNCHERS = {"basic": SerialLauncher, "local": LocalLauncher, "slurm": SlurmLauncher}
 
 
 def launch(sweeps: list[list[str]]) -> int:

@@ -31,30 +31,6 @@ class Settings:
             raise ValueError(f"jobs is {self.jobs}; valid: 1 or more")
 
 
-@dataclass
-class Machine:
-    """Machine divided among ``slots`` jobs that run at once.
-
-    Attributes:
-        slots: number of jobs.
-        threads: of each job.
-        gpus: of each job, as CUDA_VISIBLE_DEVICES names them; empty if all jobs see all GPUs.
-    """
-
-    slots: int
-    threads: int
-    gpus: list[list[str]]
-
-    @classmethod
-    def divide(cls, jobs: int | None, gpus: list[str], gpus_per_job: int) -> Machine:
-        """Divide cores and GPUs among jobs; by default one job per set of GPUs, or per four cores."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        slots = jobs or (max(len(gpus) // gpus_per_job, 1) if gpus else max(cores // 4, 1))
-        sets = [gpus[slot * gpus_per_job : (slot + 1) * gpus_per_job] for slot in range(slots)]
-        enough = len(gpus) >= slots * max(gpus_per_job, 1)
-        return cls(slots, max(cores // slots, 1), sets if enough else [])
-
-
 def visible_gpus() -> list[str]:
     """Return the GPUs that jobs may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -66,36 +42,43 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
-@dataclass
-class JobProcess:
-    """A job's process and its start, seconds since 1970."""
+def divide_machine(jobs: int | None, gpus: list[str], gpus_per_job: int) -> list[dict[str, str]]:
+    """Divide this machine's cores and GPUs among jobs that run at once.
 
-    index: int
-    process: subprocess.Popen[bytes]
-    started: float
+    Args:
+        jobs: their number; ``None``: one per set of GPUs, or per four cores without GPUs.
+        gpus: visible ones, as ``CUDA_VISIBLE_DEVICES`` names them.
+        gpus_per_job: needed by each; if there are too few, all jobs see all GPUs.
+
+    Returns:
+        The environment variables of each job.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or (max(len(gpus) // gpus_per_job, 1) if gpus else max(cores // 4, 1))
+    threads = {name: os.environ.get(name, str(max(cores // jobs, 1))) for name in THREAD_VARIABLES}
+    if len(gpus) < jobs * max(gpus_per_job, 1):
+        return [threads] * jobs
+    sets = (gpus[job * gpus_per_job : (job + 1) * gpus_per_job] for job in range(jobs))
+    return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(names)} for names in sets]
 
 
 class LocalLauncher:
-    """Run jobs in a few slots, each with its share of the cores and GPUs.
-
-    Raises:
-        ConfigError: unknown or invalid setting.
-    """
+    """Run jobs in a few slots, each with its share of the cores and GPUs."""
 
     needs_snapshot = True
 
     def __init__(self, planned: list[PlannedJob]) -> None:
         settings = to_dataclass(Settings, planned[0].settings, "hydra.launcher")
         gpus_per_job = max(0 if one.config.device == "cpu" else one.config.model.resources.gpus for one in planned)
-        self.machine = Machine.divide(settings.jobs, visible_gpus() if gpus_per_job else [], gpus_per_job)
-        self.running: dict[int, JobProcess] = {}  # by slot
+        self.slots = divide_machine(settings.jobs, visible_gpus() if gpus_per_job else [], gpus_per_job)
+        self.running: dict[int, tuple[int, subprocess.Popen[bytes], float]] = {}  # slot: job, process, start time
 
     def run(self, sweep: Sweep, todo: list[int]) -> int:
         """Run the jobs; return 0 if all their runs are done, else 1."""
         if not todo:
             return 0
-        slots = min(self.machine.slots, len(todo))
-        log_info(f"{slots} at once, {self.machine.threads} threads each; logs: {sweep.path / 'jobs'}")
+        threads, slots = self.slots[0][THREAD_VARIABLES[0]], min(len(self.slots), len(todo))
+        log_info(f"{slots} at once, {threads} threads each; logs: {sweep.path / 'jobs'}")
         detach_on_hangup()
         waiting = list(todo)
         try:
@@ -105,38 +88,36 @@ class LocalLauncher:
 
     def _update(self, sweep: Sweep, waiting: list[int]) -> dict[int, str]:
         """Record the jobs that have ended, fill free slots; return the states of the other jobs."""
-        for slot, job in list(self.running.items()):
-            if (code := job.process.poll()) is not None:
-                record_death(sweep, job.index, code, job.started)
+        for slot, (index, process, started) in list(self.running.items()):
+            if (code := process.poll()) is not None:
+                record_death(sweep, index, code, started)
                 del self.running[slot]
-        for slot in range(self.machine.slots):
+        for slot, environment in enumerate(self.slots):
             if slot not in self.running and waiting:
-                self.running[slot] = self._start(sweep, slot, waiting.pop(0))
-        return {**dict.fromkeys(waiting, "PENDING"), **{job.index: "RUNNING" for job in self.running.values()}}
+                index, started = waiting.pop(0), time.time()
+                self.running[slot] = (index, self._start(sweep, index, environment), started)
+        running = {index: "RUNNING" for index, _, _ in self.running.values()}
+        return {**dict.fromkeys(waiting, "PENDING"), **running}
 
-    def _start(self, sweep: Sweep, slot: int, index: int) -> JobProcess:
+    @staticmethod
+    def _start(sweep: Sweep, index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Start a job in a session of its own, out of reach of the terminal's hang-up and ctrl-c."""
-        environment = {name: os.environ.get(name, str(self.machine.threads)) for name in THREAD_VARIABLES}
-        if self.machine.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.machine.gpus[slot])
         sweep.log_path(index).parent.mkdir(exist_ok=True)
         with open(sweep.log_path(index), "ab") as log:
-            started = time.time()
-            process = start_job(
+            return start_job(
                 sweep, index, environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        return JobProcess(index, process, started)
 
     def _stop(self, sweep: Sweep) -> None:
         """Let running jobs save their work and end; kill those that take too long."""
-        for job in self.running.values():
-            job.process.send_signal(signal.SIGTERM)
+        for _, process, _ in self.running.values():
+            process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE_S
-        for job in self.running.values():
+        for index, process, started in self.running.values():
             try:
-                job.process.wait(max(end - time.monotonic(), 0.1))
+                process.wait(max(end - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
-            record_death(sweep, job.index, job.process.returncode, job.started)
+                process.kill()
+                process.wait()
+            record_death(sweep, index, process.returncode, started)
         self.running.clear()

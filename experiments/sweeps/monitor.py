@@ -43,13 +43,8 @@ def monitor_runs(sweep: Sweep, todo: list[int], job_states: Callable[[], dict[in
         if left:
             time.sleep(pause_s)
     if failed:
-        log_info(f"{failed} of {total} runs are not done; for the reasons: {_status_command(sweep)} --failed")
+        log_info(f"{failed} of {total} runs are not done; for the reasons: {status_command(sweep)} --failed")
     return 1 if failed else 0
-
-
-def watch_command(sweep: Sweep) -> str:
-    """Return the command that watches a sweep's runs."""
-    return f"{_status_command(sweep)} --watch"
 
 
 def detach_on_hangup() -> None:
@@ -74,6 +69,7 @@ def _describe(name: str, folder: Path, state: RunState) -> str:
     return f"{state.state}: {name}{f' ({note})' if note else ''}"
 
 
-def _status_command(sweep: Sweep) -> str:
+def status_command(sweep: Sweep) -> str:
+    """Return the command that shows the states of a sweep's runs."""
     place = "" if sweep.results_dir == "results" else f" results_dir={sweep.results_dir}"
     return f"python -m experiments.status{place}"

@@ -45,11 +45,7 @@ class Sweep:
     code: dict[str, Any] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Write ``sweep.json``.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write ``sweep.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "sweep.json", {**asdict(self), "path": str(self.path)})
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.config.schema import ConfigError
 from experiments.config.validate import to_dataclass
-from experiments.sweeps.monitor import monitor_runs, watch_command
+from experiments.sweeps.monitor import monitor_runs, status_command
 from experiments.sweeps.plan import PlannedJob
 from experiments.sweeps.record import Sweep, read_sweeps
 from experiments.sweeps.slurm_job import QueuedJob
@@ -77,11 +77,7 @@ class Settings:
 
 
 class SlurmLauncher:
-    """Submit jobs, then watch them.
-
-    Raises:
-        ConfigError: unknown or invalid setting, or Slurm is not available.
-    """
+    """Submit jobs, then watch them."""
 
     needs_snapshot = True
 
@@ -109,18 +105,15 @@ class SlurmLauncher:
             log_error(f"Slurm refuses some of the jobs: {reason}")
         if not queued:
             return 0
-        log_info(f"watching; the jobs continue without this client: {watch_command(sweep)}")
+        log_info(f"watching; the jobs continue without this client: {status_command(sweep)} --watch")
         poll_s = self.settings[0].poll_s
         ids = {index: str(sweep.jobs[index].slurm_id) for index in queued}
         try:
             code = monitor_runs(sweep, queued, _poller(ids, poll_s), pause_s=min(1.0, poll_s))
         except KeyboardInterrupt:
             arrays = sorted({job_id.partition("_")[0] for job_id in ids.values()})
-            print(
-                f"stopped watching; the jobs continue: {watch_command(sweep)}; to cancel them: "
-                f"scancel {' '.join(arrays)}",
-                file=sys.stderr,
-            )
+            hint = f"to watch: {status_command(sweep)} --watch; to cancel: scancel {' '.join(arrays)}"
+            print(f"stopped watching, the jobs continue; {hint}", file=sys.stderr)
             return 130
         return 1 if refusals else code
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from experiments.sweeps.job import THREAD_VARIABLES, record_death, start_job
 from experiments.sweeps.record import read_sweep
+from experiments.sweeps.squeue import job_states
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -46,8 +47,10 @@ class QueuedJob:
             time.sleep(0.1)
         record_death(sweep, self.index, code, started)
         # Terminated, but neither cancelled nor over its limit: preempted.
-        if code and self.terminated and current_state() == "RUNNING":
-            subprocess.run(["scontrol", "requeue", current_job_id()], check=True, timeout=60)
+        if code and self.terminated:
+            job_id = current_job_id()
+            if (job_states([job_id], timeout_s=60.0) or {}).get(job_id) == "RUNNING":
+                subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
         if code:
             raise RuntimeError(
                 f"job {self.index} of {self.sweep} ended with exit code {code}; see the status of its runs"
@@ -75,18 +78,9 @@ class QueuedJob:
 
 
 def current_job_id() -> str:
-    """Return the id of the job that this process belongs to, as Slurm's commands take it."""
+    """Return the id of this process's own job, as Slurm's commands take it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-
-
-def current_state() -> str | None:
-    """Return Slurm's state of this process's own job; ``None`` if Slurm does not answer."""
-    command = ["squeue", "-h", "-o", "%T", "-j", current_job_id()]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _has_ended(pid: int) -> bool:

@@ -269,7 +269,6 @@ def test_combinations_are_those_of_hydras_sweeper():
         (["experiment=profile", "++profile.aggregate=concatenated"], "++profile.combine=concatenated"),
         (["method=spatten", "method.keep_ratio=0.3"], "method.tokens=0.3"),
     ],
-    ids=" ".join,
 )
 def test_an_alias_is_another_spelling_of_its_key(alias, key):
     (replaced,) = expand(alias, multirun=False)
@@ -308,7 +307,6 @@ def test_aliases_hold_where_all_choices_have_the_key():
         (["--info", "defaults"], "method/chai"),
         (["--hydra-help"], "hydra/launcher: basic, local, slurm"),
     ],
-    ids=" ".join,
 )
 def test_flags_that_only_show_something(arguments, expected, tmp_path):
     shown = run(*arguments, cwd=tmp_path)

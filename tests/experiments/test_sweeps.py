@@ -206,9 +206,15 @@ def test_a_killed_process_stops_no_other(tmp_path, monkeypatch, capsys):
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert local.Machine.divide(None, [], 0) == local.Machine(4, 4, [])
-    assert local.Machine.divide(None, ["0", "1", "2", "3"], 2).gpus == [["0", "1"], ["2", "3"]]
-    assert local.Machine.divide(3, ["0", "1"], 1).gpus == []  # not enough for one each: all see all
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def shares(*arguments):
+        return [(one["OMP_NUM_THREADS"], one.get("CUDA_VISIBLE_DEVICES")) for one in local.divide_machine(*arguments)]
+
+    assert shares(None, [], 0) == [("4", None)] * 4
+    assert shares(None, ["0", "1", "2", "3"], 2) == [("8", "0,1"), ("8", "2,3")]
+    assert shares(3, ["0", "1"], 1) == [("5", None)] * 3  # not enough for one each: all see all
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert local.visible_gpus() == ["2", "5"]
 

@@ -209,7 +209,7 @@ def test_jobs_outlive_their_client_and_are_not_submitted_twice(tmp_path, cluster
     wait(results, lambda now: now.get(name, ("", ""))[0] == "running")
     client.send_signal(signal.SIGINT)
     told = client.communicate()[0]
-    assert client.returncode == 130 and "the jobs continue: python -m experiments.status" in told
+    assert client.returncode == 130 and "the jobs continue; to watch: python -m experiments.status" in told
     assert states(results)[name][0] == "running"
     again = start(results, *arguments)
     while not (line := again.stdout.readline()).startswith("already queued, as job"):

@@ -5,8 +5,6 @@ Keys are part of run ids and cannot be renamed. Clearer names are accepted as al
 
 from __future__ import annotations
 
-import re
-
 #: alias: (key, group, choices of the group whose configuration has the key).
 ALIASES = {
     "experiment.batch_size": ("experiment.rows", "experiment", {"latency", "memory"}),
@@ -27,7 +25,7 @@ def replace_aliases(overrides: list[str]) -> list[str]:
 
 
 def _replace_alias(override: str, overrides: list[str]) -> str:
-    prefix, name, value = re.fullmatch(r"([+~]*)([^=]*)(.*)", override, re.DOTALL).groups()  # type: ignore[union-attr]
+    name = override.partition("=")[0].lstrip("+~")
     if name not in ALIASES:
         return override
     key, group, owners = ALIASES[name]
@@ -35,4 +33,4 @@ def _replace_alias(override: str, overrides: list[str]) -> str:
     selected = [other.partition("=")[2] for other in overrides if other.partition("=")[0] == group]
     if not selected or not owners.issuperset(selected[-1].split(",")):
         return override
-    return f"{prefix}{key}{value}"
+    return override.replace(name, key, 1)

@@ -41,7 +41,7 @@ class Resources:
 
 @dataclass
 class ModelConfig:
-    """Where a model's weights are, how they are loaded, and the architecture to build without them."""
+    """Location of a model's weights, how to load them, and the architecture to build without them."""
 
     name: str = "???"
     hub_id: str | None = None

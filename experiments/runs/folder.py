@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        """Whether the status says done and the result exists."""
+        """True if the status says done and the result exists."""
         status = read_json(self.path / "status.json")
         return status is not None and status.get("state") == "done" and (self.path / "result.json").exists()
 

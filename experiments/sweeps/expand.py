@@ -64,8 +64,12 @@ def read_table(path: Path, extra: list[str]) -> list[list[str]]:
             if method not in choices("method"):
                 raise ConfigError(f"{GROUP}={path.stem}: {unknown_name('method', method, choices('method'))}")
             # Keep the settings that the method has and the sweep does not set itself.
-            named = zip(settings, replace_aliases([f"method={method}", *settings])[1:], strict=True)
-            fitting = {given: key for given, key in named if _key(key) not in fixed and _has_key(method, _key(key))}
+            overrides = dict(zip(settings, replace_aliases([f"method={method}", *settings])[1:], strict=True))
+            fitting = {
+                setting: override
+                for setting, override in overrides.items()
+                if _key(override) in _method_keys(method) and _key(override) not in fixed
+            }
             methods_by_settings.setdefault(tuple(fitting.values()), []).append(method)
             used.update(fitting)
         for values, methods in methods_by_settings.items():
@@ -83,9 +87,5 @@ def _key(override: str) -> str:
 
 @functools.cache
 def _method_keys(method: str) -> frozenset[str]:
-    """Return the hyper-parameters of a method."""
-    return frozenset(str(key) for key in compose_config([f"method={method}"]).method)
-
-
-def _has_key(method: str, key: str) -> bool:
-    return key.removeprefix("method.") in _method_keys(method)
+    """Return the keys of a method's configuration: ``method.K``."""
+    return frozenset(f"method.{key}" for key in compose_config([f"method={method}"]).method)

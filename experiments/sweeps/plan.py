@@ -26,7 +26,7 @@ class PlannedJob:
 
     @property
     def is_done(self) -> bool:
-        """Whether all its runs are done."""
+        """True if all its runs are done and the job is not forced."""
         return not self.job.force and all(folder.is_done for folder in self.folders)
 
 

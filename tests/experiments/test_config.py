@@ -6,6 +6,8 @@ import dataclasses
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -17,6 +19,7 @@ from experiments.cli import main
 from experiments.config.compose import choices, combinations, compose_config, task_members
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
 from experiments.config.validate import check_overrides, check_values, to_dataclass
+from experiments.evaluation import accuracy
 from experiments.evaluation.accuracy import model_source
 from experiments.runs.resolve import run_folders
 from experiments.sweeps.expand import expand
@@ -313,3 +316,11 @@ def test_flags_that_only_show_something(arguments, expected, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert expected in shown.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_no_relays_between_the_command_line_and_an_experiment(monkeypatch):
+    stack = []
+    monkeypatch.setattr(accuracy, "run", lambda config: stack.extend(traceback.extract_stack()) or 0)
+    assert main(["task=micro_piqa", "limit=1"]) == 0
+    own = [frame.name for frame in stack if Path(frame.filename).is_relative_to(REPOSITORY / "experiments")]
+    assert own == ["main", "run_config"]

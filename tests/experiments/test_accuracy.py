@@ -89,7 +89,7 @@ def test_counts_that_do_not_fit_write_nothing(workplace, tmp_path):
     for counts, message in (
         ("[2,2,2]", "3 counts, the model has 2 layers"),
         ("5", "valid: 1 to 4"),
-        ("null", "give method.clusters"),
+        ("null", "set method.clusters"),
     ):
         with pytest.raises(ConfigError, match=message):
             accuracy.run(compose_config(command(workplace, tmp_path, f"method.clusters={counts}")))

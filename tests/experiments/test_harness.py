@@ -91,4 +91,4 @@ def test_chai_runs_on_a_grouped_query_model(shared, tmp_path, capsys):
     assert all(1 <= kept <= 4 for kept in stored)
     assert savings["kv_bytes"] < savings["kv_bytes_mha"]
     assert run_config(compose_config([*overrides, "method=chai"])) == 2
-    assert "model 'stories260K' has no cluster counts of its own" in capsys.readouterr().err
+    assert "model 'stories260K' defines no default cluster counts" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The one entry point: compose the configuration, hand it to the experiment, exit with its code.
+"""Command line of all experiments.
 
 python run.py                                            CHAI on the embedded model and its five tasks
 python run.py method=chai model=llama7b task=piqa        one method, one model, one task

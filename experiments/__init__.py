@@ -1,1 +1,1 @@
-"""What ``run.py`` can run: the only place that joins the library with lm-evaluation-harness and with results."""
+"""Experiments of ``run.py``: joins the library with lm-evaluation-harness, configurations and results."""

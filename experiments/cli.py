@@ -1,42 +1,36 @@
-"""The command line: help, early refusal of mistakes, then one run here, or a sweep where its launcher has it."""
+"""Command line: help, validation, then one run here or a sweep on its launcher."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
 
+import hydra
 from omegaconf import DictConfig
 
-from experiments.config.schema import CONF, ConfigError, check_overrides, choices, groups, register
+from experiments.config.aliases import ALIASES
+from experiments.config.compose import choices, compose_config, groups
+from experiments.config.schema import CONF, ConfigError, register
+from experiments.config.validate import check_overrides
+from experiments.execute import run_config
 from experiments.sweeps.expand import expand
-from experiments.system.console import complain
-from experiments.system.interrupts import Interrupted, interruptible, interruption
-from experiments.system.processes import processes
-
-#: The module of each experiment.
-EXPERIMENTS = {
-    "accuracy": "evaluation.accuracy",
-    "latency": "benchmarks.latency",
-    "memory": "benchmarks.memory",
-    "profile": "offline.profile_heads",
-    "train_dejavu": "offline.train_dejavu",
-    "pretrain_tiny": "offline.pretrain_tiny",
-}
+from experiments.sweeps.launch import launch
+from experiments.system.console import log_error
+from experiments.system.interrupts import exit_when_interrupted
 
 HELP = """\
-CHAI-lab: clustered head attention, its competitors, and how they compare.
+CHAI: clustered head attention, its competitors, and how they compare.
 
   python run.py                                       CHAI on the embedded model and its five tasks
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
   python run.py -m paper=table2                       the runs of one of the paper's tables
   python run.py -m hydra/launcher=slurm paper=table2  the same as jobs of a Slurm cluster (docs/sweeps.md)
-  python run.py experiment=profile model=tiny         how many clusters, which heads: the offline phase
+  python run.py experiment=profile model=tiny         offline phase: cluster counts and static membership
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
-  accelerate launch --num_processes 4 run.py model=llama7b task=paper    a GPU each (docs/several_gpus.md)
-  python -m experiments.status                        what became of the sweeps
+  accelerate launch --num_processes 4 run.py model=llama7b task=paper    one process per GPU (docs/several_gpus.md)
+  python -m experiments.status                        state of all runs
 
 Choices
 {choices}
@@ -45,109 +39,88 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   limit=N         score only the first N items of each task
   batch_size=N    sequences in one forward pass (16)
   device=D        auto, cpu, cuda, cuda:1, mps
-  seed=N          of everything random (0)
-  force=true      do a run again although it is done
-  results_dir=D   where runs keep their folders (results)
+  seed=N          random seed (0)
+  force=true      rerun even if the run is complete
+  results_dir=D   folder of all run folders (results)
   method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[8,6,4,4]'
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
-  corpus.K=V      of experiment=profile: path (.jsonl, or a text a line), hub_id, subset, split, column
+  corpus.K=V      of experiment=profile: path (.jsonl, or one text per line), hub_id, subset, split, column
   hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
+  Aliases: {aliases}
 
-Exit codes: 0 done, 1 a run failed (its status.json says why), 2 a mistake in the command line, 130 interrupted
-by ctrl-c, 143 by SIGTERM, 140 by SIGUSR2 (the same command goes on). A run that another process works on is left to it
+Exit codes: 0 done, 1 a run failed (see its status.json), 2 invalid command line, 130 interrupted by ctrl-c,
+143 by SIGTERM, 140 by SIGUSR2 (rerun the same command to resume). A run that is locked by another process is skipped
 and counts as no failure.
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code."""
-    from hydra._internal.utils import get_args_parser
+#: Flags of Hydra's own command line, which show something or change what is composed.
+HYDRA_SWITCHES = (("--resolve",), ("--run", "-r"), ("--hydra-help",), ("--version",), ("--shell-completion", "-sc"))
+HYDRA_OPTIONS = (
+    ("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"),
+    ("--experimental-rerun",),
+)  # fmt: skip
 
-    args = get_args_parser().parse_args(arguments)
-    if args.help:
-        names = [*groups(), "hydra/launcher"]
-        width = max(map(len, names))
-        print(HELP.format(choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in names)))
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser("run.py", add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    hydra_flags = [
+        parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all")),
+        parser.add_argument("--info", "-i", nargs="?", const="all"),
+        *(parser.add_argument(*names, action="store_true") for names in HYDRA_SWITCHES),
+        *(parser.add_argument(*names) for names in HYDRA_OPTIONS),
+    ]
+    options = parser.parse_intermixed_args(arguments)
+    if options.help:
+        print(help_text())
         return 0
     try:
-        sweeps = expand(args.overrides, multirun=args.multirun)
+        sweeps = expand(options.overrides, multirun=options.multirun)
         for overrides in sweeps:
-            check_overrides(overrides, multirun=args.multirun)
-        if args.multirun and (args.cfg or args.info):
-            raise ConfigError("--cfg and --info show one run: leave -m and lists of values out")
-        if args.multirun:
-            from experiments.sweeps.launch import launch
-
-            with interruptible(), stopping():
+            check_overrides(overrides, multirun=options.multirun)
+        if options.multirun and (options.cfg or options.info):
+            raise ConfigError("--cfg and --info show one run: remove -m and lists of values")
+        with exit_when_interrupted():
+            if options.multirun:
                 return launch(sweeps)
+            (overrides,) = sweeps
+            flagged = any(getattr(options, flag.dest) for flag in hydra_flags)
+            if flagged or any(override.lstrip("+~").startswith("hydra") for override in overrides):
+                flags = [argument for argument in arguments if argument not in options.overrides]
+                return run_in_hydra([*overrides, *flags])
+            return run_config(compose_config(overrides))
     except ConfigError as error:
-        return refuse(error)
-    flags = [argument for argument in arguments if argument not in args.overrides]
-    with interruptible(), stopping():
-        return max(through_hydra([*flags, *overrides]) for overrides in sweeps)
+        log_error(str(error))
+        return 2
 
 
-@contextmanager
-def stopping() -> Iterator[None]:
-    """End the process in one line where ctrl-c or a signal asks for it; what else there is to run isn't started.
-
-    Raises:
-        SystemExit: with 130, or 128 and the signal's number.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted) as error:
-        reason, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), error.code)
-        print(f"{reason}: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(code) from None
+def help_text() -> str:
+    """Return the text of ``--help``, with all choices and aliases."""
+    names = [*groups(), "hydra/launcher"]
+    width = max(map(len, names))
+    aliases = ", ".join(f"{alias} ({key.rpartition('.')[2]})" for alias, (key, *_) in ALIASES.items())
+    return HELP.format(
+        choices="\n".join(f"  {group:<{width}}  {', '.join(choices(group))}" for group in names),
+        aliases=textwrap.fill(aliases, 112, subsequent_indent=" " * 11, break_on_hyphens=False),
+    )
 
 
-def refuse(error: ConfigError) -> int:
-    """Print the one line that says what is valid."""
-    complain(str(error))
-    return 2
-
-
-def through_hydra(arguments: list[str]) -> int:
-    """One run under Hydra's own main, or what its flags show of the configuration; returns the exit code."""
-    import hydra
-
+def run_in_hydra(arguments: list[str]) -> int:
+    """Run under Hydra's own main, for its flags and for settings that only it applies; return the exit code."""
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
-        codes.append(run_experiment(config))
+        codes.append(run_config(config))
 
     register()
-    sys.argv = ["run.py", *arguments]
+    sys.argv[1:] = arguments  # the only input of hydra.main; unlike the command line, without aliases
     job()
     return max(codes, default=0)
-
-
-def run_experiment(config: DictConfig) -> int:
-    """Run one composed configuration; returns its exit code."""
-    return attempt(config)[0]
-
-
-def attempt(config: DictConfig) -> tuple[int, str | None]:
-    """Run one composed configuration; returns its exit code, and in one line what no run's folder can tell."""
-    import importlib
-
-    from experiments.system.console import quiet_libraries
-
-    quiet_libraries()
-    with interruptible(), stopping():
-        try:
-            if processes() > 1 and config.experiment.name != "accuracy":
-                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
-            return importlib.import_module(f"experiments.{EXPERIMENTS[config.experiment.name]}").run(config), None
-        except ConfigError as error:
-            return refuse(error), str(error)
-        except Exception as error:  # not foreseen: its traceback is worth having, and a sweep goes on
-            if interruption(error) is not None:
-                raise
-            traceback.print_exc()
-            return 1, f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""``python -m experiments.status``: what became of every run that was asked for, from what is on disk.
+"""``python -m experiments.status``: the state of every run that exists or was launched, from what is on disk.
 
 Imports neither torch nor the libraries above it, so that it answers at once.
 """
@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -21,28 +21,30 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.config.schema import ConfigError, unknown
-from experiments.runs.folder import read_json
+from experiments.config.schema import REPOSITORY, ConfigError, unknown_name
+from experiments.runs.files import read_json
 from experiments.runs.state import STATES, RunState, run_state
+from experiments.sweeps.launch import launch
 from experiments.sweeps.record import FOLDER, Job, Sweep, read_sweeps
 from experiments.sweeps.squeue import job_states
 from experiments.system.console import console
 
 DESCRIPTION = """\
-Every run in results/ or that a sweep asked for, and what became of it: done, running, queued (Slurm's queue, or
-a local sweep's), died (its process is gone without a word), failed with the reason, missing.
+List every run in results/ or of a sweep with its state: done, running, queued (in Slurm's queue, or waiting in a local
+sweep), died (its process is gone without recording a reason), failed with the reason, missing.
 
 Filters are KEY=NAME[,NAME]: experiment, model, method, task, state, sweep (its folder's name, or last). results_dir=D
-looks there.
+lists the runs there.
 """
 KEYS = ("experiment", "model", "method", "task", "state", "sweep", "results_dir")
 COLOURS = {"done": "green", "running": "cyan", "queued": "blue", "died": "red", "failed": "red", "missing": "yellow"}
+UNFINISHED = ("failed", "died", "missing")
 REFRESH_S = 2.0
 
 
 @dataclass
 class Row:
-    """One run: the sweep that last asked for it (``none`` if none did), its job there, its folder's name, its state."""
+    """One run: the last sweep with it (``none`` if there is none), its job there, its folder's name, its state."""
 
     sweep: Sweep
     job: Job
@@ -51,112 +53,108 @@ class Row:
 
     @property
     def parts(self) -> dict[str, str]:
-        """What filters and columns go by."""
-        experiment, model, method, task, _ = self.name.split("/")
-        own = {"experiment": experiment, "model": model, "method": method, "task": task}
-        return {**own, "state": self.state.state, "sweep": self.sweep.path.name}
+        """Values that filters and columns refer to."""
+        experiment, model, method, task, run = self.name.split("/")
+        names = {"experiment": experiment, "model": model, "method": method, "task": task, "run": run}
+        return {**names, "state": self.state.state, "sweep": self.sweep.path.name}
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table, or what it is asked for; returns the exit code."""
+    """Run the command line; return the exit code."""
     try:
-        options, filters = parse(arguments)
+        options, filters = parse_arguments(arguments)
         results_dir = Path(filters.pop("results_dir", ["results"])[0])
-        rows = list(chosen(collect(results_dir), filters, failed=options.failed))
+        rows = select_rows(collect_rows(results_dir), filters, failed=options.failed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.rerun:
-        return rerun(rows, launch=options.launch)
+        return launch_again(rows) if options.launch else print_commands(rows)
     if options.watch:
         return watch(results_dir, filters, failed=options.failed)
-    console.print(report(rows, results_dir))
+    console.print(render_table(rows, results_dir))
     return 0
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """The options, and for each filter its values.
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
+    """Return the options, and the values of each filter.
 
     Raises:
-        ConfigError: a filter that there isn't.
+        ConfigError: unknown filter or state.
     """
     parser = argparse.ArgumentParser(
         "python -m experiments.status", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("filters", nargs="*", metavar="KEY=NAME")
-    parser.add_argument("--failed", action="store_true", help="only what failed or died")
-    parser.add_argument("--rerun", action="store_true", help="print the commands that do again what isn't done")
+    parser.add_argument("--failed", action="store_true", help="only runs that failed or died")
+    parser.add_argument("--rerun", action="store_true", help="print the commands that rerun what is not done")
     parser.add_argument("--launch", action="store_true", help="with --rerun: launch them")
-    parser.add_argument("--watch", action="store_true", help="go on showing it until all have ended")
+    parser.add_argument("--watch", action="store_true", help="update the table until all runs have ended")
     options = parser.parse_args(arguments)
     if options.launch and not options.rerun:
         raise ConfigError("--launch goes with --rerun")
     filters: dict[str, list[str]] = {}
     for word in options.filters:
-        key, found, values = word.partition("=")
-        if not found or not values:
-            raise ConfigError(f"can't read {word}; expected KEY=NAME, with one of {', '.join(KEYS)}")
+        key, _, values = word.partition("=")
+        if not values:
+            raise ConfigError(f"cannot read {word}; expected KEY=NAME, with one of {', '.join(KEYS)}")
         if key not in KEYS:
-            raise ConfigError(unknown("filter", key, list(KEYS)))
+            raise ConfigError(unknown_name("filter", key, KEYS))
         filters[key] = values.split(",")
     for state in filters.get("state", []):
         if state not in STATES:
-            raise ConfigError(unknown("state", state, list(STATES)))
+            raise ConfigError(unknown_name("state", state, STATES))
     return options, filters
 
 
-def collect(results_dir: Path) -> list[Row]:
-    """A row for each run that a sweep asked for, by the last that did; before them those that were started alone."""
+def collect_rows(results_dir: Path) -> list[Row]:
+    """Return a row per run: first those started without a sweep, then those of sweeps, each by its last sweep."""
     latest: dict[str, tuple[Sweep, int]] = {}
     for sweep in read_sweeps(results_dir):
         for index, job in enumerate(sweep.jobs):
             for name in job.runs:
                 known = latest.pop(name, None)
-                # A sweep that had nothing to launch for a run knows less of it than the one that did.
+                # A sweep that submitted nothing for a run knows less of it than the sweep that did.
                 idle = job.slurm_id is None and not sweep.outcome_path(index).exists() and sweep.launcher == "slurm"
                 latest[name] = known if known is not None and idle else (sweep, index)
-    found = {name: run_state(results_dir / name) for name in latest}
-    undone = [sweep.jobs[index] for name, (sweep, index) in latest.items() if found[name].state != "done"]
+    states = {name: run_state(results_dir / name) for name in latest}
+    # Ask Slurm only for the jobs of runs that are not done.
+    undone = [sweep.jobs[index] for name, (sweep, index) in latest.items() if states[name].state != "done"]
     slurm = job_states([job.slurm_id for job in undone if job.slurm_id], timeout_s=5.0) or {}
-    rows = alone(results_dir, latest)
+    rows = _rows_without_sweep(results_dir, latest)
     for name, (sweep, index) in latest.items():
-        job, state = sweep.jobs[index], found[name]
+        job, state = sweep.jobs[index], states[name]
         if state.state != "done":
             outcome = read_json(sweep.outcome_path(index))
-            known_state = slurm.get(job.slurm_id) if job.slurm_id else local_state(sweep, outcome)
-            state = run_state(results_dir / name, outcome, known_state)
+            # A job of a sweep on this machine is waiting while its client is alive and has not started it.
+            waiting = sweep.launcher != "slurm" and outcome is None and sweep.is_client_alive()
+            job_state = slurm.get(job.slurm_id) if job.slurm_id else "PENDING" if waiting else None
+            state = run_state(results_dir / name, outcome, job_state)
         rows.append(Row(sweep, job, name, state))
     return rows
 
 
-def alone(results_dir: Path, asked: Collection[str]) -> list[Row]:
-    """A row for each run's folder that no sweep asked for."""
+def _rows_without_sweep(results_dir: Path, launched: Collection[str]) -> list[Row]:
+    """Return a row per run folder that no sweep has launched."""
     folders = [path.parent for path in results_dir.glob("*/*/*/*/*/status.json")]
     names = sorted("/".join(folder.parts[-5:]) for folder in folders)
     none = Sweep(results_dir / FOLDER / "none", "basic", [])
-    return [Row(none, Job([], [name]), name, run_state(results_dir / name)) for name in names if name not in asked]
+    return [Row(none, Job([], [name]), name, run_state(results_dir / name)) for name in names if name not in launched]
 
 
-def local_state(sweep: Sweep, outcome: dict[str, object] | None) -> str | None:
-    """``PENDING`` for a job of a sweep on this machine that its client hasn't come to yet."""
-    return "PENDING" if sweep.launcher != "slurm" and outcome is None and sweep.client_lives() else None
-
-
-def chosen(rows: list[Row], filters: dict[str, list[str]], *, failed: bool) -> Iterator[Row]:
-    """The rows that fit all filters."""
+def select_rows(rows: list[Row], filters: dict[str, list[str]], *, failed: bool) -> list[Row]:
+    """Return the rows that match all filters; the filter value ``last`` is the last sweep."""
     last = rows[-1].sweep.path.name if rows else ""
-    for row in rows:
-        if failed and row.state.state not in ("failed", "died"):
-            continue
-        wanted = {key: [last if value == "last" else value for value in values] for key, values in filters.items()}
-        if all(row.parts[key] in values for key, values in wanted.items()):
-            yield row
+    wanted = {key: [last if value == "last" else value for value in values] for key, values in filters.items()}
+    if failed:
+        rows = [row for row in rows if row.state.state in ("failed", "died")]
+    return [row for row in rows if all(row.parts[key] in values for key, values in wanted.items())]
 
 
-def report(rows: list[Row], results_dir: Path) -> Group:
-    """The table, with what it adds up to below."""
+def render_table(rows: list[Row], results_dir: Path) -> Group:
+    """Return the table with a summary below."""
     if not rows:
-        return Group(Text(f"no run in {results_dir} fits"))
+        return Group(Text(f"no run in {results_dir} matches"))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in ("Experiment", "Model", "Method", "Task"):
         table.add_column(column, overflow="fold")
@@ -165,79 +163,78 @@ def report(rows: list[Row], results_dir: Path) -> Group:
     table.add_column("Time", justify="right", no_wrap=True)
     table.add_column("Left", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    kinds = Kinds(rows)
+    durations = Durations(rows)
     for row in sorted(rows, key=lambda row: row.name):
-        experiment, model, method, task, run = row.name.split("/")
-        state = row.state
-        left = kinds.left(row)
+        state, left = row.state, durations.seconds_left(row)
         table.add_row(
-            experiment, model, method, task, run,
+            *row.name.split("/"),
             Text(state.state, style=COLOURS[state.state]),
-            duration(state.seconds) if state.state != "queued" else "",
-            f"~{duration(left)}" if left else "",
+            format_duration(state.seconds) if state.state != "queued" else "",
+            f"~{format_duration(left)}" if left else "",
             Text(_note(row)),
-        )  # fmt: skip
-    return Group(table, Text(summary(rows, kinds)))
+        )
+    return Group(table, Text(_summary(rows, durations)))
 
 
 def _note(row: Row) -> str:
+    """Return the progress of a running run, the job of a queued one, else the reason."""
     state = row.state
     if state.state == "running" and state.progress is not None:
         done, total = state.progress
         return f"{done} of {total}" + (f" ({100 * done // total} %)" if total else "")
-    if state.state == "queued":
-        return " ".join(part for part in (state.reason, f"job {row.job.slurm_id}" if row.job.slurm_id else "") if part)
+    if state.state == "queued" and row.job.slurm_id:
+        return f"{state.reason} job {row.job.slurm_id}".strip()
     return state.reason
 
 
-class Kinds:
-    """How long runs of a kind take, by those that are done."""
+class Durations:
+    """Durations of finished runs, from which those of similar runs are estimated."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.known: dict[tuple[str, ...], list[float]] = {}
         for row in rows:
             if row.state.state == "done" and row.state.seconds is not None:
-                for kind in self.of(row):
+                for kind in self._kinds(row):
                     self.known.setdefault(kind, []).append(row.state.seconds)
 
     @staticmethod
-    def of(row: Row) -> list[tuple[str, ...]]:
-        """A run's kinds, the closest first."""
+    def _kinds(row: Row) -> list[tuple[str, ...]]:
+        """Return the kinds of similar runs, most similar first."""
         experiment, model, method, task, _ = row.name.split("/")
         return [(experiment, model, task, method), (experiment, model, task), (experiment, model)]
 
-    def left(self, row: Row) -> float | None:
-        """Seconds of work left in a run; 0 if it is done, ``None`` if nothing tells."""
+    def seconds_left(self, row: Row) -> float | None:
+        """Return the estimated seconds until a run is done, or ``None`` without a basis for an estimate."""
         state = row.state
         if state.state == "done":
             return 0.0
         spent = state.seconds or 0.0 if state.state == "running" else 0.0
+        # Extrapolate from the run's own progress, else from similar runs.
         if state.state == "running" and state.progress and state.progress[0]:
             done, total = state.progress
             return spent * (total - done) / done
-        whole = next((mean(self.known[kind]) for kind in self.of(row) if kind in self.known), None)
+        whole = next((mean(self.known[kind]) for kind in self._kinds(row) if kind in self.known), None)
         return None if whole is None else max(whole - spent, 0.0)
 
 
-def summary(rows: list[Row], kinds: Kinds) -> str:
-    """One line: how many runs in each state, and about how long until all are done."""
+def _summary(rows: list[Row], durations: Durations) -> str:
+    """Return the number of runs in each state, and the estimated time until all are done."""
     states = [row.state.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
     text = f"{len(rows)} runs: {counts}."
     pending = [row for row in rows if row.state.state in ("running", "queued")]
-    known = [seconds for row in pending if (seconds := kinds.left(row)) is not None]
-    if pending and known:
+    known = [seconds for row in pending if (seconds := durations.seconds_left(row)) is not None]
+    if known:
         at_once = max(states.count("running"), 1)
         total = mean(known) * len(pending) / at_once
-        text += f" About {duration(max(total, max(known)))} left, {at_once} at a time."
-    undone = [state for state in states if state in ("failed", "died", "missing")]
-    if undone:
-        text += f"\n--rerun prints the commands for the {len(undone)} that have ended undone."
+        text += f" About {format_duration(max(total, max(known)))} left, {at_once} at a time."
+    if unfinished := sum(state in UNFINISHED for state in states):
+        text += f"\n--rerun prints the commands for the {unfinished} that have ended unfinished."
     return text
 
 
-def duration(seconds: float | None) -> str:
-    """``42 s``, ``12 min``, ``3 h 05 min``."""
+def format_duration(seconds: float | None) -> str:
+    """Return ``42 s``, ``12 min`` or ``3 h 05 min``."""
     if seconds is None:
         return ""
     if seconds < 100:
@@ -246,50 +243,51 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def rerun(rows: list[Row], *, launch: bool) -> int:
-    """Print, or launch, the commands of jobs with runs that have ended undone; returns the exit code."""
+def _unfinished_jobs(rows: list[Row]) -> dict[tuple[str, ...], Sweep]:
+    """Return the overrides of the jobs with runs that have ended unfinished, and their sweeps."""
     jobs: dict[tuple[str, ...], Sweep] = {}
     for row in rows:
-        if row.state.state in ("failed", "died", "missing"):
-            if not row.job.overrides:
-                print(f"{row.name} was started alone: give its command again", file=sys.stderr)
-                continue
+        if row.state.state not in UNFINISHED:
+            continue
+        if row.job.overrides:
             jobs[tuple(row.job.overrides)] = row.sweep
-    if not launch:
-        for overrides, sweep in jobs.items():
-            place = "" if sweep.cwd == os.getcwd() else f"cd {shlex.quote(sweep.cwd)} && "
-            print(f"{place}python {shlex.quote(run_py(sweep))} -m {shlex.join(overrides)}")
-        return 0
-    from experiments.sweeps.launch import launch as launch_jobs
+        else:
+            print(f"{row.name} was started without a sweep: rerun its command", file=sys.stderr)
+    return jobs
 
-    code = 0
+
+def print_commands(rows: list[Row]) -> int:
+    """Print the commands that rerun unfinished jobs; return the exit code."""
+    for overrides, sweep in _unfinished_jobs(rows).items():
+        change = "" if sweep.cwd == os.getcwd() else f"cd {shlex.quote(sweep.cwd)} && "
+        program = "run.py" if Path(sweep.cwd) == REPOSITORY else str(REPOSITORY / "run.py")
+        print(f"{change}python {shlex.quote(program)} -m {shlex.join(overrides)}")
+    return 0
+
+
+def launch_again(rows: list[Row]) -> int:
+    """Launch unfinished jobs again, each with its launcher and from its folder; return the worst exit code."""
     groups: dict[tuple[str, str], list[list[str]]] = {}
-    for overrides, sweep in jobs.items():
+    for overrides, sweep in _unfinished_jobs(rows).items():
         groups.setdefault((sweep.cwd, sweep.launcher), []).append(list(overrides))
-    for (cwd, _), commands in groups.items():
+    code = 0
+    for (cwd, _), sweeps in groups.items():
         os.chdir(cwd)
         try:
-            code = max(code, launch_jobs(commands))
+            code = max(code, launch(sweeps))
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             code = max(code, 2)
     return code
 
 
-def run_py(sweep: Sweep) -> str:
-    """How ``run.py`` is named from where a sweep was launched."""
-    from experiments.config.schema import REPOSITORY
-
-    return "run.py" if Path(sweep.cwd) == REPOSITORY else str(REPOSITORY / "run.py")
-
-
 def watch(results_dir: Path, filters: dict[str, list[str]], *, failed: bool) -> int:
-    """Show the table anew every few seconds until nothing runs or waits; returns the exit code."""
+    """Update the table every few seconds until no run is running or queued; return the exit code."""
     try:
         with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="visible") as live:
             while True:
-                rows = list(chosen(collect(results_dir), filters, failed=failed))
-                live.update(report(rows, results_dir), refresh=True)
+                rows = select_rows(collect_rows(results_dir), filters, failed=failed)
+                live.update(render_table(rows, results_dir), refresh=True)
                 if not any(row.state.state in ("running", "queued") for row in rows):
                     return 0
                 time.sleep(REFRESH_S)

@@ -23,11 +23,16 @@ WIDEST = 12  # characters of a row's name; a longer one gets a letter, and its s
 
 @functools.cache
 def defaults(path: str) -> dict[str, Any]:
-    """The keys of a file below ``conf/``; none if it isn't there."""
+    """Return the keys of a file below ``conf/``, with those that it inherits; none if there is no such file."""
     try:
-        return yaml.safe_load((REPOSITORY / "conf" / f"{path}.yaml").read_text()) or {}
+        own = yaml.safe_load((REPOSITORY / "conf" / f"{path}.yaml").read_text()) or {}
     except OSError:
         return {}
+    inherited: dict[str, Any] = {}
+    for name in own.pop("defaults", []):
+        if isinstance(name, str):  # a file of the same group; the schema and `_self_` have none
+            inherited |= defaults(f"{path.rpartition('/')[0]}/{name}")
+    return inherited | own
 
 
 def unusual(score: Score) -> dict[str, Any]:

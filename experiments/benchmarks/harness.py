@@ -28,13 +28,16 @@ from chai.devices import describe_devices, input_device
 from chai.methods import load_method
 from chai.methods.base import Method
 from chai.models import ModelError, load_config, load_model
-from experiments.config.schema import ConfigError, check_clusters, to_dataclass
+from experiments.config.schema import ConfigError
+from experiments.config.validate import check_clusters, to_dataclass
 from experiments.evaluation.accuracy import model_source
+from experiments.runs.code import versions
 from experiments.runs.experiment import Ending, give_up, record
-from experiments.runs.folder import RunError, RunFolder, settings_id, versions, write_atomically
-from experiments.runs.identity import check_profile
-from experiments.runs.resolve import settled
-from experiments.system.console import say
+from experiments.runs.files import write_atomically
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import check_profile, settings_id
+from experiments.runs.resolve import resolve_runs
+from experiments.system.console import log_info
 from experiments.system.device import device_name
 
 OBSERVED = 4  # steps whose memory events are held at a time: torch's profiler fails on more of a large model
@@ -98,14 +101,14 @@ def run_probe(
     Raises:
         ConfigError: options, or a method, that the model can't run with. Nothing is written then.
     """
-    (config,) = settled(config)
+    (config,) = resolve_runs(config)
     check_clusters(config)
     check_profile(config)
     options = to_dataclass(options_type, config.experiment, "experiment")
     method = to_dataclass(load_method(config.method.name), config.method, "method")
     folder = RunFolder(config)
     if folder.is_done and not config.force:
-        say(f"done already: {folder.path} (force=true does it again)")
+        log_info(f"done already: {folder.path} (force=true does it again)")
         show(folder.path)
         return 0
     source = model_source(config)
@@ -125,8 +128,8 @@ def run_probe(
         shape = {**source.architecture, "max_position_embeddings": max(positions, *lengths)}
         source = dataclasses.replace(source, architecture=shape)
     if note := method.note(architecture):
-        say(note)
-    say(f"{config.method.name} on {config.model.name}: {', '.join(map(str, lengths))} tokens")
+        log_info(note)
+    log_info(f"{config.method.name} on {config.model.name}: {', '.join(map(str, lengths))} tokens")
 
     def work() -> dict[str, Any]:
         with torch.no_grad():

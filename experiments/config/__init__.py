@@ -1,1 +1,1 @@
-"""The run configuration: schema, composition, validation."""
+"""The run configuration: schema, aliases, composition, validation."""

@@ -16,16 +16,19 @@ from chai.flops import method_flops
 from chai.methods import Mha, load_method
 from chai.methods.base import Method
 from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
-from experiments.config.schema import ConfigError, check_clusters, to_dataclass
+from experiments.config.schema import ConfigError
+from experiments.config.validate import check_clusters, to_dataclass
 from experiments.evaluation.responses import FILE as ANSWERS
 from experiments.evaluation.responses import Answers, code_digest
 from experiments.evaluation.tasks import build_task
+from experiments.runs.code import versions
 from experiments.runs.experiment import Ending, give_up, record, tell
-from experiments.runs.folder import RunError, RunFolder, settings_id, versions, write_atomically
-from experiments.runs.identity import check_profile
-from experiments.runs.locks import is_locked
-from experiments.runs.resolve import settled
-from experiments.system.console import complain, say
+from experiments.runs.files import write_atomically
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import check_profile, settings_id
+from experiments.runs.locks import lock_owner
+from experiments.runs.resolve import resolve_runs
+from experiments.system.console import log_error, log_info
 from experiments.system.device import device_name
 from experiments.system.distributed import Team, join, own_device, own_share, shares
 from experiments.tables.accuracy import show_results
@@ -46,7 +49,7 @@ def run(config: DictConfig) -> int:
         ConfigError: a method, or counts of clusters, that the model can't run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    singles = settled(config)
+    singles = resolve_runs(config)
     for single in singles:
         check_clusters(single)
         check_profile(single)
@@ -56,12 +59,12 @@ def run(config: DictConfig) -> int:
         team = join()
         is_open = team.from_leader(lambda: [config.force or not folder.is_done for folder in folders])
     except RunError as error:
-        complain(str(error))
+        log_error(str(error))
         return Ending.FAILED.code
     todo = [folder for folder, wanted in zip(folders, is_open, strict=True) if wanted]
     for folder in folders:
         if folder not in todo:
-            say(f"done already: {folder.path} (force=true does it again)")
+            log_info(f"done already: {folder.path} (force=true does it again)")
     endings = _score_all(todo, method, team) if todo else []
     if not team.leads:
         return max((ending.code for ending in endings), default=0)
@@ -73,7 +76,7 @@ def run(config: DictConfig) -> int:
 def _score_all(folders: list[RunFolder], method: Method, team: Team) -> list[Ending]:
     """Score each folder's task with one loaded model; returns how each ended."""
     try:
-        holders = team.from_leader(lambda: [is_locked(folder.path) for folder in folders])
+        holders = team.from_leader(lambda: [lock_owner(folder.path) for folder in folders])
     except RunError as error:
         return _give_up(folders, str(error), team)
     if None not in holders:  # no model is needed to see that all of them are being worked on
@@ -91,9 +94,9 @@ def _score_all(folders: list[RunFolder], method: Method, team: Team) -> list[End
         method.check(architecture)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
-    say(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
+    log_info(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
     if note := method.note(architecture):
-        say(note)
+        log_info(note)
     try:
         model, tokenizer = team.together(lambda: (load_model(source), load_tokenizer(source)))
     except (ModelError, RunError) as error:
@@ -152,7 +155,7 @@ def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any, te
     answers, task = team.together(prepare)
     with closing(answers):
         if answers.left_aside:
-            say(f"answers of an earlier start can't be used, made with another {', '.join(answers.left_aside)}")
+            log_info(f"answers of an earlier start can't be used, made with another {', '.join(answers.left_aside)}")
         scores, samples, ledger = score(
             model,
             tokenizer,

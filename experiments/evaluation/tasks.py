@@ -8,25 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.config.schema import load_member
+from experiments.config.compose import data_path
 from experiments.runs.folder import RunError
-
-
-def members(config: DictConfig) -> list[DictConfig]:
-    """The configuration of each single task that ``config`` asks for: its own, or one for each of its members."""
-    if not config.task.members:
-        return [config]
-    single = []
-    for name in config.task.members:
-        copy = config.copy()
-        copy.task = load_member(name, config.task)
-        single.append(copy)
-    return single
-
-
-def data_path(task: DictConfig) -> Path | None:
-    """The local file of the task's items; ``None`` when they come from the hub."""
-    return Path(task.data_dir, task.data_file) if task.data_dir is not None else None
 
 
 def build_task(task: DictConfig) -> dict[str, Any]:

@@ -21,13 +21,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai.models import pick_device
 from chai.presets import resolve_clusters
-from experiments.config.schema import REPOSITORY, ConfigError, to_dataclass
+from experiments.config.schema import REPOSITORY, ConfigError
+from experiments.config.validate import to_dataclass
 from experiments.microworld import training
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
+from experiments.runs.code import versions
 from experiments.runs.experiment import Ending, record
-from experiments.runs.folder import RunError, RunFolder, versions, write_atomically, write_json
-from experiments.system.console import console, say
+from experiments.runs.files import write_atomically, write_json
+from experiments.runs.folder import RunError, RunFolder
+from experiments.system.console import console, log_info
 
 MODEL_DIR = REPOSITORY / "experiments" / "microworld" / "model"
 DATA_DIR = REPOSITORY / "experiments" / "microworld" / "data"
@@ -100,7 +103,7 @@ def run(config: DictConfig) -> int:
         raise ConfigError(f"model.{error}") from None
     folder = RunFolder(config)
     if folder.is_done and not config.force:
-        say(f"done already: {folder.path} (force=true does it again)")
+        log_info(f"done already: {folder.path} (force=true does it again)")
         return _install(folder.path, options)
 
     def work() -> dict[str, Any]:
@@ -138,7 +141,7 @@ def _resume(path: Path, options: Options, shape: dict[str, Any], clusters: list[
             optimizer.load_state_dict(values)
         state.step, state.seconds = saved["step"], saved["seconds"]
         state.losses = [tuple(row) for row in saved["losses"]]
-        say(f"going on from step {state.step}")
+        log_info(f"going on from step {state.step}")
     return state
 
 
@@ -167,7 +170,7 @@ def _train(state: State, folder: RunFolder, options: Options, seed: int, device:
                 shown = f"loss {loss.item():.3f}, answers {answers.item():.3f}"
                 progress.update(bar, completed=state.step, shown=shown)
             if state.step % 100 == 0 and not console.is_terminal:  # a log file has no bar
-                say(f"step {state.step} of {options.steps}: loss {loss.item():.3f}, answers {answers.item():.3f}")
+                log_info(f"step {state.step} of {options.steps}: loss {loss.item():.3f}, answers {answers.item():.3f}")
             if state.step % options.checkpoint_every == 0 and state.step < options.steps:
                 write_atomically(folder.path / CHECKPOINT, lambda temporary: torch.save(_snapshot(state), temporary))
 
@@ -242,12 +245,12 @@ def _finish(state: State, folder: RunFolder, options: Options, config: DictConfi
 
 def _install(path: Path, options: Options) -> int:
     """Say where the model is; with ``install``, make it the embedded one and write its tasks."""
-    say(f"trained model: {path / 'model'}")
+    log_info(f"trained model: {path / 'model'}")
     if options.install:
         MODEL_DIR.mkdir(parents=True, exist_ok=True)
         for source in (path / "model").iterdir():
             write_atomically(MODEL_DIR / source.name, lambda temporary, file=source: shutil.copyfile(file, temporary))
         write_tasks(DATA_DIR)
         losses = json.loads((MODEL_DIR / "recipe.json").read_text())["final"]
-        say(f"installed in {MODEL_DIR} (final losses {losses}); its tasks in {DATA_DIR}")
+        log_info(f"installed in {MODEL_DIR} (final losses {losses}); its tasks in {DATA_DIR}")
     return 0

@@ -20,13 +20,17 @@ from chai.observe import observed
 from chai.profile import Profile, build_profile, model_shape
 from chai.runtime import check_family
 from chai.statistics import Features, Gathering, HeadStatistics, Samples, StatisticsError, gather
-from experiments.config.schema import ConfigError, to_dataclass
+from experiments.config.schema import ConfigError
+from experiments.config.validate import to_dataclass
 from experiments.evaluation.accuracy import model_source
 from experiments.offline.corpus import source, texts
+from experiments.runs.code import versions
 from experiments.runs.experiment import Ending, give_up, record
-from experiments.runs.folder import RunError, RunFolder, digest, run_identity, settings_id, versions, write_atomically
-from experiments.runs.resolve import settled
-from experiments.system.console import console, say
+from experiments.runs.files import digest, write_atomically
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import run_identity, settings_id
+from experiments.runs.resolve import resolve_runs
+from experiments.system.console import console, log_info
 from experiments.system.device import device_name
 from experiments.tables.head_profile import show_profile
 
@@ -87,10 +91,10 @@ def run(config: DictConfig) -> int:
         ConfigError: options, or a model, that can't be profiled. Nothing is written then.
     """
     options = to_dataclass(Options, config.profile, "profile")
-    (config,) = settled(config)
+    (config,) = resolve_runs(config)
     folder = RunFolder(config)
     if folder.is_done and not config.force:
-        say(f"done already: {folder.path} (force=true does it again)")
+        log_info(f"done already: {folder.path} (force=true does it again)")
         show_profile(folder.path)
         return 0
     try:
@@ -187,7 +191,7 @@ def _statistics(
             begun = found
             break
     if begun.complete:
-        say(f"statistics of {begun.samples} samples are there already: only the rule is applied")
+        log_info(f"statistics of {begun.samples} samples are there already: only the rule is applied")
     else:
         _pass(config, folder, options, begun, note)
     write_atomically(own, lambda path: begun.save(path, note))
@@ -200,9 +204,9 @@ def _pass(
     """The model over the corpus, from where ``statistics`` stand."""
     origin = model_source(config)
     model, tokenizer = load_model(origin), load_tokenizer(origin)
-    say(f"profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
+    log_info(f"profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
     if statistics.samples:
-        say(f"going on after {statistics.samples} samples")
+        log_info(f"going on after {statistics.samples} samples")
     process, began, saved = psutil.Process(), time.perf_counter(), time.perf_counter()
     before = highest = process.memory_info().rss
     columns = (
@@ -222,12 +226,14 @@ def _pass(
                 write_atomically(folder.path / STATISTICS, lambda path: statistics.save(path, note))
                 saved = time.perf_counter()
                 if not console.is_terminal:  # a log file has no bar
-                    say(f"{statistics.samples} of {options.samples} samples")
+                    log_info(f"{statistics.samples} of {options.samples} samples")
     statistics.complete = True
     if not statistics.samples:
         raise RunError(f"no text of corpus {config.corpus.name} has {options.history} tokens (profile.history)")
     if statistics.samples < options.samples:
-        say(f"the corpus has only {statistics.samples} texts of {options.history} tokens (profile.history) or more")
+        log_info(
+            f"the corpus has only {statistics.samples} texts of {options.history} tokens (profile.history) or more"
+        )
     statistics.made = {
         "seconds_pass": round(time.perf_counter() - began, 3),  # of the last start, if it was stopped
         "host_bytes": highest - before,

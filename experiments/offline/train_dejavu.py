@@ -27,13 +27,16 @@ from chai.devices import input_device
 from chai.models import ModelError, load_config, load_model, load_tokenizer
 from chai.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
 from chai.runtime import check_family
-from experiments.config.schema import REPOSITORY, ConfigError, to_dataclass
+from experiments.config.schema import REPOSITORY, ConfigError
+from experiments.config.validate import to_dataclass
 from experiments.evaluation.accuracy import model_source
 from experiments.offline.batches import Batches, file_batches, world_batches
+from experiments.runs.code import versions
 from experiments.runs.experiment import Ending, record
-from experiments.runs.folder import RunError, RunFolder, versions, write_atomically
-from experiments.runs.resolve import settled
-from experiments.system.console import console, say
+from experiments.runs.files import write_atomically
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.resolve import resolve_runs
+from experiments.system.console import console, log_info
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
 CHECKPOINT = "checkpoint.safetensors"
@@ -88,7 +91,7 @@ def run(config: DictConfig) -> int:
     """
     options = to_dataclass(Options, config.experiment, "experiment")
     embedded = config.model.name == "tiny"
-    (config,) = settled(config)
+    (config,) = resolve_runs(config)
     embedded = embedded and config.model.name == "tiny"
     if options.corpus is None and not embedded:
         raise ConfigError(
@@ -99,7 +102,7 @@ def run(config: DictConfig) -> int:
         raise ConfigError("experiment.install=true replaces the predictor of model=tiny; valid for that model alone")
     folder = RunFolder(config)
     if folder.is_done and not config.force:
-        say(f"done already: {folder.path} (force=true does it again)")
+        log_info(f"done already: {folder.path} (force=true does it again)")
         return _tell(folder.path, options)
     source = model_source(config)
     try:
@@ -154,7 +157,7 @@ def _resume(path: Path, options: Options, model: PreTrainedModel, seed: int) -> 
     whole = state.optimizer.state_dict()
     state.optimizer.load_state_dict({**whole, "state": {int(index): values for index, values in tensors.items()}})
     state.step, state.seconds = counted["step"], counted["seconds"]
-    say(f"going on from step {state.step}")
+    log_info(f"going on from step {state.step}")
     return state
 
 
@@ -267,10 +270,10 @@ def _finish(
 def _tell(path: Path, options: Options) -> int:
     """Say where the predictor is; with ``install``, make it the embedded model's."""
     target = path / "predictor"
-    say(f"trained predictor: method.predictor={target}")
+    log_info(f"trained predictor: method.predictor={target}")
     if options.install:
         INSTALLED.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, RECORD):
             write_atomically(INSTALLED / name, lambda temporary, name=name: shutil.copyfile(target / name, temporary))
-        say(f"installed in {INSTALLED}")
+        log_info(f"installed in {INSTALLED}")
     return 0

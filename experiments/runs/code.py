@@ -1,24 +1,27 @@
-"""The code that a run is done with: which commit, and a copy for jobs that start later than they were launched."""
+"""Version of the code that a run uses, and snapshots of it for jobs that start later than they were launched."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from experiments.config.schema import REPOSITORY
-from experiments.runs.folder import read_json, write_json
+from experiments.runs.files import read_json, write_json
 
-#: What a job needs of the repository.
+#: Parts of the repository that a job needs.
 PARTS = ("run.py", "pyproject.toml", "conf", "chai", "experiments", "analysis")
 RECORD = "code.json"
+PACKAGES = ("chai-attention", "torch", "transformers", "lm-eval", "datasets", "scikit-learn", "numpy")
 
 
 @dataclass(frozen=True)
 class Code:
-    """Identifies code: ``commit`` and ``dirty`` (files differ from it) are ``None`` without git."""
+    """A version of the code; ``commit`` and ``dirty`` (files differ from it) are ``None`` without git."""
 
     commit: str | None
     dirty: bool | None
@@ -28,8 +31,19 @@ class Code:
         return f"{self.commit[:12]}{'+changes' if self.dirty else ''}" if self.commit else self.digest
 
 
-def describe() -> Code:
-    """The code that runs here: of a snapshot what was recorded with it, else what the working tree has now."""
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change a number; of the project itself, the commit as well."""
+    found = {"python": platform.python_version(), "code": str(current_code())}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def current_code() -> Code:
+    """Return the version of the running code: as recorded in a snapshot, else of the working tree."""
     recorded = read_json(REPOSITORY / RECORD)
     if recorded is not None:
         return Code(**recorded)
@@ -39,13 +53,15 @@ def describe() -> Code:
 
 
 def snapshot(folder: Path) -> Code:
-    """Copy the code to ``folder``: what git tracks and what it doesn't ignore; all of it where there is no git.
+    """Copy the code to ``folder``: all files that git does not ignore, or all files without git.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the copy cannot be written.
     """
-    code = describe()
-    for name in [*_files(), *_compiled()]:
+    code = current_code()
+    # numba's compiled code beside its source is valid as long as the source's time and size are the same (copy2).
+    compiled = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("chai/**/__pycache__/*.nb[ic]")]
+    for name in [*_files(), *compiled]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(REPOSITORY / name, folder / name)
     write_json(folder / RECORD, asdict(code))
@@ -53,7 +69,7 @@ def snapshot(folder: Path) -> Code:
 
 
 def _files() -> list[str]:
-    """The files of ``PARTS``, relative to the repository."""
+    """Return the files of ``PARTS``, relative to the repository."""
     listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if listed:
         names = set(listed.split("\0")) - {""}
@@ -61,12 +77,7 @@ def _files() -> list[str]:
         roots = [REPOSITORY / part for part in PARTS]
         paths = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))]
         names = {str(path.relative_to(REPOSITORY)) for path in paths if "__pycache__" not in path.parts}
-    return sorted(name for name in names if (REPOSITORY / name).is_file())  # git lists what was deleted as well
-
-
-def _compiled() -> list[str]:
-    """Machine code that numba keeps beside its source, and takes as long as the source's time and size are the same."""
-    return [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("chai/**/__pycache__/*.nb[ic]")]
+    return sorted(name for name in names if (REPOSITORY / name).is_file())  # git lists deleted files as well
 
 
 def _digest(names: list[str]) -> str:
@@ -77,11 +88,11 @@ def _digest(names: list[str]) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the repository; ``None`` without git, or where the repository isn't its own."""
+    """Return git's output for the repository; ``None`` without git, or if the repository is not under git."""
+    if not (REPOSITORY / ".git").exists():  # an enclosing repository's commit would be misleading
+        return None
+    command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
-        if not (REPOSITORY / ".git").exists():  # inside of someone else's repository its commit would mislead
-            return None
-        command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return None

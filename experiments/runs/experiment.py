@@ -17,9 +17,9 @@ import torch
 from chai.models import ModelError
 from experiments.config.schema import ConfigError
 from experiments.runs.folder import RunError, RunFolder
-from experiments.runs.locks import Held, Holder
+from experiments.runs.locks import LockOwner, RunLocked
 from experiments.runs.tracking import track
-from experiments.system.console import complain, say
+from experiments.system.console import log_error, log_info
 from experiments.system.interrupts import interruption
 
 #: What a file system answers where nothing is wrong with the program.
@@ -60,21 +60,21 @@ def record(
     """
     try:
         folder.claim()
-    except Held as held:
-        tell(folder, held.holder)
+    except RunLocked as locked:
+        tell(folder, locked.owner)
         return Ending.ELSEWHERE
     except RunError as error:
-        complain(str(error))
+        log_error(str(error))
         return Ending.FAILED
     try:
         if folder.is_done and not folder.config.force:
-            say(f"done meanwhile: {folder.path}")
+            log_info(f"done meanwhile: {folder.path}")
             return Ending.DONE
         reason = _attempt(folder, work, () if folder.config.force else (*keep, *until_done))
         if reason is not None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # of what the failed work held; the next run may need it
-            complain(reason + _fail(folder, reason))
+            log_error(reason + _fail(folder, reason))
             track(folder)
             return Ending.FAILED
         for name in until_done:
@@ -120,19 +120,19 @@ def give_up(folders: Sequence[RunFolder], reason: str) -> list[Ending]:
             if not folder.path.exists():
                 folder.start()
             added = added or _fail(folder, reason)
-        except Held:
+        except RunLocked:
             continue
         except RunError as error:
             added = added or f" ({error})"
         finally:
             folder.release()
-    complain(reason + added)
+    log_error(reason + added)
     return [Ending.FAILED] * len(folders)
 
 
-def tell(folder: RunFolder, holder: Holder) -> None:
+def tell(folder: RunFolder, holder: LockOwner) -> None:
     """Say who works on a run."""
-    say(f"left to {holder}, which works on it: {folder.path}")
+    log_info(f"left to {holder}, which works on it: {folder.path}")
 
 
 def describe(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a local path holds: fingerprints that stand for it in a run's identity, wherever the files lie.
+"""Identity of a run: a digest of its configuration, in which local files count by fingerprints of their contents.
 
 Reads a few files and imports neither torch nor transformers.
 """
@@ -7,24 +7,70 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from experiments.config.compose import data_path
 from experiments.config.schema import ConfigError
-from experiments.evaluation.tasks import data_path
-from experiments.runs.folder import read_json
+from experiments.runs.files import BLOCK, content_digest, digest, read_json, update_digest
 
+#: Keys that a run's result does not depend on: where it ran and where its files were.
+MACHINE_ONLY = (
+    "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.predictor",
+    "model.profile", "task.data_dir", "experiment.install", "experiment.checkpoint_every", "corpus.path",
+)  # fmt: skip
+#: Paths that count by the contents of their files: all files of a folder, or the one named here.
+BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-SAMPLE = 1 << 20  # bytes of each of the blocks that stand for a large weight file
-BLOCKS = 64
+BLOCKS = 64  # blocks that represent a large weight file
 
 
-def settle_identity(config: DictConfig) -> None:
-    """Fill in the fingerprints of local files, and name the model by what it is.
+def run_identity(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration without machine settings, and with fingerprints in place of paths."""
+    identity = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(identity, dict)
+    for key in MACHINE_ONLY:
+        section, name = _section(identity, key)
+        section.pop(name, None)
+    for key, file in BY_CONTENT.items():
+        section, name = _section(identity, key)
+        if section.get(name) is not None:
+            path = Path(section[name])
+            if file is not None:
+                path = (path if path.is_dir() else path.parent) / file
+            section[name] = content_digest(path) or section[name]
+    # Sections that the experiment does not have at all are left out.
+    return {str(k): value for k, value in identity.items() if value is not None or k not in ("profile", "corpus")}
 
-    A folder whose shape isn't that of the chosen model (``model.path`` given alone) is named after the folder and
-    loses the counts, the predictor and the profile that were the other model's. Random weights are never filed under
-    the real model's name, and have no predictor either; a profile of their shape is good enough to probe them with.
+
+def _section(identity: dict[Any, Any], key: str) -> tuple[dict[Any, Any], str]:
+    """Return the dictionary that holds a dotted key, and the key's last part."""
+    *parents, name = key.split(".")
+    section: Any = identity
+    for parent in parents:
+        section = section.get(parent) or {}
+    return section, name
+
+
+def run_id(config: DictConfig) -> str:
+    """Return the run's id, which is the same on any machine."""
+    return digest(run_identity(config))
+
+
+def settings_id(config: DictConfig) -> str:
+    """Return an id that is equal for runs that differ only in their method, and so may be compared."""
+    identity = run_identity(config)
+    identity.pop("method", None)
+    return digest(identity)
+
+
+def resolve_fingerprints(config: DictConfig) -> None:
+    """Fill in the fingerprints of local files, and name the model by its contents.
+
+    A folder whose shape differs from the chosen model's (``model.path`` set alone) is named after the folder and loses
+    the other model's cluster counts, predictor and profile. Random weights never get the real model's name and have no
+    predictor; a profile of their shape is kept, since it suffices for benchmarks.
     """
     model = config.model
     if model.random_init:
@@ -43,53 +89,50 @@ def settle_identity(config: DictConfig) -> None:
         config.task.fingerprint = fingerprint_file(path)
     if config.corpus is not None and config.corpus.path is not None:
         path = Path(config.corpus.path)
-        if config.corpus.hub_id is None:  # given alone, it isn't a copy of a known corpus
+        if config.corpus.hub_id is None:  # not a copy of a known corpus
             config.corpus.name = path.stem
         if path.is_file():
             config.corpus.fingerprint = fingerprint_file(path)
 
 
 def check_profile(config: DictConfig) -> None:
-    """Refuse a profile that was made of other weights than the run's; its shape is the library's matter.
-
-    Raises:
-        ConfigError: names both models.
-    """
+    """Raise a ConfigError if ``method.profile`` is of other weights than the run's; the library checks its shape."""
     if config.method.get("profile") is None or config.model.random_init:
         return
     path = Path(config.method.profile)
-    there = (read_json((path if path.is_dir() else path.parent) / "profile.json") or {}).get("model", {})
-    for name, here in (("fingerprint", config.model.fingerprint), ("id", config.model.hub_id)):
-        if None not in (there.get(name), here) and there[name] != here:
+    profiled = (read_json((path if path.is_dir() else path.parent) / "profile.json") or {}).get("model", {})
+    for name, current in (("fingerprint", config.model.fingerprint), ("id", config.model.hub_id)):
+        if None in (profiled.get(name), current):
+            continue
+        if profiled[name] != current:
             raise ConfigError(
-                f"method.profile={config.method.profile} is of another model, {there.get('name')} ({name} "
-                f"{there[name]}), than {config.model.name} ({here}); make one with experiment=profile"
+                f"method.profile={config.method.profile} is of another model, {profiled.get('name')} ({name} "
+                f"{profiled[name]}), than {config.model.name} ({current}); make one with experiment=profile"
             )
-        if None not in (there.get(name), here):
-            return
+        return
 
 
 def fingerprint_file(path: Path) -> str:
-    """A digest of a file's content."""
+    """Return a digest of a file's content."""
     total = hashlib.sha256()
-    with open(path, "rb") as handle:
-        for block in iter(lambda: handle.read(SAMPLE), b""):
-            total.update(block)
+    update_digest(total, path)
     return total.hexdigest()[:16]
 
 
 def fingerprint_model(folder: Path) -> str:
-    """A digest of configuration, tokenizer and weights: whole files, or 64 blocks spread over a large one."""
+    """Return a digest of configuration, tokenizer and weights; of a large file, 64 blocks spread over it."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*")):
         if path.suffix not in (".json", ".safetensors", ".bin", ".model") or not path.is_file():
             continue
-        total.update(f"{path.name} {path.stat().st_size} ".encode())
+        size = path.stat().st_size
+        total.update(f"{path.name} {size} ".encode())
+        last = max(size - BLOCK, 0)
+        if last <= BLOCKS * BLOCK:
+            update_digest(total, path)
+            continue
         with open(path, "rb") as handle:
-            last = max(path.stat().st_size - SAMPLE, 0)
-            for block in range(BLOCKS) if last > BLOCKS * SAMPLE else range(0):
+            for block in range(BLOCKS):
                 handle.seek(last * block // (BLOCKS - 1))
-                total.update(handle.read(SAMPLE))
-            if last <= BLOCKS * SAMPLE:
-                total.update(handle.read())
+                total.update(handle.read(BLOCK))
     return total.hexdigest()[:16]

@@ -1,9 +1,8 @@
-"""One process at a time for a run: a lock that dies with its holder, on local and network file systems.
+"""Locks that let one process at a time work on a run, on local and network file systems.
 
 The kernel's lock (``flock``) on ``<results_dir>/.locks/<run id>.lock`` ends with the process, however it ends. The file
-itself stays: whoever deletes the file of a held lock breaks it. Where a file system refuses locks, a lease stands in:
-a file with host and process, refreshed while its holder lives, which others take over once it isn't.
-Neither torch nor a run's configuration is needed to ask who works on a run.
+itself stays, since deleting the file of a held lock breaks it. If a file system refuses locks, a lease is used instead:
+a file with host and process that its owner refreshes, and that others take over when it is no longer refreshed.
 """
 
 from __future__ import annotations
@@ -18,90 +17,75 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 FOLDER = ".locks"
-PATIENCE = 1.0  # seconds: somebody who only asks (`holder`) has the lock for an instant
-LEASE = 60.0  # seconds without a refresh, seen by whoever waits, after which a lease is taken over
-REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
+PATIENCE = 1.0  # seconds: a process that only looks at the lock (`lock_owner`) holds it for an instant
+LEASE = 60.0  # seconds without a refresh, as seen by a waiting process, after which a lease is taken over
+REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The process that works on a run; what isn't known is ``None``.
-
-    Attributes:
-        host: name of its machine.
-        pid: its number there.
-        since: when it began, seconds since 1970.
-    """
+class LockOwner:
+    """The process that works on a run; unknown attributes are ``None``."""
 
     host: str | None = None
     pid: int | None = None
-    since: float | None = None
+    since: float | None = None  # start of its work, seconds since 1970
 
     def __str__(self) -> str:
-        """``process 4711 on node3, since 2026-11-26 14:03``."""
+        """Return ``process 4711 on node3, since 2026-11-26 14:03``."""
         since = f", since {datetime.fromtimestamp(self.since):%Y-%m-%d %H:%M}" if self.since else ""
         return f"process {self.pid or 'unknown'} on {self.host or 'an unknown host'}{since}"
 
 
-class Held(Exception):
-    """Another process works on the run, which is no failure.
+class RunLocked(Exception):
+    """Raised when another process works on the run, which is no failure."""
 
-    Args:
-        holder: who.
-    """
-
-    def __init__(self, holder: Holder) -> None:
-        self.holder = holder
-        super().__init__(str(holder))
+    def __init__(self, owner: LockOwner) -> None:
+        self.owner = owner
+        super().__init__(str(owner))
 
 
 class RunLock:
-    """The lock of a run.
-
-    Args:
-        folder: of the run, which needn't exist yet.
-    """
+    """The lock of the run with this folder, which need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.path = lock_path(folder)
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless it is this object's already.
+        """Acquire the lock, unless this object has it already.
 
         Raises:
-            Held: another process has it.
-            OSError: its file can't be written.
+            RunLocked: another process has it.
+            OSError: its file cannot be written.
         """
         if self._lock is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock: BaseFileLock = FileLock(self.path, fallback_to_soft=False, on_acquired=_sign)
+        lock: BaseFileLock = FileLock(self.path, fallback_to_soft=False, on_acquired=_write_owner)
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
-            raise Held(_signature(self.path)) from None
+            raise RunLocked(_read_owner(self.path)) from None
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            lock = self._lease()
+            lock = self._acquire_lease()
         self._lock = lock
 
     def release(self) -> None:
-        """Let go; does nothing where nothing is held."""
+        """Release the lock, if this object has it."""
         lock, self._lock = self._lock, None
         if lock is not None:
             with suppress(OSError):  # a file system that is gone has no lock left
                 lock.release()
 
-    def _lease(self) -> BaseFileLock:
-        """Take the lease; one that is being refreshed is another's, one that isn't is waited out."""
+    def _acquire_lease(self) -> BaseFileLock:
+        """Acquire the lease: give up as soon as it is refreshed, take it over once it has expired."""
         path = self.path.with_suffix(".lease")
         lease = SoftFileLease(path, lease_duration=LEASE)
         seen = _modified(path)
@@ -110,28 +94,28 @@ class RunLock:
                 timeout=2 * LEASE, poll_interval=LEASE / 60, cancel_check=lambda: _modified(path) not in (seen, None)
             )
         except Timeout:
-            raise Held(_leaseholder(path)) from None
+            raise RunLocked(_lease_owner(path)) from None
         return lease
 
 
 def lock_path(folder: Path) -> Path:
-    """Where the lock of a run's folder is: beside everything that a run's start clears away."""
+    """Return the path of a run's lock, which is outside the folder that a run's start clears."""
     results = folder.parents[4]  # <results_dir>/<experiment>/<model>/<method>/<task>/<run id>
     return results / FOLDER / f"{folder.name}.lock"
 
 
-def is_locked(folder: Path) -> Holder | None:
-    """Who works on the run of this folder, or ``None``; creates and changes nothing.
+def lock_owner(folder: Path) -> LockOwner | None:
+    """Return the process that works on the run of this folder, or ``None``, without changing anything.
 
-    A lease on another machine tells the living from the dead by its age alone: its holder counts for two minutes more.
+    A lease of another machine can be judged only by its age: its owner counts for two minutes more.
     """
     path = lock_path(folder)
     lease = path.with_suffix(".lease")
     refreshed = _modified(lease)
     if refreshed is not None and abs(time.time() - refreshed) < 2 * LEASE:
-        found = _leaseholder(lease)
-        here = found.host == socket.gethostname()
-        return None if here and found.pid and not psutil.pid_exists(found.pid) else found
+        owner = _lease_owner(lease)
+        local = owner.host == socket.gethostname()
+        return None if local and owner.pid and not psutil.pid_exists(owner.pid) else owner
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -139,35 +123,32 @@ def is_locked(folder: Path) -> Holder | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _signature(path)
+        return _read_owner(path)
     except OSError:
-        return None  # no locks here: the lease tells
+        return None  # no locks on this file system, and there is no lease
     finally:
         os.close(descriptor)
     return None
 
 
-def _sign(descriptor: int) -> None:
-    """Write down who has the lock; it holds without that, on a full disk."""
-    text = json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), time.time()))) + "\n"
+def _write_owner(descriptor: int) -> None:
+    """Write the lock's owner to its file; on a full disk the lock holds without it."""
+    text = json.dumps(asdict(LockOwner(socket.gethostname(), os.getpid(), time.time()))) + "\n"
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
 
-def _signature(path: Path) -> Holder:
-    """Who has written itself down."""
+def _read_owner(path: Path) -> LockOwner:
     try:
-        found: Any = json.loads(path.read_text())
-        return Holder(found["host"], found["pid"], found["since"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return Holder()
+        return LockOwner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return LockOwner()
 
 
-def _leaseholder(path: Path) -> Holder:
-    """Who has a lease."""
+def _lease_owner(path: Path) -> LockOwner:
     owner = SoftFileLease(path, lease_duration=LEASE).owner
-    return Holder(owner.hostname, owner.pid) if owner else Holder()
+    return LockOwner(owner.hostname, owner.pid) if owner else LockOwner()
 
 
 def _modified(path: Path) -> float | None:

@@ -1,41 +1,37 @@
-"""Which runs a configuration stands for, and in which folders: known before anything heavy is imported."""
+"""Runs of a configuration and their folders, known before anything heavy is imported."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.config.compose import task_members
 from experiments.config.schema import TaskConfig
-from experiments.evaluation.tasks import members
 from experiments.runs.folder import RunFolder
-from experiments.runs.identity import settle_identity
+from experiments.runs.identity import resolve_fingerprints
 
-#: Experiments that aren't about the method chosen, and what their folders have in its place.
+#: Experiments that do not depend on the chosen method, and the name in place of it in their folders.
 METHOD = {"profile": "none", "train_dejavu": "dejavu"}
 
 
-def settled(config: DictConfig) -> list[DictConfig]:
-    """The configuration of each run, as its identity counts it: an experiment drops what its runs don't depend on.
-
-    Raises:
-        ConfigError: a group of tasks has a member that there isn't.
-    """
+def resolve_runs(config: DictConfig) -> list[DictConfig]:
+    """Return one configuration per run, without what the experiment's runs do not depend on."""
     config, name = config.copy(), config.experiment.name
     if name == "pretrain_tiny":
         return [config]
     if name == "accuracy":
-        singles = members(config)
+        singles = task_members(config)
         for single in singles:
-            settle_identity(single)
+            resolve_fingerprints(single)
         return singles
     config.task = OmegaConf.structured(TaskConfig(name="none"))
     if name in METHOD:
         config.method = OmegaConf.create({"name": METHOD[name]})
-    settle_identity(config)
+    resolve_fingerprints(config)
     if name == "profile":
         config.task.name = config.corpus.name
     return [config]
 
 
 def run_folders(config: DictConfig) -> list[RunFolder]:
-    """The folders of a configuration's runs, whether they are there or not."""
-    return [RunFolder(single) for single in settled(config)]
+    """Return the folders of a configuration's runs, whether they exist or not."""
+    return [RunFolder(single) for single in resolve_runs(config)]

@@ -1,4 +1,4 @@
-"""What became of a run, from what is on disk: its own status first, then how its job ended. Imports no torch."""
+"""State of a run, from what is on disk: its own status first, then how its job ended. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.runs.folder import read_json
-from experiments.runs.locks import is_locked
+from experiments.runs.files import read_json
+from experiments.runs.locks import lock_owner
 
-#: In the order in which they are told.
+#: In the order in which they are listed.
 STATES = ("done", "running", "queued", "died", "failed", "missing")
+#: Slurm's states of jobs that wait.
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "RESV_DEL_HOLD")
 
 
 @dataclass
 class RunState:
-    """A run's state, one line of why, and what is known of its time and progress."""
+    """A run's state with its reason, times (seconds since 1970) and progress (done, total)."""
 
     state: str
     reason: str = ""
@@ -26,7 +28,7 @@ class RunState:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has run, or ran."""
+        """Seconds that the run has taken so far, or took."""
         if self.started is None:
             return None
         end = time.time() if self.state == "running" else self.updated
@@ -34,36 +36,33 @@ class RunState:
 
 
 def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | None = None) -> RunState:
-    """The state of a run's folder.
+    """Return the state of a run's folder.
 
     Args:
-        folder: the run's.
-        outcome: of its job, if that ended; tells why a process that couldn't say so itself is gone.
-        job: what Slurm calls the job's state, if it knows the job.
+        folder: of the run.
+        outcome: of its job, if that ended; has the reason for a process that died without recording one.
+        job: Slurm's state of the job, if Slurm knows it.
     """
     status = read_json(folder / "status.json")
-    waits = job in ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "RESV_DEL_HOLD")
-    why = (outcome or {}).get("error") or (f"Slurm: {job}" if job and job not in ("RUNNING", "COMPLETED") else "")
+    outcome = outcome or {}
+    job_reason = outcome.get("error") or (f"Slurm: {job}" if job and job not in ("RUNNING", "COMPLETED") else "")
     if status is None:
-        if waits or job in ("RUNNING", "COMPLETING"):
+        if job in (*WAITING, "RUNNING", "COMPLETING"):
             return RunState("queued", "starting" if job == "RUNNING" else "")
-        if outcome is not None and outcome.get("code"):
-            return RunState("failed", why)
-        return RunState("missing", why)
-    told, error = str(status.get("state")), str(status.get("error") or "")
+        return RunState("failed" if outcome.get("code") else "missing", job_reason)
+    state, error = str(status.get("state")), str(status.get("error") or "")
     counts = status.get("progress") or {}
     progress = (int(counts["done"]), int(counts["total"])) if {"done", "total"} <= counts.keys() else None
-    times: dict[str, Any] = {"started": status.get("started"), "updated": status.get("updated"), "progress": progress}
-    if told == "done":
-        return RunState("done" if (folder / "result.json").exists() else "missing", **times)
-    if is_locked(folder) is not None:
-        return RunState("running", **times)
-    if told == "running":
-        return (
-            RunState("queued", "goes on", **times) if waits else RunState("died", why or "its process is gone", **times)
-        )
-    if waits:
-        return RunState("queued", f"again after: {error}" if error else "again", **times)
-    if outcome is not None and outcome.get("error") and float(status.get("updated") or 0) < outcome.get("started", 0):
-        return RunState("failed", why, **times)  # the status is of an earlier attempt, the last one didn't get that far
-    return RunState(told if told in STATES else "failed", error or why, **times)
+    known: dict[str, Any] = {"started": status.get("started"), "updated": status.get("updated"), "progress": progress}
+    if state == "done":
+        return RunState("done" if (folder / "result.json").exists() else "missing", **known)
+    if lock_owner(folder) is not None:
+        return RunState("running", **known)
+    if job in WAITING:
+        retry = f"retry after: {error}" if error else "retry"
+        return RunState("queued", "will resume" if state == "running" else retry, **known)
+    if state == "running":
+        return RunState("died", job_reason or "its process is gone", **known)
+    if outcome.get("error") and float(status.get("updated") or 0) < float(outcome.get("started") or 0):
+        return RunState("failed", job_reason, **known)  # the last attempt ended before it could write a status
+    return RunState(state if state in STATES else "failed", error or job_reason, **known)

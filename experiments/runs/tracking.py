@@ -1,8 +1,8 @@
-"""``logger=wandb``: what a run leaves behind, shown in Weights & Biases as well.
+"""Upload of finished runs to Weights & Biases (``logger=wandb``).
 
-Nothing that happens there is a reason for a run to fail. So it happens at a run's end, in a process of its own (this
-module as a program), which reads the run's folder and is ended when it takes too long: a tracker that is missing,
-crashes or hangs costs one line. A run is the same one there whenever it is started again, by its run id.
+A tracker that is missing, crashes or hangs never fails a run: the upload is a process of its own (this module as a
+program), which reads the run's folder and is killed when it takes too long. The tracker's id is the run id, so that a
+resumed run is the same one there.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.schema import REPOSITORY
-from experiments.runs.folder import RunFolder, read_json
-from experiments.system.console import say
+from experiments.runs.files import read_json
+from experiments.runs.folder import RunFolder
+from experiments.system.console import log_info
 
-ROWS = 10_000  # of a table that are shown; the whole file is among the artefacts
-LARGEST = 100 << 20  # bytes of a file that still becomes part of the artefact
-SHOWN = (".json", ".yaml", ".parquet", ".csv", ".png", ".pdf", ".svg", ".md")  # no weights, no checkpoints
+ROWS = 10_000  # uploaded rows of a table; the artifact has the whole file
+LARGEST = 100 << 20  # bytes of a file that still becomes part of the artifact
+UPLOADED = (".json", ".yaml", ".parquet", ".csv", ".png", ".pdf", ".svg", ".md")  # no weights, no checkpoints
 REACH = 3.0  # seconds to find out whether the server can be reached
 
 
 def track(folder: RunFolder) -> None:
-    """Show a run that has just ended, if its configuration says so; one line tells where, or why not."""
+    """Upload a run that has just ended, if its configuration says so, and log where it is or why it is not."""
     logger = folder.config.logger
     if logger.name != "wandb":
         return
     try:
-        told = _in_a_process(folder.path, logger)
-    except Exception as error:  # whatever it was, the run itself is over and fine
-        told = f"not tracked: {type(error).__name__}: {error}"
-    say(f"logger=wandb: {told}")
+        message = _upload_in_process(folder.path, logger)
+    except Exception as error:  # the run itself is over and fine, whatever happens here
+        message = f"not tracked: {type(error).__name__}: {error}"
+    log_info(f"logger=wandb: {message}")
 
 
-def _in_a_process(path: Path, logger: DictConfig) -> str:
-    """Let this module show a folder; returns the one line about it."""
+def _upload_in_process(path: Path, logger: DictConfig) -> str:
+    """Run this module on a folder; return its message of one line."""
     settings = json.dumps({**OmegaConf.to_container(logger, resolve=True), "dir": str(path.parents[4].resolve())})  # type: ignore[dict-item]
-    command = [sys.executable, "-m", "experiments.runs.tracking", str(path.resolve()), settings]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "experiments.runs.tracking", str(path.resolve()), settings],
         cwd=REPOSITORY,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # whatever it starts in turn ends with it
+        start_new_session=True,  # so that its own children can be killed with it
     )
     try:
         out, errors = process.communicate(timeout=logger.timeout)
@@ -68,15 +68,14 @@ def _in_a_process(path: Path, logger: DictConfig) -> str:
     return last if process.returncode == 0 else f"not tracked: {last}"
 
 
-def choose_mode(asked: str | None) -> str:
-    """``online`` or ``offline``: as asked, as ``WANDB_MODE`` says, or by whether there are a key and a server."""
-    chosen = asked or os.environ.get("WANDB_MODE")
-    if chosen:
-        return chosen
+def choose_mode(requested: str | None) -> str:
+    """Return ``online`` or ``offline``: as requested, else ``WANDB_MODE``, else online with an API key and a server."""
+    mode = requested or os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        known = "WANDB_API_KEY" in os.environ or netrc().authenticators(server.hostname or "") is not None
-        if not known:
+        if "WANDB_API_KEY" not in os.environ and netrc().authenticators(server.hostname or "") is None:
             return "offline"
         create_connection((server.hostname, server.port or 443), timeout=REACH).close()
         return "online"
@@ -85,22 +84,22 @@ def choose_mode(asked: str | None) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, float]:
-    """The numbers in nested dictionaries, by paths: ``savings/kv_bytes``."""
+    """Return the numbers in nested dictionaries by their paths: ``savings/kv_bytes``."""
     if isinstance(value, dict):
         parts = (flatten(inner, f"{prefix}/{key}" if prefix else str(key)) for key, inner in value.items())
         return {name: number for part in parts for name, number in part.items()}
     return {prefix: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
 
 
-def show(path: Path, settings: dict[str, Any]) -> str:
-    """Show a run's folder.
+def upload_run(path: Path, settings: dict[str, Any]) -> str:
+    """Upload a run's folder.
 
     Args:
         path: of the folder.
-        settings: ``logger.*`` of its configuration, and ``dir``, under which the tracker keeps its own files.
+        settings: ``logger.*`` of its configuration, and ``dir``, below which the tracker keeps its own files.
 
     Returns:
-        one line: where it is shown.
+        Where the run is, in one line.
     """
     import pandas as pd
 
@@ -129,29 +128,30 @@ def show(path: Path, settings: dict[str, Any]) -> str:
         settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
     )
     run.summary.update({"state": status.get("state"), "error": status.get("error"), **flatten(result)})
-    artefact = wandb.Artifact(f"{names['experiment']}-{path.name}", "run", metadata=names)
+    artifact = wandb.Artifact(f"{names['experiment']}-{path.name}", "run", metadata=names)
     for file in sorted(path.rglob("*")):
-        if not file.is_file() or file.suffix not in SHOWN or file.stat().st_size > LARGEST:
+        if not file.is_file() or file.suffix not in UPLOADED or file.stat().st_size > LARGEST:
             continue
-        place = file.relative_to(path)
-        artefact.add_file(str(file), str(place))
+        name = file.relative_to(path)
+        artifact.add_file(str(file), str(name))
+        # Pictures and tables are shown in the run as well.
         if file.suffix == ".png":
-            run.log({str(place): wandb.Image(str(file))})
+            run.log({str(name): wandb.Image(str(file))})
         if file.suffix == ".parquet":
             frame = pd.read_parquet(file).head(ROWS)
-            for column in frame.select_dtypes(object):  # lists, which tables don't show
+            for column in frame.select_dtypes(object):  # tables do not show lists
                 frame[column] = frame[column].map(str)
-            run.log({place.stem: wandb.Table(dataframe=frame)})
-    run.log_artifact(artefact)
-    where = run.url if mode == "online" else f"offline, `wandb sync {Path(run.dir).parent}` sends it"
+            run.log({name.stem: wandb.Table(dataframe=frame)})
+    run.log_artifact(artifact)
+    place = run.url if mode == "online" else f"offline, `wandb sync {Path(run.dir).parent}` uploads it"
     run.finish(exit_code=int(status.get("state") != "done"))
-    return str(where)
+    return str(place)
 
 
 if __name__ == "__main__":
     try:
-        print(show(Path(sys.argv[1]), json.loads(sys.argv[2])))
+        print(upload_run(Path(sys.argv[1]), json.loads(sys.argv[2])))
     except ImportError as error:
-        sys.exit(f"{error} (pip install 'chai-lab[wandb]')")
-    except Exception as error:  # told to who waits for it, in one line
+        sys.exit(f"{error} (pip install 'chai-attention[wandb]')")
+    except Exception as error:  # the parent process logs its last line
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,82 +1,91 @@
-"""``python run.py -m paper=table2``: the sweeps that fill one of the paper's tables, launched as one.
+"""``paper=NAME``: the sweeps that fill one of the paper's tables, launched as one.
 
-``conf/paper/<name>.yaml`` names the model, the tasks, and for each sweep what would be written on the command line.
-Methods with different hyper-parameters can't share a sweep, for that is every combination of what it lists.
+``conf/paper/<name>.yaml`` lists the model, the tasks, and the overrides of each sweep. Methods with different
+hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from experiments.config.schema import CONF, ConfigError, choices, unknown
+from experiments.config.aliases import replace_aliases
+from experiments.config.compose import choices, compose_config
+from experiments.config.schema import CONF, ConfigError, unknown_name
 
 GROUP = "paper"
 
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
-    """The overrides of each sweep that a command line asks for; itself alone where it has no ``paper=NAME``.
+    """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``.
 
-    What else is on the line goes to every sweep, ``model=`` and ``task=`` in place of the table's own.
-    ``method.K=V`` goes to the methods that have such a key, where the sweep doesn't set it itself.
+    The other overrides go to every sweep; ``model=`` and ``task=`` replace those of the file. ``method.K=V`` goes to
+    the methods that have such a key, unless the sweep sets it itself.
 
     Raises:
-        ConfigError: an unknown table or method, no ``-m``, or an override that doesn't go with ``paper=``.
+        ConfigError: unknown table or method, no ``-m``, or an override that cannot be combined with ``paper=``.
     """
-    chosen = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
-    if not chosen:
+    overrides = replace_aliases(overrides)
+    tables = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
+    if not tables:
         return [overrides]
-    name = chosen[0].partition("=")[2]
-    if len(chosen) > 1 or chosen[0] != f"{GROUP}={name}":
-        raise ConfigError(f"can't read {' '.join(chosen)}; expected one {GROUP}=NAME")
+    name = tables[0].partition("=")[2]
+    if len(tables) > 1 or tables[0] != f"{GROUP}={name}":
+        raise ConfigError(f"cannot read {' '.join(tables)}; expected one {GROUP}=NAME")
     if name not in choices(GROUP):
-        raise ConfigError(unknown(GROUP, name, choices(GROUP)))
+        raise ConfigError(unknown_name(GROUP, name, choices(GROUP)))
     if not multirun:
         raise ConfigError(f"{GROUP}={name} is a sweep: add -m")
-    rest = [override for override in overrides if override not in chosen]
+    rest = [override for override in overrides if override not in tables]
     if any(_key(override) == "method" for override in rest):
-        raise ConfigError(f"method= doesn't go with {GROUP}={name}, which names its methods itself")
-    return sweeps(CONF / GROUP / f"{name}.yaml", rest)
+        raise ConfigError(f"method= cannot be combined with {GROUP}={name}, which lists its methods itself")
+    return read_table(CONF / GROUP / f"{name}.yaml", rest)
 
 
-def sweeps(path: Path, extra: list[str]) -> list[list[str]]:
-    """The overrides of each sweep in a file, with those given beside it.
+def read_table(path: Path, extra: list[str]) -> list[list[str]]:
+    """Return the overrides of each sweep in a file, combined with the overrides ``extra``.
 
     Raises:
-        ConfigError: a method that there isn't, or a ``method.K=V`` that none of the file's methods takes.
+        ConfigError: unknown method, or a ``method.K=V`` that none of the file's methods has.
     """
     table = yaml.safe_load(path.read_text())
     settings = [override for override in extra if _key(override).startswith("method.")]
     common = [override for override in extra if override not in settings]
     given = {_key(override) for override in common}
     common = [*(f"{key}={table[key]}" for key in ("model", "task") if key not in given), *common]
-    found: list[list[str]] = []
-    taken: set[str] = set()
+    sweeps: list[list[str]] = []
+    used: set[str] = set()
     for line in table["sweeps"]:
-        own = dict(word.split("=", 1) for word in line.split())
-        by_settings: dict[tuple[str, ...], list[str]] = {}
-        for method in own.pop("method").split(","):
+        fixed = dict(word.split("=", 1) for word in replace_aliases(line.split()))
+        methods_by_settings: dict[tuple[str, ...], list[str]] = {}
+        for method in fixed.pop("method").split(","):
             if method not in choices("method"):
-                raise ConfigError(f"{GROUP}={path.stem}: {unknown('method', method, choices('method'))}")
-            fitting = tuple(o for o in settings if _has(method, _key(o)) and _key(o) not in own)
-            by_settings.setdefault(fitting, []).append(method)
-            taken.update(fitting)
-        for fitting, methods in by_settings.items():
-            fixed = [f"{key}={value}" for key, value in own.items()]
-            found.append([f"method={','.join(methods)}", *fixed, *fitting, *common])
+                raise ConfigError(f"{GROUP}={path.stem}: {unknown_name('method', method, choices('method'))}")
+            # Keep the settings that the method has and the sweep does not set itself.
+            overrides = dict(zip(settings, replace_aliases([f"method={method}", *settings])[1:], strict=True))
+            fitting = {
+                setting: override
+                for setting, override in overrides.items()
+                if _key(override) in _method_keys(method) and _key(override) not in fixed
+            }
+            methods_by_settings.setdefault(tuple(fitting.values()), []).append(method)
+            used.update(fitting)
+        for values, methods in methods_by_settings.items():
+            own = [f"{key}={value}" for key, value in fixed.items()]
+            sweeps.append([f"method={','.join(methods)}", *own, *values, *common])
     for override in settings:
-        if override not in taken:
+        if override not in used:
             raise ConfigError(f"{override}: no method of {GROUP}={path.stem} has such a key to set")
-    return found
+    return sweeps
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0]
 
 
-def _has(method: str, key: str) -> bool:
-    """Whether a method's file has the key ``method.K``."""
-    keys: dict[str, Any] = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text())
-    return key.removeprefix("method.") in keys
+@functools.cache
+def _method_keys(method: str) -> frozenset[str]:
+    """Return the keys of a method's configuration: ``method.K``."""
+    return frozenset(f"method.{key}" for key in compose_config([f"method={method}"]).method)

@@ -1,66 +1,55 @@
-"""From the sweeps of a command line to jobs: planned, recorded, started; and the exit code that sums them up."""
+"""Launch of sweeps: plan the jobs, record them, run them on their launcher."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Protocol
+from pathlib import Path
 
 from experiments.config.schema import ConfigError
-from experiments.runs.code import describe, snapshot
-from experiments.sweeps import local, serial, slurm
-from experiments.sweeps.record import Planned, Sweep, plan
-from experiments.system.console import complain, say
+from experiments.runs.code import current_code, snapshot
+from experiments.sweeps.local import LocalLauncher
+from experiments.sweeps.plan import plan_jobs
+from experiments.sweeps.record import Sweep, new_sweep_folder
+from experiments.sweeps.serial import SerialLauncher
+from experiments.sweeps.slurm import SlurmLauncher
+from experiments.system.console import log_error, log_info
 from experiments.system.processes import leads, processes
 
-
-class Launcher(Protocol):
-    """Runs the jobs of a sweep."""
-
-    def __call__(self, sweep: Sweep, todo: list[int]) -> int:
-        """Run the jobs with these indices; returns the exit code."""
-
-
-#: For each ``hydra/launcher`` what checks its settings and returns it, and whether its jobs need a snapshot.
-LAUNCHERS: dict[str, tuple[Callable[[list[Planned]], Launcher], bool]] = {
-    "basic": (serial.prepare, False),
-    "local": (local.prepare, True),
-    "slurm": (slurm.prepare, True),
-}
+#: Class of each choice of ``hydra/launcher``. All are made from the planned jobs, with a ConfigError for settings that
+#: they cannot work with; ``run`` runs the jobs with the given indices, from a snapshot of the code if they need one.
+LAUNCHERS = {"basic": SerialLauncher, "local": LocalLauncher, "slurm": SlurmLauncher}
 
 
 def launch(sweeps: list[list[str]]) -> int:
-    """Run the jobs of some sweeps as one; returns the worst exit code.
+    """Run the jobs of some sweeps as one; return the worst exit code.
 
     Raises:
-        ConfigError: settings that the launcher can't work with. Nothing is written then.
+        ConfigError: settings that the launcher cannot work with. Nothing is written then.
     """
-    planned, folder = plan(sweeps)
-    names = {one.launcher for one in planned}
-    if len(names) > 1:
-        raise ConfigError(f"one launcher for all jobs, please, not {', '.join(sorted(names))}")
-    (name,) = names
+    planned = plan_jobs(sweeps)
+    name, results_dir = planned[0].launcher, planned[0].config.results_dir
     if processes() > 1 and name != "basic":
         raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {processes()}")
-    prepare, copies = LAUNCHERS[name]
-    run = prepare(planned)
-    sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(planned[0].config.results_dir))
+    launcher = LAUNCHERS[name](planned)
+    folder = new_sweep_folder(Path(results_dir))
+    sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(results_dir))
     if not leads():
-        return run(sweep, [])
+        return launcher.run(sweep, [])
+    # Record the sweep before anything is started.
     todo = [index for index, one in enumerate(planned) if not one.is_done]
     try:
         sweep.path.mkdir(parents=True)
-        sweep.code = asdict(snapshot(sweep.path / "code") if copies and todo else describe())
+        sweep.code = asdict(snapshot(sweep.path / "code") if launcher.needs_snapshot and todo else current_code())
         sweep.write()
     except OSError as error:
         shutil.rmtree(sweep.path, ignore_errors=True)
-        complain(f"can't record the sweep in {folder}: {error.strerror or error}")
+        log_error(f"cannot record the sweep in {folder}: {error.strerror or error}")
         return 1
     runs = sum(len(one.folders) for one in planned)
-    say(f"jobs: {len(planned)} ({len(planned) - len(todo)} done already), runs: {runs}; recorded in {folder}")
+    log_info(f"jobs: {len(planned)} ({len(planned) - len(todo)} already complete), runs: {runs}; recorded in {folder}")
     try:
-        return run(sweep, todo)
+        return launcher.run(sweep, todo)
     except ConfigError:
         shutil.rmtree(sweep.path, ignore_errors=True)
         raise

@@ -9,13 +9,14 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from experiments.config.schema import to_dataclass
-from experiments.sweeps.follow import follow, outlive_terminal
-from experiments.sweeps.job import note_death, start
-from experiments.sweeps.record import Planned, Sweep
-from experiments.system.console import say
+from experiments.config.validate import to_dataclass
+from experiments.sweeps.job import THREAD_VARIABLES, record_death, start_job
+from experiments.sweeps.monitor import detach_on_hangup, monitor_runs
+from experiments.sweeps.plan import PlannedJob
+from experiments.sweeps.record import Sweep
+from experiments.system.console import log_info
 
-#: Time to save what was begun, from the request to stop until the process is killed.
+#: Seconds that interrupted jobs get to save their work before they are killed.
 GRACE_S = 60.0
 
 
@@ -30,19 +31,8 @@ class Settings:
             raise ValueError(f"jobs is {self.jobs}; valid: 1 or more")
 
 
-def prepare(planned: list[Planned]) -> Local:
-    """The launcher as its settings say.
-
-    Raises:
-        ConfigError: an unknown or wrong setting.
-    """
-    settings = to_dataclass(Settings, planned[0].settings, "hydra.launcher")
-    needed = max(0 if one.config.device == "cpu" else one.config.model.resources.gpus for one in planned)
-    return Local(settings.jobs, gpus_here() if needed else [], needed)
-
-
-def gpus_here() -> list[str]:
-    """The GPUs that jobs may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+def visible_gpus() -> list[str]:
+    """Return the GPUs that jobs may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
@@ -52,66 +42,82 @@ def gpus_here() -> list[str]:
     return [str(index) for index, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
-class Local:
-    """A few slots, each with its share of the cores and, where a job needs some, of the GPUs."""
+def divide_machine(jobs: int | None, gpus: list[str], gpus_per_job: int) -> list[dict[str, str]]:
+    """Divide this machine's cores and GPUs among jobs that run at once.
 
-    def __init__(self, jobs: int | None, gpus: list[str], gpus_each: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.slots = jobs or (max(len(gpus) // gpus_each, 1) if gpus else max(cores // 4, 1))
-        self.threads = max(cores // self.slots, 1)
-        shared = len(gpus) < self.slots * max(gpus_each, 1)
-        self.gpus = [] if shared else [gpus[slot * gpus_each : (slot + 1) * gpus_each] for slot in range(self.slots)]
-        self.running: dict[int, tuple[int, subprocess.Popen[bytes], float]] = {}  # slot -> job, process, start
+    Args:
+        jobs: their number; ``None``: one per set of GPUs, or per four cores without GPUs.
+        gpus: visible ones, as ``CUDA_VISIBLE_DEVICES`` names them.
+        gpus_per_job: needed by each; if there are too few, all jobs see all GPUs.
 
-    def __call__(self, sweep: Sweep, todo: list[int]) -> int:
-        """Run the jobs; returns 0 if all their runs are done, else 1."""
+    Returns:
+        The environment variables of each job.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or (max(len(gpus) // gpus_per_job, 1) if gpus else max(cores // 4, 1))
+    threads = {name: os.environ.get(name, str(max(cores // jobs, 1))) for name in THREAD_VARIABLES}
+    if len(gpus) < jobs * max(gpus_per_job, 1):
+        return [threads] * jobs
+    sets = (gpus[job * gpus_per_job : (job + 1) * gpus_per_job] for job in range(jobs))
+    return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(names)} for names in sets]
+
+
+class LocalLauncher:
+    """Run jobs in a few slots, each with its share of the cores and GPUs."""
+
+    needs_snapshot = True
+
+    def __init__(self, planned: list[PlannedJob]) -> None:
+        settings = to_dataclass(Settings, planned[0].settings, "hydra.launcher")
+        gpus_per_job = max(0 if one.config.device == "cpu" else one.config.model.resources.gpus for one in planned)
+        self.slots = divide_machine(settings.jobs, visible_gpus() if gpus_per_job else [], gpus_per_job)
+        self.running: dict[int, tuple[int, subprocess.Popen[bytes], float]] = {}  # slot: job, process, start time
+
+    def run(self, sweep: Sweep, todo: list[int]) -> int:
+        """Run the jobs; return 0 if all their runs are done, else 1."""
         if not todo:
             return 0
-        slots = min(self.slots, len(todo))
-        say(f"{slots} at once, {self.threads} threads each; logs: {sweep.path / 'jobs'}")
-        outlive_terminal()
+        threads, slots = self.slots[0][THREAD_VARIABLES[0]], min(len(self.slots), len(todo))
+        log_info(f"{slots} at once, {threads} threads each; logs: {sweep.path / 'jobs'}")
+        detach_on_hangup()
         waiting = list(todo)
         try:
-            return follow(sweep, todo, lambda: self.turn(sweep, waiting))
+            return monitor_runs(sweep, todo, lambda: self._update(sweep, waiting))
         finally:
-            self.stop(sweep)
+            self._stop(sweep)
 
-    def turn(self, sweep: Sweep, waiting: list[int]) -> dict[int, str]:
-        """Note what ended, fill free slots; returns the jobs that haven't ended."""
-        for slot, (index, process, began) in list(self.running.items()):
+    def _update(self, sweep: Sweep, waiting: list[int]) -> dict[int, str]:
+        """Record the jobs that have ended, fill free slots; return the states of the other jobs."""
+        for slot, (index, process, started) in list(self.running.items()):
             if (code := process.poll()) is not None:
-                note_death(sweep, index, code, began)
+                record_death(sweep, index, code, started)
                 del self.running[slot]
-        for slot in range(self.slots):
+        for slot, environment in enumerate(self.slots):
             if slot not in self.running and waiting:
-                self.running[slot] = self.begin(sweep, slot, waiting.pop(0))
+                index, started = waiting.pop(0), time.time()
+                self.running[slot] = (index, self._start(sweep, index, environment), started)
         running = {index: "RUNNING" for index, _, _ in self.running.values()}
         return {**dict.fromkeys(waiting, "PENDING"), **running}
 
-    def begin(self, sweep: Sweep, slot: int, index: int) -> tuple[int, subprocess.Popen[bytes], float]:
-        """Start a job in a session of its own: neither the terminal's end nor its Ctrl-C reaches it."""
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        environment = {name: os.environ.get(name, str(self.threads)) for name in names}
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[slot])
+    @staticmethod
+    def _start(sweep: Sweep, index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start a job in a session of its own, out of reach of the terminal's hang-up and ctrl-c."""
         sweep.log_path(index).parent.mkdir(exist_ok=True)
         with open(sweep.log_path(index), "ab") as log:
-            began = time.time()
-            process = start(
+            return start_job(
                 sweep, index, environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        return index, process, began
 
-    def stop(self, sweep: Sweep) -> None:
-        """Ask what still runs to save and end, and wait for it."""
+    def _stop(self, sweep: Sweep) -> None:
+        """Let running jobs save their work and end; kill those that take too long."""
         for _, process, _ in self.running.values():
             process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE_S
-        for index, process, began in self.running.values():
+        for index, process, started in self.running.values():
             try:
                 process.wait(max(end - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            note_death(sweep, index, process.returncode, began)
+            record_death(sweep, index, process.returncode, started)
         self.running.clear()

@@ -1,37 +1,35 @@
-"""``hydra/launcher=basic``: one job after the other in this process, with its lines and tables as they come."""
+"""``hydra/launcher=basic``: one job after the other in this process, with its messages and tables as they come."""
 
 from __future__ import annotations
 
 import shutil
 
-from experiments.cli import attempt
-from experiments.sweeps.job import note_outcome
-from experiments.sweeps.record import Planned, Sweep
-from experiments.system.console import say
+from experiments.execute import run_config
+from experiments.sweeps.job import record_outcome
+from experiments.sweeps.plan import PlannedJob
+from experiments.sweeps.record import Sweep
+from experiments.system.console import log_info, logged_errors
 from experiments.system.processes import leads
 
 
-def prepare(planned: list[Planned]) -> Serial:
-    """The launcher; it has no settings."""
-    return Serial(planned)
+class SerialLauncher:
+    """Run jobs in this process; jobs that are done are included, for their rows in the tables."""
 
+    needs_snapshot = False
 
-class Serial:
-    """Runs jobs here. What is done already is gone through as well, for its rows in the tables."""
-
-    def __init__(self, planned: list[Planned]) -> None:
+    def __init__(self, planned: list[PlannedJob]) -> None:
         self.planned = planned
 
-    def __call__(self, sweep: Sweep, todo: list[int]) -> int:
-        """Run the jobs; a failing one doesn't stop the others; returns the worst exit code."""
+    def run(self, sweep: Sweep, todo: list[int]) -> int:
+        """Run the jobs, even if one fails; return the worst exit code."""
         codes = []
         for index, one in enumerate(self.planned):
             one.config.logger.group = one.config.logger.group or sweep.path.name
-            say(f"[{index + 1}/{len(self.planned)}] {' '.join(one.job.overrides)}")
-            code, error = attempt(one.config)
-            codes.append(code)
+            log_info(f"[{index + 1}/{len(self.planned)}] {' '.join(one.job.overrides)}")
+            codes.append(run_config(one.config))
             if index in todo and leads():
-                note_outcome(sweep, index, code, error)
-        if set(codes) == {2} and leads():  # nothing was run, so nothing is to stay: not even the record of it
+                error = logged_errors[-1] if codes[-1] and logged_errors else None
+                record_outcome(sweep, index, codes[-1], error)
+        if set(codes) == {2} and leads():  # nothing was run: leave nothing behind, not even the record
             shutil.rmtree(sweep.path, ignore_errors=True)
         return max(codes, default=0)

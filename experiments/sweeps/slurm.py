@@ -1,4 +1,4 @@
-"""``hydra/launcher=slurm``: jobs of a Slurm cluster through submitit, an array for each model's settings.
+"""``hydra/launcher=slurm``: jobs of a Slurm cluster through submitit, one array for each model's settings.
 
 The client only watches: it may be closed, and a job that is killed, cancelled or over its limit hides no other.
 """
@@ -16,11 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import ConfigError, to_dataclass
-from experiments.sweeps.follow import follow, watch_hint
-from experiments.sweeps.record import Planned, Sweep, read_sweeps
+from experiments.config.schema import ConfigError
+from experiments.config.validate import to_dataclass
+from experiments.sweeps.monitor import monitor_runs, status_command
+from experiments.sweeps.plan import PlannedJob
+from experiments.sweeps.record import Sweep, read_sweeps
+from experiments.sweeps.slurm_job import QueuedJob
 from experiments.sweeps.squeue import ACTIVE, job_states
-from experiments.system.console import complain, say
+from experiments.system.console import log_error, log_info
+
+MINIMUM = {"timeout_min": 1, "gpus_per_node": 0, "cpus_per_task": 1, "array_parallelism": 1, "max_num_timeout": 0}
 
 
 @dataclass
@@ -42,9 +47,7 @@ class Settings:
     poll_s: float = 10.0
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "timeout_min": 1, "gpus_per_node": 0, "cpus_per_task": 1, "array_parallelism": 1, "max_num_timeout": 0,
-        }.items():  # fmt: skip
+        for name, least in MINIMUM.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; valid: {least} or more")
         for name in ("mem_gb", "poll_s"):
@@ -57,137 +60,130 @@ class Settings:
                 f"signal_delay_s is {self.signal_delay_s}; valid: between 0 and the limit, {self.timeout_min * 60} s"
             )
 
-    def parameters(self, code: Path) -> dict[str, Any]:
-        """What submitit's executor is told, for jobs that start in the folder with their code."""
-        own = asdict(self)
-        for name in ("max_num_timeout", "poll_s", "gpus_per_node", "timeout_min", "mem_gb"):
-            own.pop(name)
-        return {
-            **{key: value for key, value in own.items() if value is not None and value != []},
+    def submitit_parameters(self, code: Path) -> dict[str, Any]:
+        """Return the parameters of submitit's executor, for jobs that start in the folder ``code``."""
+        same = ("cpus_per_task", "partition", "account", "qos", "array_parallelism", "signal_delay_s", "setup")
+        parameters = {
+            **{name: getattr(self, name) for name in same},
+            "gpus_per_node": self.gpus_per_node or None,
             "time": self.timeout_min,
             "mem": f"{int(self.mem_gb * 1024)}M",
-            **({"gpus_per_node": self.gpus_per_node} if self.gpus_per_node else {}),
             "stderr_to_stdout": True,
-            # Since Slurm 22.05 a step doesn't take this over from its job, and would get one core.
+            # Since Slurm 22.05 a step does not inherit this from its job, and would get one core.
             "srun_args": [f"--cpus-per-task={self.cpus_per_task}"],
             "additional_parameters": {"chdir": str(code), "requeue": True, **self.additional_parameters},
         }
+        return {name: value for name, value in parameters.items() if value not in (None, [])}
 
 
-def prepare(planned: list[Planned]) -> Slurm:
-    """The launcher as its settings say.
+class SlurmLauncher:
+    """Submit jobs, then watch them."""
 
-    Raises:
-        ConfigError: an unknown or wrong setting, or no Slurm here.
-    """
-    settings = [to_dataclass(Settings, one.settings, "hydra.launcher") for one in planned]
-    for command in ("sbatch", "srun", "squeue"):
-        if shutil.which(command) is None:
-            raise ConfigError(
-                f"hydra/launcher=slurm needs Slurm's commands, and there is no {command} here: launch on a login node "
-                "of the cluster, or use hydra/launcher=local"
-            )
-    return Slurm(settings, [str(one.config.model.name) for one in planned])
+    needs_snapshot = True
 
+    def __init__(self, planned: list[PlannedJob]) -> None:
+        self.settings = [to_dataclass(Settings, one.settings, "hydra.launcher") for one in planned]
+        self.models = [str(one.config.model.name) for one in planned]
+        for command in ("sbatch", "srun", "squeue"):
+            if shutil.which(command) is None:
+                raise ConfigError(
+                    f"hydra/launcher=slurm needs Slurm's commands, but {command} is not available: launch on a login "
+                    "node of the cluster, or use hydra/launcher=local"
+                )
 
-class Slurm:
-    """Submits, then watches."""
-
-    def __init__(self, settings: list[Settings], models: list[str]) -> None:
-        self.settings, self.models = settings, models
-
-    def __call__(self, sweep: Sweep, todo: list[int]) -> int:
-        """Submit the jobs and tell how their runs end; returns 0 if all are done, else 1.
+    def run(self, sweep: Sweep, todo: list[int]) -> int:
+        """Submit the jobs and log how their runs end; return 0 if all are done, else 1.
 
         Raises:
             ConfigError: Slurm refuses all of them.
         """
-        refused = self.submit(sweep, todo)
-        followed = [index for index in todo if sweep.jobs[index].slurm_id is not None]
-        if refused and not followed:
-            raise ConfigError(f"Slurm refuses the jobs: {refused[0]}")
-        for reason in refused:
-            complain(f"Slurm refuses some of the jobs: {reason}")
-        if not followed:
+        refusals = self._submit_all(sweep, todo)
+        queued = [index for index in todo if sweep.jobs[index].slurm_id is not None]
+        if refusals and not queued:
+            raise ConfigError(f"Slurm refuses the jobs: {refusals[0]}")
+        for reason in refusals:
+            log_error(f"Slurm refuses some of the jobs: {reason}")
+        if not queued:
             return 0
-        say(f"watching; the jobs go on without this client: {watch_hint(sweep)}")
+        log_info(f"watching; the jobs continue without this client: {status_command(sweep)} --watch")
+        poll_s = self.settings[0].poll_s
+        ids = {index: str(sweep.jobs[index].slurm_id) for index in queued}
         try:
-            code = follow(sweep, followed, self.activity(sweep, followed), pause_s=min(1.0, self.settings[0].poll_s))
+            code = monitor_runs(sweep, queued, _poller(ids, poll_s), pause_s=min(1.0, poll_s))
         except KeyboardInterrupt:
-            ids = sorted({str(sweep.jobs[index].slurm_id).partition("_")[0] for index in followed})
-            print(
-                f"not watching any more; the jobs go on: {watch_hint(sweep)}; scancel {' '.join(ids)} ends them",
-                file=sys.stderr,
-            )
+            arrays = sorted({job_id.partition("_")[0] for job_id in ids.values()})
+            hint = f"to watch: {status_command(sweep)} --watch; to cancel: scancel {' '.join(arrays)}"
+            print(f"stopped watching, the jobs continue; {hint}", file=sys.stderr)
             return 130
-        return 1 if refused else code
+        return 1 if refusals else code
 
-    def submit(self, sweep: Sweep, todo: list[int]) -> list[str]:
-        """Submit what isn't queued already, and record the ids; returns why Slurm refused some."""
+    def _submit_all(self, sweep: Sweep, todo: list[int]) -> list[str]:
+        """Submit the jobs that are not queued already, and record their ids; return Slurm's reasons for refusals."""
+        queued = _queued_jobs(sweep)
+        arrays: dict[tuple[str, str], list[int]] = {}
+        for index in todo:
+            job = sweep.jobs[index]
+            if not job.force and (slurm_id := queued.get(tuple(job.runs))):
+                job.slurm_id = slurm_id
+                log_info(f"already queued, as job {slurm_id}: {' '.join(job.overrides)}")
+            else:
+                key = (self.models[index], json.dumps(asdict(self.settings[index]), sort_keys=True))
+                arrays.setdefault(key, []).append(index)
+        refusals = [self._submit_array(sweep, indices) for indices in arrays.values()]
+        sweep.write()
+        return [reason for reason in refusals if reason is not None]
+
+    def _submit_array(self, sweep: Sweep, indices: list[int]) -> str | None:
+        """Submit jobs with equal settings as one array; return Slurm's reason if it refuses them."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        from experiments.sweeps.slurm_job import QueuedJob
-
-        queued = queued_already(sweep)
-        groups: dict[tuple[str, str], list[int]] = {}
-        for index in todo:
-            job = sweep.jobs[index]
-            if not job.force and (before := queued.get(tuple(job.runs))):
-                job.slurm_id = before
-                say(f"queued already, as job {before}: {' '.join(job.overrides)}")
-            else:
-                key = (self.models[index], json.dumps(asdict(self.settings[index]), sort_keys=True))
-                groups.setdefault(key, []).append(index)
-        refused = []
-        for (model, _), indices in groups.items():
-            settings = self.settings[indices[0]]
-            executor = submitit.SlurmExecutor(sweep.path / "slurm", max_num_timeout=settings.max_num_timeout)
-            grace_s = 0.8 * float(settings.signal_delay_s or 0)
-            try:
-                executor.update_parameters(**settings.parameters(sweep.path / "code"), job_name=f"chai-{model}")
-                # submitit repeats there what sbatch says, which comes with the error as well
-                with redirect_stderr(io.StringIO()), executor.batch():
-                    jobs = [executor.submit(QueuedJob(str(sweep.path), index, grace_s)) for index in indices]
-            except (FailedJobError, FailedSubmissionError, ValueError) as error:
-                lines = [line for line in str(error).splitlines() if line.strip()]
-                refused.append(next((line for line in lines if line.startswith("sbatch: error")), lines[-1]))
-                continue
-            for index, submitted in zip(indices, jobs, strict=True):
-                sweep.jobs[index].slurm_id = submitted.job_id
-            sweep.write()
-            asked = f"{settings.gpus_per_node} GPUs, {settings.cpus_per_task} cores, {settings.mem_gb:g} GB"
-            base = jobs[0].job_id.partition("_")[0]
-            say(f"job {base}: {len(jobs)} of {model}, each {asked}, {settings.timeout_min} min")
+        settings, model = self.settings[indices[0]], self.models[indices[0]]
+        executor = submitit.SlurmExecutor(sweep.path / "slurm", max_num_timeout=settings.max_num_timeout)
+        grace_s = 0.8 * float(settings.signal_delay_s or 0)
+        try:
+            executor.update_parameters(**settings.submitit_parameters(sweep.path / "code"), job_name=f"chai-{model}")
+            # submitit prints sbatch's error, which is part of its exception as well.
+            with redirect_stderr(io.StringIO()), executor.batch():
+                jobs = [executor.submit(QueuedJob(str(sweep.path), index, grace_s)) for index in indices]
+        except (FailedJobError, FailedSubmissionError, ValueError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            return next((line for line in lines if line.startswith("sbatch: error")), lines[-1])
+        for index, job in zip(indices, jobs, strict=True):
+            sweep.jobs[index].slurm_id = job.job_id
         sweep.write()
-        return refused
-
-    def activity(self, sweep: Sweep, followed: list[int]) -> Callable[[], dict[int, str]]:
-        """A function that says which jobs go on; it asks Slurm every so often, and again if Slurm doesn't answer."""
-        ids = {index: str(sweep.jobs[index].slurm_id) for index in followed}
-        known = dict.fromkeys(ids.values(), "PENDING")
-        asked = 0.0
-
-        def active() -> dict[int, str]:
-            nonlocal known, asked
-            if time.monotonic() - asked >= self.settings[0].poll_s or not asked:
-                if (answer := job_states(ids.values())) is not None:
-                    known = answer
-                asked = time.monotonic()
-            return {index: _simple(known.get(one)) for index, one in ids.items()}
-
-        return active
+        resources = f"{settings.gpus_per_node} GPUs, {settings.cpus_per_task} cores, {settings.mem_gb:g} GB"
+        array = jobs[0].job_id.partition("_")[0]
+        log_info(f"job {array}: {len(jobs)} of {model}, each {resources}, {settings.timeout_min} min")
+        return None
 
 
-def _simple(state: str | None) -> str:
-    """``PENDING`` or ``RUNNING`` for what has yet to end, else Slurm's own word for the end."""
+def _poller(ids: dict[int, str], poll_s: float) -> Callable[[], dict[int, str]]:
+    """Return a function that returns the jobs' states, and asks Slurm every ``poll_s`` seconds."""
+    known = dict.fromkeys(ids.values(), "PENDING")
+    polled = 0.0
+
+    def poll() -> dict[int, str]:
+        nonlocal known, polled
+        if time.monotonic() - polled >= poll_s or not polled:
+            # Keep the last states while Slurm does not answer.
+            if (states := job_states(ids.values())) is not None:
+                known = states
+            polled = time.monotonic()
+        return {index: _simplify(known.get(job_id)) for index, job_id in ids.items()}
+
+    return poll
+
+
+def _simplify(state: str | None) -> str:
+    """Return ``PENDING`` or ``RUNNING`` for a job that has yet to end, else Slurm's state."""
     if state in ("RUNNING", "COMPLETING"):
         return "RUNNING"
     return "PENDING" if state in ACTIVE else state or ""
 
 
-def queued_already(sweep: Sweep) -> dict[tuple[str, ...], str]:
-    """For the runs of each job of earlier sweeps that Slurm still has, its id."""
+def _queued_jobs(sweep: Sweep) -> dict[tuple[str, ...], str]:
+    """Return the ids of earlier sweeps' jobs that Slurm still has, by the runs of each."""
     ids = {tuple(job.runs): job.slurm_id for other in read_sweeps(sweep.results) for job in other.jobs if job.slurm_id}
-    states = job_states(one for one in ids.values() if one) or {}
-    return {runs: one for runs, one in ids.items() if one and states.get(one) in ACTIVE - {"COMPLETING"}}
+    states = job_states(job_id for job_id in ids.values() if job_id) or {}
+    return {runs: job_id for runs, job_id in ids.items() if job_id and states.get(job_id) in ACTIVE - {"COMPLETING"}}

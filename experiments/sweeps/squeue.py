@@ -1,4 +1,4 @@
-"""What Slurm says of jobs. Only ``squeue`` is asked: it needs no accounting database and knows of an end at once."""
+"""States of Slurm jobs, from ``squeue`` alone: it needs no accounting database and reports an end at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-#: States of jobs that have yet to end; all others are ends.
+#: States of jobs that have yet to end.
 ACTIVE = {
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
     "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
@@ -14,23 +14,23 @@ ACTIVE = {
 
 
 def job_states(ids: Iterable[str], timeout_s: float = 30.0) -> dict[str, str] | None:
-    """Slurm's state of each job that it still knows, which are those that ended within the last minutes too.
+    """Return the state of each job that Slurm still knows, including those that ended within the last minutes.
 
     Returns:
-        ``{"13_0": "RUNNING"}``; ``None`` where Slurm isn't there or doesn't answer.
+        ``{"13_0": "RUNNING"}``; ``None`` if Slurm is not installed or does not answer.
     """
     wanted = set(ids)
     if not wanted:
         return {}
     if shutil.which("squeue") is None:
         return None
-    bases = ",".join(sorted({one.partition("_")[0] for one in wanted}))
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={bases}"]
+    arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={arrays}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode and "Invalid job id" not in done.stderr:
         return None
-    found = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split(maxsplit=1)) == 2)
-    return {one: found[one] for one in wanted if one in found}
+    rows = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in wanted}

@@ -1,7 +1,4 @@
-"""What a person sees while a run works: our own lines and progress, without the libraries' chatter.
-
-Of several processes that work together the leading one alone speaks.
-"""
+"""Messages and progress for the user. With several processes, only the main one prints."""
 
 from __future__ import annotations
 
@@ -17,9 +14,25 @@ from experiments.system.processes import leads
 #: A pipe has no width of its own: wide enough for the tables.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
+#: Errors of this process; the last one is the reason of a job whose runs have no folder to record it in.
+logged_errors: list[str] = []
+
+
+def log_info(message: str) -> None:
+    """Print a line of progress."""
+    if leads():
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def log_error(message: str) -> None:
+    """Print an error of one line to standard error, and keep it."""
+    logged_errors.append(message)
+    if leads():
+        print(f"error: {message}", file=sys.stderr)
+
 
 def quiet_libraries() -> None:
-    """Errors of the libraries only, unless ``CHAI_VERBOSE=1``. Set before they are imported."""
+    """Limit the libraries to errors, unless ``CHAI_VERBOSE=1``; call before they are imported."""
     if os.environ.get("CHAI_VERBOSE"):
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,26 +42,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     if not leads():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    if not sys.stderr.isatty():  # in a log file a progress bar is one line every half minute
+    if not sys.stderr.isatty():  # a progress bar in a log file gets one line per half minute
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("lm-eval", "lm_eval", "datasets", "transformers", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def say(message: str) -> None:
-    """One line about what is going on."""
-    if leads():
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-#: What this process has complained about; a job's last word where no run's folder can hold it.
-complaints: list[str] = []
-
-
-def complain(message: str) -> None:
-    """One line about what went wrong, to standard error."""
-    complaints.append(message)
-    if leads():
-        print(f"error: {message}", file=sys.stderr)

@@ -1,12 +1,13 @@
-"""Signals that ask a process to stop end its work in order: what was reached is kept, and the run's status says why.
+"""Signals that ask the process to stop: it saves its work, records the reason in the run's status, and exits.
 
-SIGTERM and SIGUSR2 are what batch systems send before they kill a job. Wherever somebody else already handles one of
-them (a job launcher that queues its job again), that handler stays.
+SIGTERM and SIGUSR2 are what batch systems send before they kill a job. A handler that is already installed for one of
+them (by a job launcher that requeues its job) is kept.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,7 @@ CAUGHT = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop. Like ``KeyboardInterrupt``, nothing that handles errors swallows it.
-
-    Args:
-        number: of the signal.
-    """
+    """Raised when a signal asks the process to stop; like ``KeyboardInterrupt``, it is no ``Exception``."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -28,19 +25,19 @@ class Interrupted(BaseException):
 
     @property
     def code(self) -> int:
-        """The exit code that shells give a process which the signal ended."""
+        """Exit code that shells report for a process ended by the signal."""
         return 128 + self.number
 
 
 class _Received:
-    """The signal that arrived, if any, and how many sections are to be finished before it counts."""
+    """The signal that arrived, if any, and the number of active :func:`shielded` sections."""
 
     number: int | None = None
     shields: int = 0
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _Received.number is None:  # else the process is on its way out already
+    if _Received.number is None:  # else the process is ending already
         _Received.number = number
         if not _Received.shields:
             raise Interrupted(number)
@@ -48,9 +45,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, the caught signals raise :class:`Interrupted` in the main thread, unless somebody else handles them.
+    """Raise :class:`Interrupted` in the main thread for the caught signals that have no other handler.
 
-    Does nothing in another thread, or within itself.
+    Has no effect in another thread, or when nested.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -67,18 +64,34 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def exit_when_interrupted() -> Iterator[None]:
+    """Exit with a message of one line on ctrl-c or a caught signal.
+
+    Raises:
+        SystemExit: with 130, or 128 and the signal's number.
+    """
+    try:
+        with interruptible():
+            yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        reason, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), error.code)
+        print(f"{reason}: rerun the same command to resume", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+@contextmanager
 def shielded() -> Iterator[None]:
-    """A short section that a caught signal doesn't cut in two: it counts at the section's end."""
+    """Delay caught signals until the end of a short section."""
     _Received.shields += 1
     try:
         yield
     finally:
         _Received.shields -= 1
-    check()
+    raise_if_interrupted()
 
 
-def check() -> None:
-    """Stop here if a signal has arrived; for one that arrived where Python drops exceptions (callbacks, finalizers).
+def raise_if_interrupted() -> None:
+    """Raise for a signal that arrived where Python drops exceptions (callbacks, finalizers).
 
     Raises:
         Interrupted: a signal has arrived.
@@ -88,12 +101,12 @@ def check() -> None:
 
 
 def interruption(error: BaseException) -> str | None:
-    """Why the work was stopped from outside, one line; ``None`` where the error is the work's own."""
+    """Return why the work was stopped from outside, or ``None`` if the error is the work's own."""
     if isinstance(error, Interrupted):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    # What submitit's own handler raises: to leave after the job is queued again, or because it can't be any more.
+    # Raised by submitit's own handler, after it has requeued the job or given up on it.
     if isinstance(error, SystemExit) or type(error).__name__ == "UncompletedJobError":
         return "interrupted by the job's end"
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.runs.folder import read_json
+from experiments.runs.files import read_json
 from experiments.system.console import console
 
 LEGEND = (

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.runs.folder import read_json
+from experiments.runs.files import read_json
 from experiments.system.console import console
 
 

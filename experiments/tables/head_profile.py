@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from chai.profile import Profile
-from experiments.system.console import console, say
+from experiments.system.console import console, log_info
 
 
 def show_profile(folder: Path) -> None:
@@ -50,4 +50,6 @@ def show_profile(folder: Path) -> None:
         style="dim",
         highlight=False,
     )
-    say(f"{100 * about['saving']:.1f} % of the K,V bytes saved with these counts. Use them: method.profile={folder}")
+    log_info(
+        f"{100 * about['saving']:.1f} % of the K,V bytes saved with these counts. Use them: method.profile={folder}"
+    )

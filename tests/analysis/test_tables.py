@@ -20,9 +20,10 @@ from analysis.scores import load_scores
 from analysis.tables.__main__ import main
 from analysis.tables._cells import build
 from analysis.tables._specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
-from experiments.config.schema import check_overrides, choices, compose_config
-from experiments.runs.folder import settings_id
-from experiments.sweeps.expand import sweeps
+from experiments.config.compose import choices, compose_config
+from experiments.config.validate import check_overrides
+from experiments.runs.identity import settings_id
+from experiments.sweeps.expand import read_table
 from tests.analysis import scored
 
 PAPERS = ("table1", "table2", "table3", "table4")
@@ -479,7 +480,7 @@ def test_the_sweep_of_a_table_runs_its_rows_on_its_model_and_tasks(name, monkeyp
     needed = {row.method for row in paper_rows(name)} | {"mha", "chai"}
     monkeypatch.setattr("experiments.sweeps.expand.choices", lambda _: [*needed, "chai_static", "chai_qkv", "dejavu",
                                                                    "spatten", "static", "random"])  # fmt: skip
-    found = sweeps(REPOSITORY / "conf" / "paper" / f"{name}.yaml", [])
+    found = read_table(REPOSITORY / "conf" / "paper" / f"{name}.yaml", [])
     runs = [dict(override.split("=", 1) for override in line) for line in found]
     assert {run["model"] for run in runs} == {TABLES[name].model}
     tasks = TABLES[name].whole or ",".join(TABLES[name].tasks)

@@ -19,7 +19,7 @@ EXAMPLES = [page for page in PAGES if page.name.startswith("adding_")]
 CODE = """
 import json, sys
 from experiments.cli import main
-from experiments.config.schema import check_overrides
+from experiments.config.validate import check_overrides
 from experiments.sweeps.expand import expand
 composed, run = json.load(sys.stdin)
 for command in composed:

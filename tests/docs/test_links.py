@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.config.schema import check_overrides
+from experiments.config.validate import check_overrides
 from experiments.sweeps.expand import expand
 from tests.docs.pages import PAGES, REPOSITORY, anchors, commands, links
 

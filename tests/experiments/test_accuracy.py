@@ -13,9 +13,10 @@ import time
 import pandas as pd
 import pytest
 
-from experiments.cli import run_experiment
-from experiments.config.schema import REPOSITORY, ConfigError, compose_config
+from experiments.config.compose import compose_config
+from experiments.config.schema import REPOSITORY, ConfigError
 from experiments.evaluation import accuracy
+from experiments.execute import run_config
 from experiments.microworld.items import write_tasks
 
 
@@ -37,10 +38,10 @@ def results_of(results, method):
 
 
 def test_methods_side_by_side_then_nothing_to_do(workplace, tmp_path, capsys):
-    assert run_experiment(compose_config(command(workplace, tmp_path, "method=mha"))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path, "method=mha"))) == 0
     capsys.readouterr()
     chai = compose_config(command(workplace, tmp_path, "method=chai", "method.clusters=2"))
-    assert run_experiment(chai) == 0
+    assert run_config(chai) == 0
     shown = capsys.readouterr().out
     for word in ("micro_piqa", "micro_hellaswag", "micro_arc_easy", "micro_arc_challenge", "micro_boolq"):
         assert word in shown
@@ -59,18 +60,17 @@ def test_methods_side_by_side_then_nothing_to_do(workplace, tmp_path, capsys):
             assert (result["flops"]["method"] < result["flops"]["mha"]) == bool(saved)
             assert set(result) >= {"metrics", "stderr", "seconds", "versions", "seed", "experiment", "settings_id"}
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert run_experiment(chai) == 0
+    assert run_config(chai) == 0
     assert capsys.readouterr().out.count("done already") == 5
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert (
-        run_experiment(compose_config(command(workplace, tmp_path, "method=chai", "method.clusters=2", "force=true")))
-        == 0
+        run_config(compose_config(command(workplace, tmp_path, "method=chai", "method.clusters=2", "force=true"))) == 0
     )
     assert len(results_of(tmp_path, "chai")) == 5
 
 
 def test_samples_say_what_the_metrics_say(workplace, tmp_path):
-    assert run_experiment(compose_config(command(workplace, tmp_path, "method=random", "method.clusters=2"))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path, "method=random", "method.clusters=2"))) == 0
     for path in tmp_path.glob("accuracy/small/random/*/*/result.json"):
         result, samples = json.loads(path.read_text()), pd.read_parquet(path.with_name("samples.parquet"))
         assert len(samples) == result["n"] == samples.doc_id.nunique()
@@ -79,9 +79,9 @@ def test_samples_say_what_the_metrics_say(workplace, tmp_path):
 
 
 def test_a_group_and_its_members_are_the_same_runs(workplace, tmp_path, capsys):
-    assert run_experiment(compose_config(command(workplace, tmp_path, "method=mha"))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path, "method=mha"))) == 0
     capsys.readouterr()
-    assert run_experiment(compose_config(command(workplace, tmp_path, "method=mha", "task=micro_boolq"))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path, "method=mha", "task=micro_boolq"))) == 0
     assert capsys.readouterr().out.count("done already") == 1
 
 
@@ -89,7 +89,7 @@ def test_counts_that_do_not_fit_write_nothing(workplace, tmp_path):
     for counts, message in (
         ("[2,2,2]", "3 counts, the model has 2 layers"),
         ("5", "valid: 1 to 4"),
-        ("null", "give method.clusters"),
+        ("null", "set method.clusters"),
     ):
         with pytest.raises(ConfigError, match=message):
             accuracy.run(compose_config(command(workplace, tmp_path, f"method.clusters={counts}")))
@@ -135,7 +135,7 @@ def damaged(workplace, tmp_path, kind):
 def test_a_model_that_cannot_be_had_fails_its_runs_with_one_line(workplace, tmp_path, capfd, kind, message):
     folder = damaged(workplace, tmp_path, kind)
     overrides = command(workplace, tmp_path / "results", "method=mha", "task=micro_piqa", f"model.path={folder}")
-    assert run_experiment(compose_config(overrides)) == 1
+    assert run_config(compose_config(overrides)) == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
@@ -147,14 +147,14 @@ def test_a_model_that_cannot_be_had_fails_its_runs_with_one_line(workplace, tmp_
 
 def test_forcing_without_a_model_keeps_the_results(workplace, tmp_path, capfd):
     overrides = command(workplace, tmp_path, "method=mha", "task=micro_piqa")
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     (tmp_path / "small").mkdir()
     for source in (workplace / "small").iterdir():
         (tmp_path / "small" / source.name).write_bytes(source.read_bytes())
     moved = [*overrides, f"model.path={tmp_path / 'small'}"]
-    assert run_experiment(compose_config(moved)) == 0  # the same files elsewhere: the same run
+    assert run_config(compose_config(moved)) == 0  # the same files elsewhere: the same run
     assert "done already" in capfd.readouterr().out
-    assert run_experiment(compose_config([*moved, "force=true", "device=cuda:99"])) == 1
+    assert run_config(compose_config([*moved, "force=true", "device=cuda:99"])) == 1
     assert "device 'cuda:99' isn't there" in capfd.readouterr().err
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.with_name("status.json").read_text())["state"] == "done"
@@ -162,7 +162,7 @@ def test_forcing_without_a_model_keeps_the_results(workplace, tmp_path, capfd):
 
 def test_no_network_is_one_line(tmp_path, capfd):
     config = compose_config([f"results_dir={tmp_path}", "model=opt125m", "method=mha", "task=micro_piqa"])
-    assert run_experiment(config) == 1
+    assert run_config(config) == 1
     assert "can't get hub repository 'facebook/opt-125m': no network" in capfd.readouterr().err
 
 
@@ -171,7 +171,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capfd, mo
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**9})())
     overrides = [f"results_dir={tmp_path}", "model=llama7b", "model.random_init=true", "device=cpu", "method=mha"]
-    assert run_experiment(compose_config([*overrides, "task=micro_piqa"])) == 1
+    assert run_config(compose_config([*overrides, "task=micro_piqa"])) == 1
     assert "too little memory for 'llama7b-random': its weights take 13.5 GB in float16" in capfd.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_broken_data_fails_its_own_task_only(workplace, tmp_path, capfd):
     (data / "micro_arc_easy.jsonl").write_text('{"question": "x"}\n')
     (data / "micro_piqa.jsonl").unlink()
     overrides = command(workplace, tmp_path / "results", "method=mha", f"task.data_dir={data}")
-    assert run_experiment(compose_config(overrides)) == 1
+    assert run_config(compose_config(overrides)) == 1
     errors = capfd.readouterr().err
     assert "micro_boolq.jsonl, line 2, is no JSON" in errors
     assert "can't read the task's data file" in errors
@@ -193,7 +193,7 @@ def test_broken_data_fails_its_own_task_only(workplace, tmp_path, capfd):
 
 def test_data_that_the_hub_cannot_give_is_one_line(workplace, tmp_path, capfd):
     config = compose_config(command(workplace, tmp_path, "method=mha", "task=piqa", "task.data_dir=null"))
-    assert run_experiment(config) == 1
+    assert run_config(config) == 1
     errors = capfd.readouterr().err
     assert "can't get the data of task 'piqa' (baber/piqa) from the hub" in errors
     assert "task.data_dir=FOLDER with piqa_validation.jsonl" in errors
@@ -224,6 +224,6 @@ def test_an_interrupted_run_leaves_no_result_and_completes_later(workplace, tmp_
         assert "Traceback" not in errors
     else:
         assert json.loads(status.read_text())["state"] == "running"
-    assert run_experiment(compose_config([*overrides, "batch_size=64"])) == 0  # another run, quick
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config([*overrides, "batch_size=64"])) == 0  # another run, quick
+    assert run_config(compose_config(overrides)) == 0
     assert len(list(tmp_path.rglob("result.json"))) == 2

@@ -9,16 +9,16 @@ import os
 import pandas as pd
 import pytest
 import torch
-from chai.models import ModelSource, load_model, load_tokenizer
 from lm_eval.models.huggingface import HFLM
 
 from chai.methods import Mha
-from experiments.cli import run_experiment
-from experiments.config.schema import compose_config
+from chai.models import ModelSource, load_model, load_tokenizer
+from experiments.config.compose import compose_config
 from experiments.evaluation import lm as scoring
 from experiments.evaluation import responses as answers
 from experiments.evaluation.lm import MethodLM
 from experiments.evaluation.responses import Answered, Answers, code_digest
+from experiments.execute import run_config
 
 BATCH = 4
 
@@ -82,7 +82,7 @@ def test_an_interrupted_scoring_repeats_no_batch_and_ends_with_the_same_numbers(
 
     monkeypatch.setattr(MethodLM, "_model_call", counted)
     stop = 0
-    assert run_experiment(compose_config(overrides_of(workplace, tmp_path / "whole", method))) == 0
+    assert run_config(compose_config(overrides_of(workplace, tmp_path / "whole", method))) == 0
     whole = len(forwards)
     cut = compose_config(overrides_of(workplace, tmp_path / "cut", method))
     stops = (whole // 2, 2) if method == "mha" else (whole // 2,)  # at half, and once more
@@ -90,11 +90,11 @@ def test_an_interrupted_scoring_repeats_no_batch_and_ends_with_the_same_numbers(
         stop = after
         forwards.clear()
         with pytest.raises(SystemExit) as stopped:
-            run_experiment(cut)
+            run_config(cut)
         assert stopped.value.code == 130
     stop = 0
     forwards.clear()
-    assert run_experiment(cut) == 0
+    assert run_config(cut) == 0
     assert len(forwards) == whole - sum(stops)
     expected, none, _ = outcome(tmp_path / "whole")
     result, resumed, folder = outcome(tmp_path / "cut")
@@ -119,11 +119,11 @@ def test_force_and_other_code_start_afresh(workplace, tmp_path, monkeypatch, cap
         overrides = overrides_of(workplace, tmp_path / str(bool(said)), "mha")
         forwards.clear()
         with pytest.raises(SystemExit):
-            run_experiment(compose_config(overrides))
+            run_config(compose_config(overrides))
         with monkeypatch.context() as patch:
             if said:
                 patch.setattr("experiments.evaluation.accuracy.code_digest", lambda: "other")
-            assert run_experiment(compose_config([*overrides, *more])) == 0
+            assert run_config(compose_config([*overrides, *more])) == 0
         assert outcome(tmp_path / str(bool(said)))[1] == 0
         assert said in capsys.readouterr().out
 

@@ -6,6 +6,9 @@ import dataclasses
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
+from typing import Literal
 
 import pytest
 from chai.models import load_config
@@ -13,18 +16,13 @@ from omegaconf import OmegaConf
 
 from chai.methods import load_method, method_names
 from experiments.cli import main
-from experiments.config.schema import (
-    CONF,
-    REPOSITORY,
-    ConfigError,
-    check_overrides,
-    check_values,
-    choices,
-    compose_config,
-    to_dataclass,
-)
+from experiments.config.compose import choices, combinations, compose_config, task_members
+from experiments.config.schema import CONF, REPOSITORY, ConfigError
+from experiments.config.validate import check_overrides, check_values, to_dataclass
+from experiments.evaluation import accuracy
 from experiments.evaluation.accuracy import model_source
-from experiments.evaluation.tasks import members
+from experiments.runs.resolve import run_folders
+from experiments.sweeps.expand import expand
 
 EVERY = [
     (path.parent.name, path.stem)
@@ -79,7 +77,7 @@ def test_every_model_yaml_builds_its_architecture(name):
 
 @pytest.mark.parametrize("name", choices("task"))
 def test_every_task_yaml_leads_to_single_tasks(name):
-    for single in members(compose_config([f"task={name}"])):
+    for single in task_members(compose_config([f"task={name}"])):
         assert single.task.harness
         assert single.task.data_file
         assert not single.task.members
@@ -101,18 +99,18 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["batch_size=-1"], "batch_size is -1; valid: 1 or more"),
         (["model.dtype=int8"], "model.dtype is 'int8'; valid: auto, float32, bfloat16, float16"),
         (["device=tpu"], "device is 'tpu'; valid: auto, cpu, cuda"),
-        (["model=opt66b"], "model 'opt66b' has no cluster counts of its own: give method.clusters"),
+        (["model=opt66b"], "model 'opt66b' defines no default cluster counts; set method.clusters"),
         (["task=piqaa"], "unknown task 'piqaa' (did you mean 'piqa'?)"),
-        (["limit"], "can't read the command line"),
+        (["limit"], "cannot read the command line"),
         (["method=mha,chai"], "method=mha,chai is a sweep: add -m"),
-        (["-m", "method=glob(*)"], "can't list the values of method=glob(*)"),
-        (["+task=piqa"], "can't read +task=piqa; expected task=NAME"),
+        (["-m", "method=glob(*)"], "cannot list the values of method=glob(*)"),
+        (["+task=piqa"], "cannot read +task=piqa; expected task=NAME"),
         (
             ["hydra/launcher=slrum"],
             "unknown hydra/launcher 'slrum' (did you mean 'slurm'?); valid: basic, local, slurm",
         ),
         (["hydra/launcher=slurm"], "hydra/launcher=slurm is for sweeps: add -m"),
-        (["-m", "hydra/launcher=slurm,local"], "hydra/launcher=slurm,local can't be a sweep"),
+        (["-m", "hydra/launcher=slurm,local"], "hydra/launcher=slurm,local cannot be a sweep"),
         (["-m", "hydra/sweeper=optuna"], "unknown hydra/sweeper 'optuna'; valid: basic"),
         (
             ["-m", "hydra/launcher=slurm", "hydra.launcher.timeout=5"],
@@ -122,7 +120,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
             ["-m", "hydra.sweep.dir=x"],
             "hydra.sweep.dir has no effect: a sweep's record is below results_dir, in sweeps/",
         ),
-        (["task=micro", "task.metric=acc"], "task.metric can't be set for a group of tasks"),
+        (["task=micro", "task.metric=acc"], "task.metric cannot be set for a group of tasks"),
         (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),
         (["task=piqa", "task.data_dir=x", "task.data_file=null"], "has no task.data_file"),
         (["method.name=chia"], "method.name is what method=... sets; valid: chai, chai_qkv"),
@@ -190,3 +188,139 @@ def test_choice_hyper_parameters_name_their_choices():
     config = compose_config(["method=chai", "method.membership=spectral"])
     with pytest.raises(ConfigError, match="membership is 'spectral'; valid: kmeans, agglomerative"):
         to_dataclass(load_method("chai"), config.method, "method")
+
+
+@dataclasses.dataclass
+class Typed:
+    """Every type that options are annotated with."""
+
+    count: int | str | None = 1
+    names: list[Literal["a", "b"]] = dataclasses.field(default_factory=list)
+    shares: list[float] = dataclasses.field(default_factory=list)
+    counts: list[int] | int | None = None
+    rate: float = 0.5
+    flag: bool = False
+    choice: Literal["x", "y"] | None = None
+    inner: list[str] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": 3}, {"count": "three"}, {"count": None}, {"names": ["a", "b"]}, {"shares": [1, 0.5]},
+        {"counts": [1, 2]}, {"counts": 4}, {"rate": 1}, {"flag": True}, {"choice": "y"}, {"choice": None},
+        {"inner": ["free"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_the_right_type_are_taken(values):
+    typed = to_dataclass(Typed, OmegaConf.create({"name": "typed", **values}), "section")
+    assert all(getattr(typed, key) == value for key, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 1.5}, "section.count is 1.5; expected int | str | None"),
+        ({"count": True}, "section.count is True; expected int | str | None"),
+        ({"names": ["a", "c"]}, "section.names is ['a', 'c']; valid: a, b"),
+        ({"shares": ["x"]}, "section.shares is ['x']; expected list[float]"),
+        ({"shares": 0.5}, "section.shares is 0.5; expected list[float]"),
+        ({"counts": [1, True]}, "section.counts is [1, True]; expected list[int] | int | None"),
+        ({"rate": "fast"}, "section.rate is 'fast'; expected float"),
+        ({"flag": 1}, "section.flag is 1; expected bool"),
+        ({"choice": "z"}, "section.choice is 'z'; valid: x, y, null"),
+        ({"inner": [1]}, "section.inner is [1]; expected list[str]"),
+        ({"chioce": "x"}, "unknown key section 'chioce' (did you mean 'choice'?); valid: choice, count"),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_are_refused_with_the_types(values, message):
+    with pytest.raises(ConfigError) as error:
+        to_dataclass(Typed, OmegaConf.create(values), "section")
+    assert str(error.value).startswith(message)
+
+
+def test_choices_are_known_from_the_types_of_a_method():
+    config = compose_config(["method=chai", "method.membership=kmean"])
+    with pytest.raises(ConfigError) as error:
+        to_dataclass(load_method("chai"), config.method, "method")
+    assert str(error.value) == "method.membership is 'kmean'; valid: kmeans, agglomerative"
+
+
+def test_combinations_are_those_of_hydras_sweeper():
+    arguments = ["a=1,2", "b=[1,2]", "+c='x y',z", "d=range(0,4,2)", "~e", "++f=null", "a=3,4", "g=choice(u,v)"]
+    assert combinations(arguments)[:3] == [
+        ["a=3", "b=[1,2]", "+c='x y'", "d=0", "~e=null", "++f=null", "g=u"],
+        ["a=3", "b=[1,2]", "+c='x y'", "d=0", "~e=null", "++f=null", "g=v"],
+        ["a=3", "b=[1,2]", "+c='x y'", "d=2", "~e=null", "++f=null", "g=u"],
+    ]
+    assert len(combinations(arguments)) == 16
+
+
+@pytest.mark.parametrize(
+    ("alias", "key"),
+    [
+        (["experiment=latency", "experiment.batch_size=4"], "experiment.rows=4"),
+        (["experiment=memory", "experiment.batch_size=4"], "experiment.rows=4"),
+        (["experiment=latency", "experiment.repeats=3"], "experiment.rounds=3"),
+        (["experiment=memory", "experiment.preallocate=true"], "experiment.reserve=true"),
+        (["experiment=pretrain_tiny", "experiment.overwrite_embedded=true"], "experiment.install=true"),
+        (["experiment=train_dejavu", "experiment.overwrite_embedded=true"], "experiment.install=true"),
+        (["experiment=profile", "profile.saved_samples=2"], "profile.kept=2"),
+        (["experiment=profile", "profile.trace_tokens=9"], "profile.history=9"),
+        (["experiment=profile", "++profile.aggregate=concatenated"], "++profile.combine=concatenated"),
+        (["method=spatten", "method.keep_ratio=0.3"], "method.tokens=0.3"),
+    ],
+)
+def test_an_alias_is_another_spelling_of_its_key(alias, key):
+    (replaced,) = expand(alias, multirun=False)
+    assert replaced == [alias[0], key]
+    check_overrides(replaced)
+    assert [f.id for f in run_folders(compose_config(replaced))] == [
+        f.id for f in run_folders(compose_config([alias[0], key]))
+    ]
+
+
+def test_aliases_hold_where_all_choices_have_the_key():
+    assert expand(["experiment=latency,memory", "experiment.batch_size=2,4"], multirun=True) == [
+        ["experiment=latency,memory", "experiment.rows=2,4"]
+    ]
+    assert expand(["hydra/launcher=local", "hydra.launcher.max_workers=2"], multirun=True) == [
+        ["hydra/launcher=local", "hydra.launcher.jobs=2"]
+    ]
+    # Keys with an alias's name stay what they are, and an alias without its group is an unknown key.
+    for same in (
+        ["experiment=pretrain_tiny", "experiment.batch_size=2"],
+        ["method=chai,spatten", "method.keep_ratio=0.3"],
+        ["batch_size=4"],
+    ):
+        assert expand(same, multirun=True) == [same]
+    with pytest.raises(ConfigError, match=r"unknown key 'method.keep_ratio'; valid in method: "):
+        check_overrides(expand(["method=chai", "method.keep_ratio=0.3"], multirun=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cfg", "job", "method=mha", "limit=3"], "\nlimit: 3\n"),
+        (["method=spatten", "method.keep_ratio=0.3", "--cfg", "job", "--package", "method"], "\ntokens: 0.3\n"),
+        (["--cfg", "job", "--resolve", "seed=7"], "\n  seed: 7\n"),
+        (["--cfg", "hydra"], "\n  launcher:\n"),
+        (["--info", "defaults"], "method/chai"),
+        (["--hydra-help"], "hydra/launcher: basic, local, slurm"),
+    ],
+)
+def test_flags_that_only_show_something(arguments, expected, tmp_path):
+    shown = run(*arguments, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert expected in shown.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_relays_between_the_command_line_and_an_experiment(monkeypatch):
+    stack = []
+    monkeypatch.setattr(accuracy, "run", lambda config: stack.extend(traceback.extract_stack()) or 0)
+    assert main(["task=micro_piqa", "limit=1"]) == 0
+    own = [frame.name for frame in stack if Path(frame.filename).is_relative_to(REPOSITORY / "experiments")]
+    assert own == ["main", "run_config"]

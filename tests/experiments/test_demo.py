@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from statistics import mean
 
-from experiments.cli import run_experiment
-from experiments.config.schema import compose_config
+from experiments.config.compose import compose_config
+from experiments.execute import run_config
 
 TASKS = ("micro_piqa", "micro_hellaswag", "micro_arc_easy", "micro_arc_challenge", "micro_boolq")
 #: One task of each topic.
@@ -23,7 +23,7 @@ def test_methods_lose_what_the_planted_groups_say(tmp_path):
     asked = [["method=mha"], ["method=chai"], ["method=random", f"limit={SOME}"]]
     asked += [["method=chai_static", f"task={task}", f"limit={SOME}"] for task in STATIC]
     for overrides in asked:
-        assert run_experiment(compose_config([f"results_dir={tmp_path}", "device=cpu", *overrides])) == 0
+        assert run_config(compose_config([f"results_dir={tmp_path}", "device=cpu", *overrides])) == 0
     found = {}
     for path in tmp_path.glob("accuracy/tiny/*/*/*/result.json"):
         result = json.loads(path.read_text())

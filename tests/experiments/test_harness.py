@@ -11,8 +11,8 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from experiments.cli import run_experiment
-from experiments.config.schema import compose_config
+from experiments.config.compose import compose_config
+from experiments.execute import run_config
 
 LIMIT = 30
 #: task -> (definition, split, file), written out here so that a slip in conf/task shows
@@ -56,7 +56,7 @@ def test_accuracy_and_loglikelihoods_are_those_of_plain_lm_eval(plain, shared, t
         f"limit={LIMIT}",
         "device=cpu",
     ]
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     for task in REAL:
         (path,) = tmp_path.glob(f"accuracy/stories260K/mha/{task}/*/result.json")
         result, samples = json.loads(path.read_text()), pd.read_parquet(path.with_name("samples.parquet"))
@@ -81,7 +81,7 @@ def test_chai_runs_on_a_grouped_query_model(shared, tmp_path, capsys):
         "task=piqa",
         "device=cpu",
     ]
-    assert run_experiment(compose_config([*overrides, "method=chai", "method.clusters=[8,4,2,2,1]"])) == 0
+    assert run_config(compose_config([*overrides, "method=chai", "method.clusters=[8,4,2,2,1]"])) == 0
     (path,) = tmp_path.glob("accuracy/stories260K/chai/piqa/*/result.json")
     savings = json.loads(path.read_text())["savings"]
     assert savings["heads_kept"] == [8, 4, 2, 2, 1]
@@ -90,5 +90,5 @@ def test_chai_runs_on_a_grouped_query_model(shared, tmp_path, capsys):
     assert stored[4] == 1
     assert all(1 <= kept <= 4 for kept in stored)
     assert savings["kv_bytes"] < savings["kv_bytes_mha"]
-    assert run_experiment(compose_config([*overrides, "method=chai"])) == 2
-    assert "model 'stories260K' has no cluster counts of its own" in capsys.readouterr().err
+    assert run_config(compose_config([*overrides, "method=chai"])) == 2
+    assert "model 'stories260K' defines no default cluster counts" in capsys.readouterr().err

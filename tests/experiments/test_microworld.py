@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from chai.profile import Profile
 from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
-from experiments.config.schema import ConfigError, compose_config
+from chai.profile import Profile
+from experiments.config.compose import compose_config
+from experiments.config.schema import ConfigError
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document, script
 from experiments.microworld.items import PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline import pretrain_tiny
-from experiments.runs.identity import settle_identity
+from experiments.runs.identity import resolve_fingerprints
 
 STATEMENT = re.compile(rf"(\w+) ({'|'.join(BINDINGS)}) (\w+) \.")
 
@@ -143,7 +144,7 @@ def test_embedded_model_is_what_its_recipe_says():
 def test_embedded_profile_is_of_the_embedded_model():
     """It names the weights, finds the planted groups, of two topics those that more text is of, and is small."""
     config = compose_config([])
-    settle_identity(config)
+    resolve_fingerprints(config)
     folder = Path(config.model.profile)
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["profile.json", "profile.safetensors"]
@@ -162,9 +163,8 @@ def test_embedded_profile_is_of_the_embedded_model():
 @torch.no_grad()
 def test_planted_groups_are_in_the_embedded_model(topic):
     """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
-    from chai.models import ModelSource, load_model
-
     from chai.clustering import kmeans
+    from chai.models import ModelSource, load_model
 
     folder = pretrain_tiny.MODEL_DIR
     recipe = json.loads((folder / "recipe.json").read_text())

@@ -9,9 +9,11 @@ import sys
 import pytest
 import yaml
 
-from experiments.config.schema import CONF, REPOSITORY, ConfigError, check_overrides, choices
+from experiments.config.compose import choices
+from experiments.config.schema import CONF, REPOSITORY, ConfigError
+from experiments.config.validate import check_overrides
 from experiments.sweeps import expand as paper
-from experiments.sweeps.expand import expand, sweeps
+from experiments.sweeps.expand import expand, read_table
 
 FILES = sorted((CONF / "paper").glob("*.yaml"))
 
@@ -30,16 +32,16 @@ def table(tmp_path):
 
 def test_each_line_is_a_sweep_on_the_tables_model_and_tasks(table):
     path = table("method=mha,chai", "method=random method.clusters=2,4")
-    assert sweeps(path, ["limit=5"]) == [
+    assert read_table(path, ["limit=5"]) == [
         ["method=mha,chai", "model=tiny", "task=micro", "limit=5"],
         ["method=random", "method.clusters=2,4", "model=tiny", "task=micro", "limit=5"],
     ]
-    for overrides in sweeps(path, ["limit=5", "hydra.verbose=false"]):
+    for overrides in read_table(path, ["limit=5", "hydra.verbose=false"]):
         check_overrides(overrides, multirun=True)
 
 
 def test_model_and_task_given_take_the_place_of_the_tables(table):
-    assert sweeps(table("method=mha"), ["task=micro_piqa", "model=llama7b", "model.dtype=bfloat16"]) == [
+    assert read_table(table("method=mha"), ["task=micro_piqa", "model=llama7b", "model.dtype=bfloat16"]) == [
         ["method=mha", "task=micro_piqa", "model=llama7b", "model.dtype=bfloat16"]
     ]
 
@@ -47,23 +49,33 @@ def test_model_and_task_given_take_the_place_of_the_tables(table):
 def test_hyper_parameters_go_to_the_methods_that_have_them(table):
     path = table("method=mha,random,chai", "method=random method.clusters=2")
     common = ["model=tiny", "task=micro"]
-    assert sweeps(path, ["method.clusters=4"]) == [
+    assert read_table(path, ["method.clusters=4"]) == [
         ["method=mha", *common],
         ["method=random,chai", "method.clusters=4", *common],
         ["method=random", "method.clusters=2", *common],
     ]
-    assert sweeps(path, ["method.clusters=4", "method.tokens=6"])[:3] == [
+    assert read_table(path, ["method.clusters=4", "method.tokens=6"])[:3] == [
         ["method=mha", *common],
         ["method=random", "method.clusters=4", *common],
         ["method=chai", "method.clusters=4", "method.tokens=6", *common],
     ]
+    assert read_table(table("method=mha,chai,spatten"), ["method.keep_ratio=0.3", "method.tokens=6"]) == [
+        ["method=mha", *common],
+        ["method=chai", "method.tokens=6", *common],
+        ["method=spatten", "method.tokens=0.3", "method.tokens=6", *common],
+    ]
+    assert read_table(table("method=mha,chai_qkv"), ["method.tokens=6"])[1] == [
+        "method=chai_qkv",
+        "method.tokens=6",
+        *common,
+    ]  # a key that its file inherits
     with pytest.raises(ConfigError, match="method.tokns=6: no method of paper=own has such a key to set"):
-        sweeps(path, ["method.tokns=6"])
+        read_table(path, ["method.tokns=6"])
 
 
 def test_a_method_that_is_not_there_is_named(table):
     with pytest.raises(ConfigError, match="paper=own: unknown method 'nosuch'; valid: chai, "):
-        sweeps(table("method=mha", "method=nosuch method.x=1"), [])
+        read_table(table("method=mha", "method=nosuch method.x=1"), [])
 
 
 @pytest.mark.parametrize(
@@ -71,10 +83,13 @@ def test_a_method_that_is_not_there_is_named(table):
     [
         (["paper=tabel2"], "unknown paper 'tabel2' (did you mean 'table2'?); valid: figure1, micro, table1"),
         (["paper=table1,table2"], "unknown paper 'table1,table2'"),
-        (["paper=table1", "paper=table2"], "can't read paper=table1 paper=table2; expected one paper=NAME"),
-        (["+paper=table1"], "can't read +paper=table1; expected one paper=NAME"),
-        (["~paper"], "can't read ~paper; expected one paper=NAME"),
-        (["paper=table1", "method=mha"], "method= doesn't go with paper=table1, which names its methods itself"),
+        (["paper=table1", "paper=table2"], "cannot read paper=table1 paper=table2; expected one paper=NAME"),
+        (["+paper=table1"], "cannot read +paper=table1; expected one paper=NAME"),
+        (["~paper"], "cannot read ~paper; expected one paper=NAME"),
+        (
+            ["paper=table1", "method=mha"],
+            "method= cannot be combined with paper=table1, which lists its methods itself",
+        ),
     ],
 )
 def test_mistakes_are_refused(overrides, message):
@@ -112,7 +127,7 @@ def test_every_sweep_of_a_method_that_is_there_is_valid(path, table):
         methods, _, rest = line.removeprefix("method=").partition(" ")
         lines += [f"method={method} {rest}" for method in methods.split(",") if method in there]
     unpublished = ["method.clusters=4"] if content["model"] == "opt66b" else []
-    own = sweeps(table(*lines, model=content["model"], task=content["task"]), unpublished)
+    own = read_table(table(*lines, model=content["model"], task=content["task"]), unpublished)
     assert len(own) >= 2
     for overrides in own:
         check_overrides(overrides, multirun=True)
@@ -135,7 +150,7 @@ def test_one_failing_sweep_hides_no_other(tmp_path, table):
     code = (
         "import sys; from pathlib import Path; from experiments import cli; "
         "from experiments.sweeps import expand as paper; "
-        f"cli.expand = lambda overrides, multirun: paper.sweeps(Path({str(path)!r}), overrides); "
+        f"cli.expand = lambda overrides, multirun: paper.read_table(Path({str(path)!r}), overrides); "
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     results = tmp_path / "results"

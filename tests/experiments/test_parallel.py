@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.config.schema import ConfigError, check_overrides, compose_config
+from experiments.config.compose import compose_config
+from experiments.config.schema import ConfigError
+from experiments.config.validate import check_overrides
 from experiments.evaluation.accuracy import model_source, run
 from experiments.evaluation.responses import Answered, Answers
 from experiments.runs.folder import RunError

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from chai.cache import cache_bytes
 from chai.methods import Chai
 from experiments.benchmarks.harness import OBSERVED, fill, interleave, peak_memory, twin
-from experiments.cli import run_experiment
-from experiments.config.schema import compose_config
+from experiments.config.compose import compose_config
+from experiments.execute import run_config
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 SMALL = [
@@ -29,7 +29,7 @@ SMALL = [
 
 
 def run(tmp_path, *overrides: str) -> int:
-    return run_experiment(compose_config([*SMALL, f"results_dir={tmp_path}", *overrides]))
+    return run_config(compose_config([*SMALL, f"results_dir={tmp_path}", *overrides]))
 
 
 def only(tmp_path, pattern: str):
@@ -135,7 +135,7 @@ def test_static_memberships_are_probed_on_random_weights_of_the_same_shape(tmp_p
     shape = ["model.random_init=true", "+model.architecture.vocab_size=200", f"results_dir={tmp_path}"]
     for more in (["experiment=memory", "experiment.steps=4"], ["experiment=latency", "experiment.rounds=1"]):
         settings = [*more, f"method={method}", "experiment.lengths=[24]"]
-        assert run_experiment(compose_config([*shape, *settings])) == 0
+        assert run_config(compose_config([*shape, *settings])) == 0
     result, rows = only(tmp_path, f"memory/tiny-random/{method}/none/*")
     kept = {"static": [4, 4, 4, 4], "chai_static": [8, 6, 4, 4]}[method]
     assert result["heads_kept"] == kept and (rows.cache_bytes == rows.formula_bytes).all()
@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, override, message):
 
 def test_lengths_beyond_a_trained_models_positions_are_refused(tmp_path, capsys):
     settings = ["experiment=memory", "experiment.lengths=[300]", f"results_dir={tmp_path}"]
-    assert run_experiment(compose_config(settings)) == 2
+    assert run_config(compose_config(settings)) == 2
     assert "experiment.lengths has 300; the model has 256 positions" in capsys.readouterr().err
 
 

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chai.profile import Profile
 from sklearn.metrics import adjusted_rand_score
 
 import experiments.offline.profile_heads
-from experiments.cli import run_experiment
-from experiments.config.schema import REPOSITORY, compose_config
-from experiments.runs.folder import read_json
+from chai.profile import Profile
+from experiments.config.compose import compose_config
+from experiments.config.schema import REPOSITORY
+from experiments.execute import run_config
+from experiments.runs.files import read_json
 
 RECIPE = REPOSITORY / "experiments" / "microworld" / "model" / "recipe.json"
 FEW = ["experiment=profile", "profile.samples=48", "profile.history_samples=8"]
 
 
 def start(results: Path, *overrides: str) -> int:
-    return run_experiment(compose_config([*FEW, f"results_dir={results}", *overrides]))
+    return run_config(compose_config([*FEW, f"results_dir={results}", *overrides]))
 
 
 def folder_of(results: Path, model: str = "tiny") -> Path:
@@ -111,16 +112,16 @@ def test_last_rows_averaged(tmp_path):
 
 def test_a_method_uses_it(done, tmp_path, capfd):
     accuracy = ["method=chai", "task=micro_piqa", "limit=8", f"results_dir={tmp_path}"]
-    assert run_experiment(compose_config([*accuracy, f"method.profile={done}"])) == 0
+    assert run_config(compose_config([*accuracy, f"method.profile={done}"])) == 0
     (result,) = (read_json(path) for path in tmp_path.glob("accuracy/*/*/*/*/result.json"))
     assert result["savings"]["heads_kept"] == Profile.load(done).counts
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
-    assert run_experiment(compose_config([*accuracy, f"method.profile={copy}"])) == 0
+    assert run_config(compose_config([*accuracy, f"method.profile={copy}"])) == 0
     assert len(list(tmp_path.glob("accuracy/*/*/*/*"))) == 1  # a profile counts by what it says, not by where it lies
     capfd.readouterr()
     (copy / "profile.safetensors").write_bytes(b"")
-    assert run_experiment(compose_config([*accuracy, f"method.profile={copy}"])) == 2
+    assert run_config(compose_config([*accuracy, f"method.profile={copy}"])) == 2
     error = capfd.readouterr().err.strip()
     assert "damaged or truncated" in error and "\n" not in error
     about = read_json(done / "profile.json")
@@ -128,7 +129,7 @@ def test_a_method_uses_it(done, tmp_path, capfd):
     (done / "profile.json").rename(done / "aside")
     (done / "profile.json").write_text(json.dumps(about))
     try:
-        assert run_experiment(compose_config([*accuracy, f"method.profile={done}"])) == 2
+        assert run_config(compose_config([*accuracy, f"method.profile={done}"])) == 2
         assert "is of another model" in capfd.readouterr().err
     finally:
         (done / "aside").rename(done / "profile.json")

@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
-from experiments.config.schema import compose_config
-from experiments.runs.folder import RunError, RunFolder, run_id, settings_id, write_atomically
+from experiments.config.compose import compose_config
+from experiments.runs.files import write_atomically
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import run_id, settings_id
 
 
 def config(tmp_path, *overrides):
@@ -60,9 +62,9 @@ def test_states_of_a_folder(tmp_path):
     folder.start()
     assert json.loads((folder.path / "status.json").read_text())["state"] == "running"
     assert "micro_piqa" in (folder.path / "config.yaml").read_text()
-    assert folder.result is None
     folder.finish({"metrics": {"acc": 0.5}})
-    assert RunFolder(config(tmp_path)).result == {"metrics": {"acc": 0.5}}
+    assert RunFolder(config(tmp_path)).is_done
+    assert json.loads((folder.path / "result.json").read_text()) == {"metrics": {"acc": 0.5}}
     folder.start()  # again: an old result never stands beside a new run
     assert not (folder.path / "result.json").exists()
     folder.fail("no luck")
@@ -104,5 +106,5 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "accuracy").write_text("a file where a folder should be")
-    with pytest.raises(RunError, match="can't write the run's folder"):
+    with pytest.raises(RunError, match="cannot write the run's folder"):
         RunFolder(config(tmp_path)).start()

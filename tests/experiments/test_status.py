@@ -8,11 +8,13 @@ import time
 
 import pytest
 
-from experiments.config.schema import REPOSITORY, compose_config
-from experiments.runs.folder import RunFolder, write_json
+from experiments.config.compose import compose_config
+from experiments.config.schema import REPOSITORY
+from experiments.runs.files import write_json
+from experiments.runs.folder import RunFolder
 from experiments.runs.state import run_state
-from experiments.status import collect, duration, main
-from experiments.sweeps.job import note_outcome
+from experiments.status import collect_rows, format_duration, main
+from experiments.sweeps.job import record_outcome
 from experiments.sweeps.record import Job, Sweep
 
 METHODS = ("mha", "chai", "random", "static", "spatten")
@@ -38,14 +40,14 @@ def folders(tmp_path, monkeypatch) -> dict[str, RunFolder]:
     found["static"].fail("No space left on device")
     for method in ("mha", "random", "static"):
         found[method].release()
-    note_outcome(sweep, 2, -9, "killed by SIGKILL; out of memory?")
+    record_outcome(sweep, 2, -9, "killed by SIGKILL; out of memory?")
     status = found["chai"].path / "status.json"
     write_json(status, {"state": "running", "started": time.time() - 30, "progress": {"done": 25, "total": 100}})
     return found
 
 
 def test_every_state_is_told(folders, tmp_path, capsys):
-    rows = {row.parts["method"]: row.state for row in collect(tmp_path / "results")}
+    rows = {row.parts["method"]: row.state for row in collect_rows(tmp_path / "results")}
     assert {method: (state.state, state.reason) for method, state in rows.items()} == {
         "mha": ("done", ""),
         "chai": ("running", ""),
@@ -57,7 +59,7 @@ def test_every_state_is_told(folders, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "25 of 100 (25 %)" in told and "No space left on device" in told
     assert "5 runs: 1 done, 1 running, 1 died, 1 failed, 1 missing." in told
-    assert "--rerun prints the commands for the 3 that have ended undone" in told
+    assert "--rerun prints the commands for the 3 that have ended unfinished" in told
     folders["chai"].release()
 
 
@@ -78,7 +80,7 @@ def test_a_run_that_no_sweep_asked_for_is_told_as_well(folders, capsys):
     assert folder.id in told and "out of memory" in told and "1 runs: 1 failed." in told
     assert main(["task=micro_boolq", "--failed", "--rerun"]) == 0
     told = capsys.readouterr()
-    assert told.out == "" and "was started alone: give its command again" in told.err
+    assert told.out == "" and "was started without a sweep: rerun its command" in told.err
     assert main(["sweep=last"]) == 0
     assert folder.id not in capsys.readouterr().out
 
@@ -100,7 +102,7 @@ def test_filters_and_commands(folders, capsys):
     [
         (["methd=chai"], "unknown filter 'methd' (did you mean 'method'?); valid: experiment, model"),
         (["state=broken"], "unknown state 'broken'; valid: done, running"),
-        (["chai"], "can't read chai; expected KEY=NAME"),
+        (["chai"], "cannot read chai; expected KEY=NAME"),
         (["--launch"], "--launch goes with --rerun"),
     ],
 )
@@ -116,7 +118,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         ("PENDING", False, ("queued", "")),
         ("RUNNING", False, ("queued", "starting")),
         ("CANCELLED", False, ("missing", "Slurm: CANCELLED")),
-        ("PENDING", True, ("queued", "goes on")),
+        ("PENDING", True, ("queued", "will resume")),
         ("TIMEOUT", True, ("died", "Slurm: TIMEOUT")),
     ],
 )
@@ -132,7 +134,7 @@ def test_an_earlier_failure_gives_way_to_the_last_attempts_reason(folders):
 
 
 def test_durations():
-    assert [duration(seconds) for seconds in (42, 720, 11100, None)] == ["42 s", "12 min", "3 h 05 min", ""]
+    assert [format_duration(seconds) for seconds in (42, 720, 11100, None)] == ["42 s", "12 min", "3 h 05 min", ""]
 
 
 def test_it_needs_no_heavy_imports(tmp_path):
@@ -145,4 +147,4 @@ def test_it_needs_no_heavy_imports(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "no run in results fits" in done.stdout
+    assert "no run in results matches" in done.stdout

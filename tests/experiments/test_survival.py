@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.cli import run_experiment
-from experiments.config.schema import REPOSITORY, compose_config
+from experiments.config.compose import compose_config
+from experiments.config.schema import REPOSITORY
 from experiments.evaluation.lm import MethodLM
+from experiments.execute import run_config
+from experiments.runs import files, locks
 from experiments.runs import folder as runs
-from experiments.runs import locks
 from experiments.runs.experiment import Ending, give_up, record
-from experiments.runs.folder import RunFolder, read_json, write_atomically
-from experiments.runs.locks import Held, RunLock, is_locked, lock_path
+from experiments.runs.files import read_json, write_atomically
+from experiments.runs.folder import RunFolder
+from experiments.runs.locks import RunLock, RunLocked, lock_owner, lock_path
 from experiments.system import interrupts as signals
 
 #: Runs the command line in a process that sends itself a signal at its n-th forward pass.
@@ -81,10 +83,10 @@ def in_a_process(number, nth, arguments):
 def test_a_killed_run_resumes(workplace, tmp_path):
     assert in_a_process(signal.SIGKILL, 7, command(workplace, tmp_path)).returncode == -signal.SIGKILL
     (folder,) = tmp_path.glob("accuracy/*/*/*/*")
-    assert read_json(folder / "status.json")["state"] == "running" and is_locked(folder) is None
+    assert read_json(folder / "status.json")["state"] == "running" and lock_owner(folder) is None
     saved = answered(folder)
     assert 6 * 4 <= saved < 48
-    assert run_experiment(compose_config(command(workplace, tmp_path))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path))) == 0
     assert read_json(folder / "result.json")["resumed"] == saved
 
 
@@ -92,7 +94,7 @@ def test_a_signal_ends_a_sweep_between_two_batches(workplace, tmp_path):
     overrides = ["-m", *command(workplace, tmp_path, "seed=1,2")]
     ended = in_a_process(signal.SIGTERM, 5, overrides)
     assert ended.returncode == 128 + signal.SIGTERM
-    assert "interrupted by SIGTERM: the same command goes on from here" in ended.stderr
+    assert "interrupted by SIGTERM: rerun the same command to resume" in ended.stderr
     assert "Traceback" not in ended.stderr
     (folder,) = tmp_path.glob("accuracy/*/*/*/*")  # the second run wasn't started
     found = read_json(folder / "status.json")
@@ -114,13 +116,13 @@ def test_signals_save_and_say_so(workplace, tmp_path, monkeypatch, number):
     monkeypatch.setattr(MethodLM, "_model_call", counted)
     config = compose_config(command(workplace, tmp_path))
     with pytest.raises(SystemExit) as ended:
-        run_experiment(config)
+        run_config(config)
     assert ended.value.code == 128 + number
     (path,) = tmp_path.rglob("status.json")
     assert read_json(path)["error"] == f"interrupted by {number.name}"
     assert signal.getsignal(number) is signal.SIG_DFL
     saved = answered(path.parent)
-    assert run_experiment(config) == 0
+    assert run_config(config) == 0
     assert read_json(path.with_name("result.json"))["resumed"] == saved >= 16
 
 
@@ -138,8 +140,8 @@ def test_handlers_of_others_stay_and_sections_are_finished():
                 done.append(1)
             assert done == [1]
             with pytest.raises(signals.Interrupted):  # also where the first was dropped on its way
-                signals.check()
-        signals.check()
+                signals.raise_if_interrupted()
+        signals.raise_if_interrupted()
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -149,29 +151,29 @@ def test_handlers_of_others_stay_and_sections_are_finished():
 def test_two_processes_never_work_on_the_same_run(workplace, tmp_path, capsys):
     config = compose_config(command(workplace, tmp_path, "task=micro", "limit=2"))
     overrides = command(workplace, tmp_path, "task=micro_boolq", "limit=2")
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     (boolq,) = tmp_path.glob("accuracy/*/*/*/*")
     (boolq / "result.json").unlink()
-    assert is_locked(boolq) is None and is_locked(boolq.with_name("nothing")) is None
+    assert lock_owner(boolq) is None and lock_owner(boolq.with_name("nothing")) is None
     holder = subprocess.Popen([sys.executable, "-c", HOLD, boolq], cwd=REPOSITORY, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        held = is_locked(boolq)
+        held = lock_owner(boolq)
         assert held is not None and held.pid == holder.pid and held.since == pytest.approx(time.time(), abs=60)
         before = (boolq / "status.json").read_text()
         capsys.readouterr()
-        assert run_experiment(config) == 0
+        assert run_config(config) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert f"left to process {holder.pid} on" in said and "micro_boolq" not in said.partition("Accuracy of")[2]
+        assert f"process {holder.pid} on" in said and "micro_boolq" not in said.partition("Accuracy of")[2]
         assert len(list(tmp_path.rglob("result.json"))) == 4
-        assert run_experiment(compose_config([*overrides, "force=true"])) == 0  # not even a model is loaded
+        assert run_config(compose_config([*overrides, "force=true"])) == 0  # not even a model is loaded
         give_up([RunFolder(compose_config(overrides))], "no model")
         assert (boolq / "status.json").read_text() == before
     finally:
         holder.kill()
         holder.wait()
-    assert is_locked(boolq) is None
-    assert run_experiment(config) == 0
+    assert lock_owner(boolq) is None
+    assert run_config(config) == 0
     assert len(list(tmp_path.rglob("result.json"))) == 5
 
 
@@ -189,11 +191,11 @@ def test_the_lock_survives_the_start_and_ends_with_the_run(tmp_path):
     folder = a_folder(tmp_path)
 
     def work():
-        assert is_locked(folder.path).pid == os.getpid()
+        assert lock_owner(folder.path).pid == os.getpid()
         return {}
 
     assert record(folder, work) is Ending.DONE
-    assert is_locked(folder.path) is None
+    assert lock_owner(folder.path) is None
     assert lock_path(folder.path) == tmp_path / ".locks" / f"{folder.id}.lock"
 
 
@@ -208,17 +210,17 @@ def test_a_lease_stands_in_where_the_file_system_refuses_locks(tmp_path, monkeyp
     first, second = RunLock(folder), RunLock(folder)
     first.acquire()
     lease = lock_path(folder).with_suffix(".lease")
-    assert is_locked(folder).pid == os.getpid()
-    with pytest.raises(Held, match=f"process {os.getpid()} on"):
+    assert lock_owner(folder).pid == os.getpid()
+    with pytest.raises(RunLocked, match=f"process {os.getpid()} on"):
         second.acquire()
     marker = lease.read_text()
     first.release()
-    assert is_locked(folder) is None
+    assert lock_owner(folder) is None
     lines = [line if not line.startswith("host=") else "host=elsewhere" for line in marker.splitlines()]
     lease.write_text("\n".join(lines) + "\n")  # of a machine that is gone
-    assert is_locked(folder).host == "elsewhere"
+    assert lock_owner(folder).host == "elsewhere"
     second.acquire()
-    assert is_locked(folder).pid == os.getpid()
+    assert lock_owner(folder).pid == os.getpid()
     second.release()
 
 
@@ -247,7 +249,7 @@ def test_a_full_disk_fails_the_run_in_one_line_and_it_resumes(workplace, small_d
 
     monkeypatch.setattr(MethodLM, "_model_call", filling)
     config = compose_config(command(workplace, small_disk, "batch_size=1"))
-    assert run_experiment(config) == 1
+    assert run_config(config) == 1
     said = capfd.readouterr().err
     (error,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert "No space left on device" in error and "answers.jsonl" in error and "Traceback" not in said
@@ -257,12 +259,12 @@ def test_a_full_disk_fails_the_run_in_one_line_and_it_resumes(workplace, small_d
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "status.json", "answers.jsonl"}
     # Nor is there room to start: a done run that is forced stays what it was.
     (small_disk / "filler").unlink()
-    assert run_experiment(config) == 0
+    assert run_config(config) == 0
     result = (folder / "result.json").read_text()
     assert json.loads(result)["resumed"] >= 3
     forwards[:] = [1, 1]
-    assert run_experiment(compose_config(command(workplace, small_disk, "method=random", "method.clusters=2"))) == 1
-    assert run_experiment(compose_config(command(workplace, small_disk, "batch_size=1", "force=true"))) == 1
+    assert run_config(compose_config(command(workplace, small_disk, "method=random", "method.clusters=2"))) == 1
+    assert run_config(compose_config(command(workplace, small_disk, "batch_size=1", "force=true"))) == 1
     assert (folder / "result.json").read_text() == result and read_json(folder / "status.json")["state"] == "done"
 
 
@@ -273,9 +275,9 @@ def test_a_read_only_folder_is_one_line_for_every_experiment(small_disk, capfd):
     assert record(new, lambda: pytest.fail("started")) is Ending.FAILED
     assert give_up([done, new], "no model") == [Ending.FAILED] * 2
     first, second = errors_of(capfd)
-    assert "can't write the run's folder" in first and "Read-only file system" in first
-    assert second.startswith("error: no model (can't write")
-    assert done.is_done and is_locked(done.path) is None
+    assert "cannot write the run's folder" in first and "Read-only file system" in first
+    assert second.startswith("error: no model (cannot write")
+    assert done.is_done and lock_owner(done.path) is None
 
 
 def test_a_status_that_cannot_be_replaced_is_overwritten(tmp_path, monkeypatch, capfd):
@@ -285,7 +287,7 @@ def test_a_status_that_cannot_be_replaced_is_overwritten(tmp_path, monkeypatch, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def work():
-        monkeypatch.setattr(runs, "write_atomically", full)
+        monkeypatch.setattr(files, "write_atomically", full)
         folder.progress(1, 2)
         return {}
 
@@ -298,7 +300,7 @@ def test_a_status_that_cannot_be_replaced_is_overwritten(tmp_path, monkeypatch, 
     assert "result.json" in error
     monkeypatch.setattr(runs, "overwrite", lambda path, text: full(path, None))
     assert record(folder, dict) is Ending.FAILED
-    assert "can't write the run's folder" in errors_of(capfd)[0]
+    assert "cannot write the run's folder" in errors_of(capfd)[0]
     assert status(folder)["state"] == "failed"
 
 
@@ -309,7 +311,7 @@ def test_a_full_disk_is_told_by_writers_that_do_not_say_so(tmp_path, monkeypatch
 
     with pytest.raises(RuntimeError, match="unexpected"):
         write_atomically(tmp_path / "file", unclear)
-    monkeypatch.setattr(runs, "is_full", lambda folder: True)
+    monkeypatch.setattr(files, "is_full", lambda folder: True)
     with pytest.raises(OSError, match="No space left on device.*file"):
         write_atomically(tmp_path / "file", unclear)
     assert not list(tmp_path.iterdir())
@@ -389,8 +391,8 @@ def test_weights_that_are_no_numbers_fail_the_run(workplace, tmp_path, capfd):
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     config = compose_config(command(workplace, tmp_path / "results", f"model.path={broken}"))
-    assert run_experiment(config) == 1
+    assert run_config(config) == 1
     (error,) = errors_of(capfd)
-    assert "a log-likelihood is no number (nan)" in error
+    assert "log-likelihood" in error and "(nan)" in error
     (path,) = tmp_path.rglob("status.json")
-    assert read_json(path)["state"] == "failed" and "no number" in read_json(path)["error"]
+    assert read_json(path)["state"] == "failed" and "(nan)" in read_json(path)["error"]

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.config.schema import REPOSITORY, ConfigError, compose_config
-from experiments.runs.code import describe, snapshot
-from experiments.runs.folder import RunFolder, read_json
+from experiments.config.compose import compose_config
+from experiments.config.schema import REPOSITORY, ConfigError
+from experiments.runs.code import current_code, snapshot
+from experiments.runs.files import read_json
+from experiments.runs.folder import RunFolder
 from experiments.runs.resolve import run_folders
 from experiments.sweeps import local
-from experiments.sweeps.job import note_death, note_outcome, resumable
+from experiments.sweeps.job import record_death, record_outcome, split_forced
 from experiments.sweeps.launch import launch
-from experiments.sweeps.record import Job, Sweep, plan, read_sweeps
+from experiments.sweeps.plan import plan_jobs
+from experiments.sweeps.record import Job, Sweep, read_sweeps
 
 
 @pytest.fixture
@@ -55,16 +58,15 @@ def test_each_run_is_planned_once(tmp_path):
         ["method=chai", "task=micro_piqa,micro"],
     ]
     sweeps[1].append(sweeps[0][-1])
-    planned, folder = plan(sweeps)
+    planned = plan_jobs(sweeps)
     assert [one.job.overrides[:2] for one in planned] == [
         ["method=mha", "task=micro_piqa"],
         ["method=chai", "task=micro_piqa"],
         ["method=chai", "task=micro"],
     ]
     assert len(planned[2].job.runs) == 5 and planned[1].job.runs[0] in planned[2].job.runs
-    assert folder.parent == tmp_path / "sweeps"
-    with pytest.raises(ConfigError, match="results_dir can't be a sweep"):
-        plan([[f"results_dir={tmp_path / 'a'},{tmp_path / 'b'}"]])
+    with pytest.raises(ConfigError, match="results_dir cannot be a sweep"):
+        plan_jobs([[f"results_dir={tmp_path / 'a'},{tmp_path / 'b'}"]])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_what_slurm_is_asked_for(tmp_path, slurm):
         assert f"--cpus-per-task={cores} {sys.executable}" in text  # the step's own
     (sweep,) = read_sweeps(tmp_path / "results")
     assert [job.slurm_id for job in sweep.jobs] == ["70_0", "70_1", "71_0", "71_1", "72_0", "72_1"]
-    assert (sweep.path / "code" / "run.py").exists() and sweep.code["digest"] == describe().digest
+    assert (sweep.path / "code" / "run.py").exists() and sweep.code["digest"] == current_code().digest
 
 
 def test_a_tiny_job_has_no_gpus_and_time_to_save(tmp_path, slurm):
@@ -146,15 +148,16 @@ def test_no_slurm_and_a_refusal_are_one_line_each(slurm, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["-m", "hydra/launcher=slurm", "method=mha"]) == 2
     told = capsys.readouterr().err
-    assert "there is no sbatch here" in told and len(told.splitlines()) == 1
+    assert "sbatch is not available" in told and len(told.splitlines()) == 1
 
 
 def test_a_snapshot_is_the_code_at_launch(tmp_path):
     code = snapshot(tmp_path / "code")
     assert (tmp_path / "code" / "conf" / "config.yaml").exists() and not (tmp_path / "code" / "tests").exists()
     ask = (
-        "from experiments.runs.code import describe; from experiments.config.schema import compose_config as c; "
-        "from experiments.runs.resolve import run_folders as r; print(describe().digest, *(f.path for f in r(c([]))))"
+        "from experiments.runs.code import current_code; from experiments.config.compose import compose_config as c; "
+        "from experiments.runs.resolve import run_folders as r; "
+        "print(current_code().digest, *(f.path for f in r(c([]))))"
     )
     told = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path / "code", capture_output=True, text=True, check=True, timeout=100
@@ -165,9 +168,9 @@ def test_a_snapshot_is_the_code_at_launch(tmp_path):
 def test_force_holds_once(tmp_path):
     config = compose_config(["task=micro", "force=true", f"results_dir={tmp_path}"])
     folders = run_folders(config)
-    assert [part.force for part in resumable(config, folders, launched=0.0)] == [True]
+    assert [part.force for part in split_forced(config, folders, launched=0.0)] == [True]
     folders[1].start()
-    begun, rest = resumable(config, folders, launched=0.0)
+    begun, rest = split_forced(config, folders, launched=0.0)
     assert (begun.force, list(begun.task.members)) == (False, ["micro_hellaswag"])
     assert (rest.force, len(rest.task.members)) == (True, 4)
     assert [folder.path for folder in run_folders(begun)] == [folders[1].path]
@@ -177,7 +180,7 @@ class Fake:
     """Jobs that finish, fail or die at once, in place of a run's process."""
 
     def __init__(self, monkeypatch) -> None:
-        monkeypatch.setattr(local, "start", self.start)
+        monkeypatch.setattr(local, "start_job", self.start)
 
     def start(self, sweep: Sweep, index: int, environment: dict[str, str], **more: object) -> subprocess.Popen[bytes]:
         (method,) = (word for word in sweep.jobs[index].overrides if word.startswith("method="))
@@ -185,7 +188,7 @@ class Fake:
             code = f"import os, signal; os.kill(os.getpid(), {int(signal.SIGKILL)})"
         else:
             finish([word for word in sweep.jobs[index].overrides if not word.startswith("hydra")])
-            note_outcome(sweep, index, 0, None)
+            record_outcome(sweep, index, 0, None)
             code = "pass"
         return subprocess.Popen([sys.executable, "-S", "-c", code], **more)  # type: ignore[call-overload]
 
@@ -203,11 +206,17 @@ def test_a_killed_process_stops_no_other(tmp_path, monkeypatch, capsys):
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert (local.Local(None, [], 0).slots, local.Local(None, [], 0).threads) == (4, 4)
-    assert local.Local(None, ["0", "1", "2", "3"], 2).gpus == [["0", "1"], ["2", "3"]]
-    assert local.Local(3, ["0", "1"], 1).gpus == []  # not enough for one each: all see all
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def shares(*arguments):
+        return [(one["OMP_NUM_THREADS"], one.get("CUDA_VISIBLE_DEVICES")) for one in local.divide_machine(*arguments)]
+
+    assert shares(None, [], 0) == [("4", None)] * 4
+    assert shares(None, ["0", "1", "2", "3"], 2) == [("8", "0,1"), ("8", "2,3")]
+    assert shares(3, ["0", "1"], 1) == [("5", None)] * 3  # not enough for one each: all see all
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert local.gpus_here() == ["2", "5"]
+    assert local.visible_gpus() == ["2", "5"]
 
 
 def test_a_job_from_a_snapshot_leaves_its_outcome(tmp_path):
@@ -221,14 +230,14 @@ def test_a_job_from_a_snapshot_leaves_its_outcome(tmp_path):
     assert "] done: accuracy/tiny/random/micro_piqa/" in done.stdout
     assert "(method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16)" in done.stdout
     (result,) = (tmp_path / "results").glob("accuracy/tiny/random/micro_piqa/*/result.json")
-    assert json.loads(result.read_text())["versions"]["code"] == str(describe())
+    assert json.loads(result.read_text())["versions"]["code"] == str(current_code())
 
 
 def test_a_process_that_says_why_keeps_the_word(tmp_path):
     sweep = Sweep(tmp_path / "results" / "sweeps" / "now", "local", [Job([], [])])
     sweep.write()
-    note_outcome(sweep, 0, 2, "wrong", started=5.0)
-    note_death(sweep, 0, 2, started=5.0)
+    record_outcome(sweep, 0, 2, "wrong", started=5.0)
+    record_death(sweep, 0, 2, started=5.0)
     assert (read_json(sweep.outcome_path(0)) or {})["error"] == "wrong"
 
 

@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.config.schema import ConfigError, check_overrides, compose_config
+from experiments.config.compose import compose_config
+from experiments.config.schema import ConfigError
+from experiments.config.validate import check_overrides
 from experiments.runs import tracking
 from experiments.runs.experiment import Ending, record
-from experiments.runs.folder import RunError, RunFolder, run_id
+from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import run_id
 from experiments.runs.tracking import choose_mode, flatten
 
 RESULT = {"metrics": {"acc": 0.5}, "savings": {"kind": "real", "kv_bytes": 10}, "n": 4, "seconds": 1.5, "heads": [1, 2]}
@@ -97,7 +100,7 @@ def test_a_run_that_goes_on_is_the_same_one_there(tmp_path):
     ("wandb", "reason"),
     [
         ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
-        ("raise ImportError('no wandb here')", r"no wandb here \(pip install 'chai-lab\[wandb\]'\)"),
+        ("raise ImportError('no wandb here')", r"no wandb here \(pip install 'chai-attention\[wandb\]'\)"),
         ("import os; os._exit(3)", "exit code 3"),
         ("import time; time.sleep(600)", "no answer for 3 seconds"),
     ],

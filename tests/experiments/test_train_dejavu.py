@@ -6,18 +6,19 @@ import json
 
 import pytest
 import torch
-from chai.models import load_model
-from chai.predictor import load_predictor
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from experiments.cli import run_experiment
-from experiments.config.schema import ConfigError, compose_config
+from chai.models import load_model
+from chai.predictor import load_predictor
+from experiments.config.compose import compose_config
+from experiments.config.schema import ConfigError
 from experiments.evaluation.accuracy import model_source
+from experiments.execute import run_config
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline import train_dejavu
-from experiments.runs.folder import run_id
+from experiments.runs.identity import run_id
 
 SHAPE = {"vocab_size": len(vocabulary()), "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32,
          "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -55,20 +56,20 @@ def predictor_of(results):
 
 
 def test_trained_then_used_then_refused_for_another_model(workplace, tmp_path, capfd):
-    assert run_experiment(compose_config(command(workplace, tmp_path))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path))) == 0
     path = predictor_of(tmp_path)
     result = json.loads((path.parent / "result.json").read_text())
     assert set(result["metrics"]) == {"loss", "recall_10", "recall_30", "recall_50"}
     assert result["n"] == 2 * 2 * 16
     assert sorted(entry.name for entry in path.iterdir()) == ["predictor.json", "predictor.safetensors"]
     assert not list(path.parent.glob("checkpoint*"))
-    assert run_experiment(compose_config(command(workplace, tmp_path))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path))) == 0
     shown = capfd.readouterr().out
     assert "done already" in shown
     assert "method.predictor=" in shown
     score = [f"results_dir={tmp_path}", "method=dejavu", "task=micro_piqa", f"task.data_dir={workplace / 'data'}"]
     score.append(f"method.predictor={path}")
-    assert run_experiment(compose_config([*score, f"model.path={workplace / 'small'}"])) == 0
+    assert run_config(compose_config([*score, f"model.path={workplace / 'small'}"])) == 0
     (found,) = tmp_path.glob("accuracy/small/dejavu/micro_piqa/*/result.json")
     savings = json.loads(found.read_text())["savings"]
     assert savings["kind"] == "simulated"
@@ -76,14 +77,14 @@ def test_trained_then_used_then_refused_for_another_model(workplace, tmp_path, c
     assert savings["heads_kept"] == [2, 2]
     capfd.readouterr()
     for model, message in (("twin", "same shape with other weights"), ("opt", "model_type=llama, this one has opt")):
-        assert run_experiment(compose_config([*score, f"model.path={workplace / model}"])) == 2
+        assert run_config(compose_config([*score, f"model.path={workplace / model}"])) == 2
         errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0] and "experiment=train_dejavu" in errors[0]
     assert len(list(tmp_path.glob("accuracy/*"))) == 1  # nothing written of the refused
 
 
 def test_a_stopped_training_goes_on_where_it_was(workplace, tmp_path, monkeypatch):
-    assert run_experiment(compose_config(command(workplace, tmp_path / "whole"))) == 0
+    assert run_config(compose_config(command(workplace, tmp_path / "whole"))) == 0
     original, calls = train_dejavu.prediction_loss, []
 
     def stopped(*args):
@@ -96,12 +97,12 @@ def test_a_stopped_training_goes_on_where_it_was(workplace, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(train_dejavu, "prediction_loss", stopped)
         with pytest.raises(SystemExit):
-            run_experiment(compose_config(overrides))
+            run_config(compose_config(overrides))
     (checkpoint,) = (tmp_path / "cut").rglob("checkpoint.safetensors")
     assert json.loads(checkpoint.with_name("status.json").read_text())["error"] == "interrupted"
     steps = []
     monkeypatch.setattr(train_dejavu, "prediction_loss", lambda *args: steps.append(1) or original(*args))
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     assert len(steps) == 12 - 5 + 2  # the steps from the checkpoint on, then the held-out batches
     whole, cut = (load_file(predictor_of(tmp_path / name) / "predictor.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -110,7 +111,7 @@ def test_a_stopped_training_goes_on_where_it_was(workplace, tmp_path, monkeypatc
 def test_training_learns_which_heads_matter(tmp_path):
     """On the embedded model a short training already finds clearly more top heads than chance does."""
     overrides = [*SMALL, f"results_dir={tmp_path}", "experiment.steps=60", "experiment.batch_size=4"]
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     metrics = json.loads((predictor_of(tmp_path).parent / "result.json").read_text())["metrics"]
     assert metrics["recall_50"] > 0.6
     assert metrics["recall_10"] > metrics["recall_30"] > metrics["recall_50"]
@@ -118,7 +119,7 @@ def test_training_learns_which_heads_matter(tmp_path):
 
 def test_neurons_of_an_opt_model(workplace, tmp_path):
     overrides = command(workplace, tmp_path, "experiment.mlp=true", "experiment.mlp_bottleneck=4", model="opt")
-    assert run_experiment(compose_config(overrides)) == 0
+    assert run_config(compose_config(overrides)) == 0
     predictor = load_predictor(predictor_of(tmp_path))
     assert [network.up.out_features for network in predictor.neurons] == [48, 48]
 
@@ -154,7 +155,7 @@ def test_a_corpus_that_is_missing_or_too_short_is_one_line(workplace, tmp_path, 
         (["experiment.column=text"], "has no text; expected columns: text"),
         (["experiment.held_out=100"], "needed are"),
     ):
-        assert run_experiment(compose_config(command(workplace, tmp_path, *overrides))) == 1
+        assert run_config(compose_config(command(workplace, tmp_path, *overrides))) == 1
         errors = capfd.readouterr().err
         assert message in errors
         assert "Traceback" not in errors

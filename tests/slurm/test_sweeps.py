@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 
 from experiments.config.schema import REPOSITORY
-from experiments.status import collect, main
+from experiments.status import collect_rows, main
 from tests.slurm.cluster import Cluster, ClusterError
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
@@ -66,7 +66,7 @@ def start(results: Path, *overrides: str, launcher: str = "slurm") -> subprocess
 
 def states(results: Path) -> dict[str, tuple[str, str]]:
     """``method-task`` of each run that was asked for, and the state that the status command tells of it."""
-    rows = collect(results)
+    rows = collect_rows(results)
     return {f"{row.parts['method']}-{row.parts['task']}": (row.state.state, row.state.reason) for row in rows}
 
 
@@ -90,7 +90,7 @@ def numbers(result: dict) -> dict:
 
 
 def job_of(results: Path, name: str) -> str:
-    (row,) = (row for row in collect(results) if f"{row.parts['method']}-{row.parts['task']}" == name)
+    (row,) = (row for row in collect_rows(results) if f"{row.parts['method']}-{row.parts['task']}" == name)
     return str(row.job.slurm_id)
 
 
@@ -180,7 +180,7 @@ def test_a_failing_configuration_hides_none_of_the_others(tmp_path, cluster, hol
     told = client.communicate()[0]
     assert client.returncode == 1, told
     assert told.count("] done: ") == 11
-    (row,) = (row for row in collect(tmp_path / "results") if row.state.state != "done")
+    (row,) = (row for row in collect_rows(tmp_path / "results") if row.state.state != "done")
     told = "method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16"
     assert (row.state.state, row.state.reason) == ("failed", told)
 
@@ -209,10 +209,10 @@ def test_jobs_outlive_their_client_and_are_not_submitted_twice(tmp_path, cluster
     wait(results, lambda now: now.get(name, ("", ""))[0] == "running")
     client.send_signal(signal.SIGINT)
     told = client.communicate()[0]
-    assert client.returncode == 130 and "the jobs go on: python -m experiments.status" in told
+    assert client.returncode == 130 and "the jobs continue; to watch: python -m experiments.status" in told
     assert states(results)[name][0] == "running"
     again = start(results, *arguments)
-    while not (line := again.stdout.readline()).startswith("queued already, as job"):
+    while not (line := again.stdout.readline()).startswith("already queued, as job"):
         assert line
     (hold / name).unlink()
     told = again.communicate()[0]

@@ -1,0 +1,47 @@
+"""Execution of one composed configuration, and the mapping of its errors to exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+
+from omegaconf import DictConfig
+
+from experiments.config.schema import ConfigError
+from experiments.system.console import log_error, logged_errors, quiet_libraries
+from experiments.system.interrupts import exit_when_interrupted, interruption
+from experiments.system.processes import processes
+
+#: The module of each experiment. Modules import torch, hence are imported only when they run.
+EXPERIMENTS = {
+    "accuracy": "evaluation.accuracy",
+    "latency": "benchmarks.latency",
+    "memory": "benchmarks.memory",
+    "profile": "offline.profile_heads",
+    "train_dejavu": "offline.train_dejavu",
+    "pretrain_tiny": "offline.pretrain_tiny",
+}
+
+
+def run_config(config: DictConfig) -> int:
+    """Run one composed configuration; return 0 if done, 1 if it failed, 2 if it is invalid.
+
+    Raises:
+        SystemExit: interrupted by ctrl-c or a signal.
+    """
+    quiet_libraries()
+    name = config.experiment.name
+    with exit_when_interrupted():
+        try:
+            if processes() > 1 and name != "accuracy":
+                raise ConfigError(f"experiment={name} runs in one process, not in {processes()}")
+            return importlib.import_module(f"experiments.{EXPERIMENTS[name]}").run(config)
+        except ConfigError as error:
+            log_error(str(error))
+            return 2
+        except Exception as error:  # unexpected: print its traceback and let a sweep continue
+            if interruption(error) is not None:
+                raise
+            traceback.print_exc()
+            logged_errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            return 1

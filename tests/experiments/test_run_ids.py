@@ -1,0 +1,52 @@
+"""Results of earlier versions are found: run ids and folders do not change, since keys of the configuration do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.config.compose import choices, compose_config
+from experiments.execute import run_config
+from experiments.runs.files import write_json
+from experiments.runs.resolve import run_folders
+
+#: Folders of the runs of each command line, as the first version named them. The ids of the embedded model's runs
+#: depend on its files, too: compute them again only where these change.
+KNOWN: dict[str, list[str]] = json.loads(Path(__file__).with_name("run_ids.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["", *choices("method")])
+def test_run_ids_are_those_of_the_first_version(method):
+    """One test per method; the first is for command lines without one."""
+    commands = [
+        command
+        for command in KNOWN
+        if next((w for w in command.split() if w.startswith("method=")), "method=") == f"method={method}"
+    ]
+    assert commands
+    for command in commands:
+        folders = run_folders(compose_config(command.split()))
+        assert [str(folder.path.relative_to("results")) for folder in folders] == KNOWN[command], command
+
+
+def test_a_result_of_an_earlier_version_is_shown_and_not_redone(tmp_path, capsys):
+    command = "method=mha model=tiny task=micro_piqa"
+    (name,) = KNOWN["method=mha model=tiny task=micro_piqa"]
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    result = {
+        "experiment": "accuracy", "method": "mha", "model": "tiny", "task": "micro_piqa", "metric": "acc_norm",
+        "metrics": {"acc": 0.5, "acc_norm": 0.625}, "stderr": {"acc": 0.1, "acc_norm": 0.1}, "n": 100,
+        "savings": {"kind": "none", "kv_bytes": 4096.0, "kv_bytes_mha": 4096.0, "heads_kept": [16] * 4},
+        "flops": {"tokens": 2048, "method": 1.0, "mha": 1.0}, "seconds": 1.0, "seed": 0, "settings_id": "0",
+        "run_id": folder.name, "versions": {"chai-lab": "0.1.0"},
+    }  # fmt: skip
+    write_json(folder / "result.json", result)
+    write_json(folder / "status.json", {"state": "done", "run_id": folder.name})
+    before = {path: path.read_text() for path in folder.iterdir()}
+    assert run_config(compose_config([*command.split(), f"results_dir={tmp_path}"])) == 0
+    output = capsys.readouterr().out
+    assert f"{folder}" in output.replace("\n", "") and "62.5" in output
+    assert {path: path.read_text() for path in folder.iterdir()} == before

@@ -18,19 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from chai.errors import ChaiError
 
-class ModelError(Exception):
-    """Raised when a model cannot be loaded.
 
-    Args:
-        message: The reason in one line.
-        remedy: Name of a remedy, for applications: ``no_source``, ``pickled_weights``, ``memory``, ``gated``,
-            ``hub_id``, ``offline``.
-    """
-
-    def __init__(self, message: str, remedy: str | None = None) -> None:
-        super().__init__(message)
-        self.remedy = remedy
+class ModelError(ChaiError):
+    """Raised when a model cannot be loaded."""
 
 
 @dataclass
@@ -47,7 +39,7 @@ class ModelSource:
     name: str  # for messages
     hub_id: str | None = None  # repository on the hub
     revision: str = "main"  # branch, tag or commit there
-    path: str | None = None  # A local folder in Hugging Face format, instead of the hub
+    path: str | None = None  # a local folder in Hugging Face format, instead of the hub
     dtype: str = "auto"  # auto (as stored), float32, bfloat16 or float16
     device: str = "auto"  # auto takes an accelerator if there is one
     device_map: str | dict[str, int | str] | None = None

@@ -13,7 +13,7 @@ from experiments.config.schema import CONF, ConfigError, check_overrides, choice
 from experiments.sweeps.expand import expand
 from experiments.system.console import complain
 from experiments.system.interrupts import Interrupted, interruptible, interruption
-from experiments.system.processes import processes
+from experiments.system.processes import world_size
 
 #: The module of each experiment.
 EXPERIMENTS = {
@@ -141,8 +141,8 @@ def attempt(config: DictConfig) -> tuple[int, str | None]:
     quiet_libraries()
     with interruptible(), stopping():
         try:
-            if processes() > 1 and config.experiment.name != "accuracy":
-                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {processes()}")
+            if world_size() > 1 and config.experiment.name != "accuracy":
+                raise ConfigError(f"experiment={config.experiment.name} runs in one process, not in {world_size()}")
             return importlib.import_module(f"experiments.{EXPERIMENTS[config.experiment.name]}").run(config), None
         except ConfigError as error:
             return refuse(error), str(error)

@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.config.schema import ConfigError
-from experiments.evaluation.tasks import data_path
 from experiments.runs.folder import read_json
+from experiments.runs.tasks import data_path
 
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SAMPLE = 1 << 20  # bytes of each of the blocks that stand for a large weight file

@@ -5,9 +5,9 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.schema import TaskConfig
-from experiments.evaluation.tasks import members
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settle_identity
+from experiments.runs.tasks import members
 
 #: Experiments that aren't about the method chosen, and what their folders have in its place.
 METHOD = {"profile": "none", "train_dejavu": "dejavu"}

@@ -12,7 +12,7 @@ from experiments.runs.code import describe, snapshot
 from experiments.sweeps import local, serial, slurm
 from experiments.sweeps.record import Planned, Sweep, plan
 from experiments.system.console import complain, say
-from experiments.system.processes import leads, processes
+from experiments.system.processes import is_main_process, world_size
 
 
 class Launcher(Protocol):
@@ -41,12 +41,12 @@ def launch(sweeps: list[list[str]]) -> int:
     if len(names) > 1:
         raise ConfigError(f"one launcher for all jobs, please, not {', '.join(sorted(names))}")
     (name,) = names
-    if processes() > 1 and name != "basic":
-        raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {processes()}")
+    if world_size() > 1 and name != "basic":
+        raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {world_size()}")
     prepare, copies = LAUNCHERS[name]
     run = prepare(planned)
     sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(planned[0].config.results_dir))
-    if not leads():
+    if not is_main_process():
         return run(sweep, [])
     todo = [index for index, one in enumerate(planned) if not one.is_done]
     try:

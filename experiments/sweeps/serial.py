@@ -8,7 +8,7 @@ from experiments.cli import attempt
 from experiments.sweeps.job import note_outcome
 from experiments.sweeps.record import Planned, Sweep
 from experiments.system.console import say
-from experiments.system.processes import leads
+from experiments.system.processes import is_main_process
 
 
 def prepare(planned: list[Planned]) -> Serial:
@@ -30,8 +30,8 @@ class Serial:
             say(f"[{index + 1}/{len(self.planned)}] {' '.join(one.job.overrides)}")
             code, error = attempt(one.config)
             codes.append(code)
-            if index in todo and leads():
+            if index in todo and is_main_process():
                 note_outcome(sweep, index, code, error)
-        if set(codes) == {2} and leads():  # nothing was run, so nothing is to stay: not even the record of it
+        if set(codes) == {2} and is_main_process():  # nothing was run, so nothing is to stay: not even the record of it
             shutil.rmtree(sweep.path, ignore_errors=True)
         return max(codes, default=0)

@@ -12,7 +12,7 @@ import warnings
 
 from rich.console import Console
 
-from experiments.system.processes import leads
+from experiments.system.processes import is_main_process
 
 #: A pipe has no width of its own: wide enough for the tables.
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    if not leads():
+    if not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not sys.stderr.isatty():  # in a log file a progress bar is one line every half minute
         os.environ.setdefault("TQDM_MININTERVAL", "30")
@@ -39,7 +39,7 @@ def quiet_libraries() -> None:
 
 def say(message: str) -> None:
     """One line about what is going on."""
-    if leads():
+    if is_main_process():
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -50,5 +50,5 @@ complaints: list[str] = []
 def complain(message: str) -> None:
     """One line about what went wrong, to standard error."""
     complaints.append(message)
-    if leads():
+    if is_main_process():
         print(f"error: {message}", file=sys.stderr)

@@ -23,8 +23,8 @@ from experiments.config.schema import (
     compose_config,
     to_dataclass,
 )
-from experiments.evaluation.accuracy import model_source
-from experiments.evaluation.tasks import members
+from experiments.runs.model import model_source
+from experiments.runs.tasks import members
 
 EVERY = [
     (path.parent.name, path.stem)

@@ -281,10 +281,10 @@ def test_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
     step = pretrain_tiny._step
     for stop in (4, 7):
 
-        def interrupted(state, *rest, stop=stop):
-            if state.step == stop:
+        def interrupted(number, *rest, stop=stop):
+            if number == stop:
                 raise KeyboardInterrupt
-            return step(state, *rest)
+            return step(number, *rest)
 
         monkeypatch.setattr(pretrain_tiny, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -61,7 +61,7 @@ def test_what_is_saved(done):
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments.offline.profile_heads, "CHECKPOINT", 0.0)
+    monkeypatch.setattr(experiments.offline.profile_heads, "CHECKPOINT_SECONDS", 0.0)
     real, calls = experiments.offline.profile_heads.look, []
 
     def stop_after_two(*arguments):
@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, 
     assert read_json(folder / "status.json")["state"] == "failed" and not (folder / "profile.json").exists()
     monkeypatch.setattr(experiments.offline.profile_heads, "look", real)
     assert start(tmp_path) == 0
-    assert "going on after 32 samples" in capsys.readouterr().out
+    assert "resuming after 32 samples" in capsys.readouterr().out
     first, second = Profile.load(done), Profile.load(folder)
     assert all(np.array_equal(first.arrays[name], array) for name, array in second.arrays.items())
 
@@ -87,7 +87,7 @@ def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):
     monkeypatch.setattr(experiments.offline.profile_heads, "look", None)  # it would fail
     results = done.parents[4]
     assert start(results, "profile.rule=saving", "profile.saving=0.3") == 0
-    assert "only the rule is applied" in capsys.readouterr().out
+    assert "reusing statistics of 48 samples" in capsys.readouterr().out
     (other,) = (path for path in done.parent.iterdir() if path != done)
     profile = Profile.load(other)
     assert profile.about["saving"] >= 0.3 and profile.counts != Profile.load(done).counts
@@ -159,9 +159,9 @@ def test_a_saving_that_can_not_be_had_is_one_line(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (None, "none.jsonl", "can't read the corpus"),
-        ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is no JSON object with a 'text'"),
-        ('{"body": "x"}\n', "other.jsonl", "line 1, is no JSON object with a 'text'"),
+        (None, "none.jsonl", "cannot read"),
+        ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is not valid JSON"),
+        ('{"body": "x"}\n', "other.jsonl", "line 1, has no text"),
         ("mona hosts bob .\n", "short.txt", "has 20 tokens"),
     ],
 )

@@ -25,7 +25,7 @@ from chai.methods.base import Method
 from chai.models import load_model
 from experiments.benchmarks._adapter import layer_shape, real_prefix
 from experiments.config.schema import ConfigError
-from experiments.runs.experiment import Run, check_method, run_single
+from experiments.runs.experiment import Run, check_method, require_minimum, run_single
 from experiments.runs.folder import RunError, RunFolder, settings_id, write_atomically
 from experiments.system.console import say
 from experiments.system.device import device_name
@@ -36,28 +36,18 @@ PROFILED_STEPS = 4
 
 @dataclass
 class BenchmarkOptions:
-    """``experiment.*`` of all benchmarks.
+    """``experiment.*`` of all benchmarks."""
 
-    Attributes:
-        lengths: sequence lengths in tokens; ``None``: powers of two.
-        rows: sequences in a batch.
-    """
-
-    lengths: list[int] | None = None
-    rows: int = 1
+    lengths: list[int] | None = None  # in tokens; None: powers of two
+    rows: int = 1  # sequences in a batch
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows is {self.rows}; valid: 1 or more")
+        require_minimum(self, rows=1)
         if self.lengths is not None and min(self.lengths, default=0) < 8:
             raise ValueError(f"lengths is {self.lengths}; valid: a list of numbers of 8 or more")
 
     def check(self, num_heads: int) -> None:
-        """Refuse options that a model of so many heads cannot run with.
-
-        Raises:
-            ConfigError: names the option.
-        """
+        """Raise a ConfigError for options that a model of so many heads cannot run with."""
 
 
 OptionsT = TypeVar("OptionsT", bound=BenchmarkOptions)
@@ -91,9 +81,6 @@ def run_benchmark(
         options_type: of ``experiment.*``.
         measure: measures, writes its rows, returns the fields of ``result.json`` that are particular to it.
         show: prints the table of a run's folder.
-
-    Raises:
-        ConfigError: options, or a method, that the model cannot run with. Nothing is written then.
     """
 
     def check(run: Run[OptionsT]) -> None:
@@ -128,11 +115,7 @@ def pick_lengths(run: Run[OptionsT]) -> list[int]:
 
 
 def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
-    """Load the model on one device; random weights get positions for ``max_length`` tokens.
-
-    Raises:
-        RunError: the model is divided among devices or offloaded, or the method does not fit its weights.
-    """
+    """Load a model for the method on one device; random weights get positions for ``max_length`` tokens."""
     source = run.source
     if source.random_init:
         positions = max(run.architecture.max_position_embeddings, max_length)

@@ -47,6 +47,7 @@ from experiments.benchmarks.harness import (
 )
 from experiments.benchmarks.roofline import attention_cost, headline, layer_cost, model_cost, summarize
 from experiments.config.schema import ConfigError
+from experiments.runs.experiment import require_minimum
 from experiments.tables.benchmarks import show_latency
 
 Part = Literal["attention", "layer", "model"]
@@ -68,8 +69,7 @@ class Options(BenchmarkOptions):
         for name in ("parts", "phases"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; valid: one or more")
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}; valid: 1 or more")
+        require_minimum(self, rounds=1)
         if self.clusters is not None and min(self.clusters, default=0) < 1:
             raise ValueError(f"clusters is {self.clusters}; valid: a list of numbers of 1 or more")
 
@@ -90,22 +90,19 @@ def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
     peak, num_heads = machine_peak(model.device, model.dtype), model.config.num_attention_heads
     counts = benchmark_counts(method, model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
+    # Of each part: cluster counts, arithmetic cost, and the function that times it.
+    parts = {
+        "attention": (counts, attention_cost, partial(attention_times, context, options)),
+        "layer": (counts, layer_cost, partial(model_times, context, options, single)),
+        "model": ([None], model_cost, partial(model_times, context, options, model)),
+    }
     rows: list[dict[str, Any]] = []
-    for phase, length in itertools.product(options.phases, context.lengths):
-        arguments = method, model, phase, length, options.rows
-        if "attention" in options.parts:
-            cost = attention_cost(*arguments)
-            for k in counts:
-                times = attention_times(context, options, phase, length, k)
-                rows += summarize("attention", phase, length, k, times, cost, peak, num_heads)
-        if single is not None:
-            cost = layer_cost(*arguments)
-            for k in counts:
-                times = model_times(context, options, single, phase, length, k)
-                rows += summarize("layer", phase, length, k, times, cost, peak, num_heads)
-        if "model" in options.parts:
-            times = model_times(context, options, model, phase, length, None)
-            rows += summarize("model", phase, length, None, times, model_cost(*arguments), peak, num_heads)
+    for phase, length, part in itertools.product(options.phases, context.lengths, parts):
+        if part in options.parts:
+            part_counts, cost_of, time_part = parts[part]
+            cost = cost_of(method, model, phase, length, options.rows)
+            for k in part_counts:
+                rows += summarize(part, phase, length, k, time_part(phase, length, k), cost, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
     context.write(frame)
     return {"metrics": headline(frame), "membership": clustering_times(context, options), "peak": peak}

@@ -19,6 +19,7 @@ from experiments.benchmarks.harness import (
     random_tokens,
     run_benchmark,
 )
+from experiments.runs.experiment import require_minimum
 from experiments.tables.benchmarks import show_memory
 
 
@@ -31,8 +32,7 @@ class Options(BenchmarkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}; valid: 0 or more")
+        require_minimum(self, steps=0)
 
 
 def run(config: DictConfig) -> int:

@@ -44,10 +44,10 @@ def model_cost(method: Method, model: PreTrainedModel, phase: str, kv_len: int, 
     """Return the cost of the whole model: with all heads for any k, under the method for ``None``."""
 
     def cost(k: int | None) -> float:
-        chosen = method if k is None else baseline()
+        counted = method if k is None else baseline()
         if phase == "prefill":
-            return batch_size * prefill_flops(chosen, model, kv_len)
-        return decode_bytes(chosen, model, kv_len, batch_size)
+            return batch_size * prefill_flops(counted, model, kv_len)
+        return decode_bytes(counted, model, kv_len, batch_size)
 
     return cost
 

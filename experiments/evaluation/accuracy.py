@@ -25,11 +25,11 @@ from experiments.runs.experiment import (
     Outcome,
     build_method,
     check_method,
+    checked_folders,
     describe_error,
     log_locked,
     mark_failed,
     needs_work,
-    resolve_runs,
     run_lifecycle,
 )
 from experiments.runs.folder import RunFolder, settings_id, versions, write_atomically
@@ -56,7 +56,7 @@ def run(config: DictConfig) -> int:
         ConfigError: a method, or cluster counts, that the model cannot run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    folders = resolve_runs(config)
+    folders = checked_folders(config)
     method = build_method(folders[0].config)
     # Skip what is complete; rank 0 decides for all processes.
     try:
@@ -68,47 +68,44 @@ def run(config: DictConfig) -> int:
         complain(str(error))
         return Outcome.FAILED.code
     pending = {folder: owner for folder, owner, wanted in zip(folders, owners, is_pending, strict=True) if wanted}
-    outcomes = dict.fromkeys(pending, Outcome.LOCKED)
-    try:
-        scorer = load_scorer(pending, method, group)
-    except (ModelError, DistributedError) as error:
-        outcomes = dict(zip(pending, mark_failed(list(pending), str(error)), strict=True))
+    scorer = load_scorer(pending, method, group)
+    if isinstance(scorer, Outcome):
+        outcomes = dict.fromkeys(pending, scorer)
+    elif not group.is_main_process:
+        outcomes = dict.fromkeys(pending, scorer.serve())
     else:
-        # Score; the other processes score their shards of each task.
-        if scorer is not None and group.is_main_process:
-            for index, folder in enumerate(pending):
-                files = (FILE, *worker_files(folder.path, group.world_size))
-                work = functools.partial(scorer.score_task, index)
-                outcomes[folder] = run_lifecycle(folder, work, until_done=files)
-            with suppress(DistributedError):  # a process that has died needs no shutdown
-                group.shutdown()
-        elif scorer is not None:
-            outcomes = dict.fromkeys(pending, scorer.serve())
+        outcomes = {}
+        for index, folder in enumerate(pending):
+            files = (FILE, *worker_files(folder.path, group.world_size))
+            outcomes[folder] = run_lifecycle(folder, functools.partial(scorer.score_task, index), until_done=files)
+        with suppress(DistributedError):  # a process that has died needs no shutdown
+            group.shutdown()
     if group.is_main_process:
-        shown = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
-        show_results(shown, Path(config.results_dir))
+        paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
+        show_results(paths, Path(config.results_dir))
     return max((outcome.code for outcome in outcomes.values()), default=0)
 
 
-def load_scorer(pending: dict[RunFolder, Holder | None], method: Method, group: ProcessGroup) -> Scorer | None:
-    """Load the model that scores the pending runs; return ``None`` where all of them are locked by other processes.
+def load_scorer(pending: dict[RunFolder, Holder | None], method: Method, group: ProcessGroup) -> Scorer | Outcome:
+    """Load the model that scores the pending runs; return their outcome where none of them can be started.
 
     Raises:
         ConfigError: the method cannot run with the model.
-        ModelError: the model cannot be loaded.
-        DistributedError: another process cannot load it.
     """
     folders = list(pending)
+    # No model is needed to see that other processes work on all of them.
     if None not in pending.values():
         for folder, owner in pending.items():
             log_locked(folder, owner)
-        return None
+        return Outcome.LOCKED
     config = folders[0].config
     source = model_source(config)
-    architecture = load_config(source)
-    check_method(method, architecture)
-    say(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
-    model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+    try:
+        check_method(method, load_config(source))
+        say(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
+        model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+    except (ModelError, DistributedError) as error:
+        return mark_failed(folders, str(error))
     try:
         method.check_weights(model)
     except ValueError as error:

@@ -110,11 +110,7 @@ class MethodLM(HFLM):
     def _score_shard(
         self, requests: list[Request], batches: Sequence[list[int]], disable_tqdm: bool
     ) -> tuple[dict[int, tuple[float, bool]], KVCacheStats, int]:
-        """Score batches of requests.
-
-        Returns:
-            responses by their request's position; statistics of the caches; number of restored responses.
-        """
+        """Return responses by their request's position, statistics of the caches, and how many were restored."""
         responses: dict[int, tuple[float, bool]] = {}
         stats = KVCacheStats()
         total = sum(map(len, batches))

@@ -42,17 +42,11 @@ def worker_files(folder: Path, world_size: int) -> list[str]:
 
 @dataclass
 class BatchResponses:
-    """The responses of a batch.
+    """The responses of a batch."""
 
-    Attributes:
-        responses: of each request: log-likelihood in nats, and whether the continuation is the greedy one.
-        cache_stats: of the batch's KV cache, JSON-like.
-        seconds: that scoring took.
-    """
-
-    responses: list[tuple[float, bool]]
-    cache_stats: dict[str, Any]
-    seconds: float
+    responses: list[tuple[float, bool]]  # log-likelihood in nats, and True if the continuation is the greedy one
+    cache_stats: dict[str, Any]  # of the batch's KV cache, JSON-like
+    seconds: float  # that scoring took
 
 
 class SavedResponses:

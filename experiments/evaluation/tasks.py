@@ -44,11 +44,7 @@ def build_task(task: DictConfig) -> dict[str, Any]:
 
 
 def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
-    """Load the data that the task's definition names, from the hub or its local cache.
-
-    Raises:
-        RunError: it cannot be loaded.
-    """
+    """Load the data that the task's definition names, from the hub or its local cache."""
     from datasets import load_dataset
 
     kwargs = {

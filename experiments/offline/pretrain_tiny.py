@@ -24,7 +24,7 @@ from experiments.microworld import training
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline.training_loop import Position, install_files, train
-from experiments.runs.experiment import Run, run_single
+from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.folder import versions, write_atomically, write_json
 from experiments.system.console import say
 
@@ -50,10 +50,7 @@ class Options:
     install: bool
 
     def __post_init__(self) -> None:
-        minimums = {"steps": 2, "batch_size": 1, "sequence_length": 2, "warmup": 1, "checkpoint_every": 1}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: {minimum} or more")
+        require_minimum(self, steps=2, batch_size=1, sequence_length=2, warmup=1, checkpoint_every=1)
         if not 0 < self.untie_at < 1:
             raise ValueError(f"untie_at is {self.untie_at}; valid: above 0, below 1")
 
@@ -86,11 +83,7 @@ def run(config: DictConfig) -> int:
 
 
 def model_shape(config: DictConfig) -> tuple[dict[str, Any], list[int]]:
-    """Return the sizes of the model to train, and the number of planted groups in each layer.
-
-    Raises:
-        ConfigError: it is another model, or the counts do not fit it.
-    """
+    """Return the sizes of the model to train, and the number of planted groups in each layer; refuse other models."""
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     if model["name"] != "tiny":
         raise ConfigError(f"experiment=pretrain_tiny trains model=tiny, not model={model['name']}")

@@ -22,7 +22,7 @@ from chai.statistics import Features, Gathering, HeadStatistics, Samples, Statis
 from experiments.config.schema import ConfigError
 from experiments.offline.corpus import describe_source, read_texts
 from experiments.offline.training_loop import progress_bar
-from experiments.runs.experiment import Run, run_single
+from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.folder import RunError, digest, run_identity, settings_id, versions, write_atomically
 from experiments.system.console import console, say
 from experiments.system.device import device_name
@@ -53,10 +53,7 @@ class Options:
     history_samples: int
 
     def __post_init__(self) -> None:
-        minimums = {"samples": 1, "kept": 1, "map_tokens": 2, "history_samples": 1, "history": WARMUP_TOKENS + 1}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: {minimum} or more")
+        require_minimum(self, samples=1, kept=1, map_tokens=2, history_samples=1, history=WARMUP_TOKENS + 1)
         if self.tokens < self.history:
             raise ValueError(f"tokens is {self.tokens}; valid: {self.history} (history) or more")
         for name, maximum in {"tolerance": 1.0, "saving": 0.5, "error": 1.0}.items():

@@ -29,7 +29,7 @@ from chai.runtime import check_family
 from experiments.config.schema import REPOSITORY, ConfigError
 from experiments.offline.batches import Batches, file_batches, world_batches
 from experiments.offline.training_loop import Position, install_files, train
-from experiments.runs.experiment import Run, run_single
+from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.folder import versions, write_atomically
 from experiments.system.console import say
 
@@ -56,11 +56,8 @@ class Options:
     install: bool
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps", "batch_size", "sequence_length", "bottleneck", "mlp_bottleneck", "held_out", "checkpoint_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 1 or more")
+        require_minimum(self, steps=1, batch_size=1, sequence_length=1, bottleneck=1)
+        require_minimum(self, mlp_bottleneck=1, held_out=1, checkpoint_every=1)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; valid: above 0")
         if not self.sparsities or not all(0 < sparsity < 1 for sparsity in self.sparsities):

@@ -72,16 +72,12 @@ class Run(Generic[OptionsT]):
 
     @cached_property
     def architecture(self) -> PreTrainedConfig:
-        """Configuration of the model.
-
-        Raises:
-            ModelError: it cannot be loaded.
-        """
+        """Configuration of the model; a ModelError if it cannot be loaded."""
         return load_config(self.source)
 
     @cached_property
     def method(self) -> Method:
-        """Configured method; raises as :func:`build_method` does."""
+        """Configured method."""
         return build_method(self.config)
 
 
@@ -99,20 +95,17 @@ def run_single(
     """Do an experiment that is a single run, unless it is complete; return the exit code.
 
     Args:
-        config: as composed.
+        config: as composed; its ``section`` becomes ``options_type``.
         options_type: dataclass of the experiment's options.
-        check: raises ConfigError for what the model cannot run with, before anything is written.
+        check: raises ConfigError for what the model cannot run with. Nothing is written then.
         work: returns the run's part of ``result.json``.
         show: prints the outcome in the folder of a complete run.
         section: of the configuration, holds the options.
         keep: see :func:`run_lifecycle`.
         until_done: see :func:`run_lifecycle`.
-
-    Raises:
-        ConfigError: options, or a model, that the experiment cannot run with.
     """
     options = to_dataclass(options_type, config[section], section)
-    (folder,) = resolve_runs(config)
+    (folder,) = checked_folders(config)
     if not needs_work(folder):
         show(folder.path, options)
         return 0
@@ -120,25 +113,27 @@ def run_single(
     try:
         check(run)
     except ModelError as error:
-        mark_failed([folder], str(error))
-        return Outcome.FAILED.code
+        return mark_failed([folder], str(error)).code
     outcome = run_lifecycle(folder, lambda: work(run), keep=keep, until_done=until_done)
     if outcome is Outcome.DONE:
         show(folder.path, options)
     return outcome.code
 
 
-def resolve_runs(config: DictConfig) -> list[RunFolder]:
-    """Return the folders of a configuration's runs.
-
-    Raises:
-        ConfigError: a run has no cluster counts, or a head profile of another model.
-    """
+def checked_folders(config: DictConfig) -> list[RunFolder]:
+    """Return the folders of a configuration's runs; refuse missing cluster counts and another model's head profile."""
     singles = settled(config)
     for single in singles:
         check_clusters(single)
         check_profile(single)
     return [RunFolder(single) for single in singles]
+
+
+def require_minimum(options: object, **minimums: int) -> None:
+    """Raise a ValueError that names the first option below its minimum."""
+    for name, minimum in minimums.items():
+        if getattr(options, name) < minimum:
+            raise ValueError(f"{name} is {getattr(options, name)}; valid: {minimum} or more")
 
 
 def needs_work(folder: RunFolder) -> bool:
@@ -150,20 +145,12 @@ def needs_work(folder: RunFolder) -> bool:
 
 
 def build_method(config: DictConfig) -> Method:
-    """Return the configured method.
-
-    Raises:
-        ConfigError: the method refuses its hyper-parameters.
-    """
+    """Return the configured method, or raise a ConfigError for its hyper-parameters."""
     return to_dataclass(load_method(config.method.name), config.method, "method")
 
 
 def check_method(method: Method, architecture: PreTrainedConfig) -> None:
-    """Refuse a method that cannot run on such a model; log its note on the model.
-
-    Raises:
-        ConfigError: names what is wrong and what is valid.
-    """
+    """Raise a ConfigError for a method that cannot run on such a model; log its note on the model."""
     try:
         method.check(architecture)
     except ValueError as error:
@@ -238,8 +225,8 @@ def common_fields(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def mark_failed(folders: Sequence[RunFolder], reason: str) -> list[Outcome]:
-    """Record one reason as the end of runs that cannot be started; return their outcomes.
+def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
+    """Record one reason as the end of runs that cannot be started; return their outcome.
 
     A complete run (``force=true``, but no model to rerun it with) keeps its result, a locked one is its owner's, and
     what an unfinished one can resume from stays. Only the main process writes.
@@ -260,7 +247,7 @@ def mark_failed(folders: Sequence[RunFolder], reason: str) -> list[Outcome]:
         finally:
             folder.release()
     complain(reason + note)
-    return [Outcome.FAILED] * len(folders)
+    return Outcome.FAILED
 
 
 def log_locked(folder: RunFolder, owner: Holder) -> None:

@@ -14,11 +14,7 @@ from experiments.system.processes import world_size
 
 
 def model_source(config: DictConfig) -> ModelSource:
-    """Return where the model comes from and how this process loads it.
-
-    Raises:
-        ConfigError: the device does not suit several processes.
-    """
+    """Return where the model comes from and how this process loads it."""
     model = config.model
     plain: Any = OmegaConf.to_container(model, resolve=True)
     return ModelSource(

@@ -39,17 +39,11 @@ def describe_type(error: Exception) -> str:
 
 @dataclass
 class ProcessGroup:
-    """The processes that score together; ``ProcessGroup()`` is a single process, for which nothing is sent.
-
-    Attributes:
-        rank: index of this process.
-        world_size: number of processes.
-        describe: turns a failure of this process into the line that the others report.
-    """
+    """The processes that score together; ``ProcessGroup()`` is a single process, for which nothing is sent."""
 
     rank: int = 0
     world_size: int = 1
-    describe: Callable[[Exception], str] = describe_type
+    describe: Callable[[Exception], str] = describe_type  # one line for the other processes to report
     _next_message: Message | None = field(default=None, repr=False)  # of rank 0, received instead of a value
     _failure: str = field(default="", repr=False)
 
@@ -93,11 +87,7 @@ class ProcessGroup:
         return result
 
     def send_command(self, command: Any) -> None:
-        """Let the worker loops of the other processes run ``command`` (rank 0 only).
-
-        Raises:
-            DistributedError: a process has died.
-        """
+        """Let the worker loops of the other processes run ``command`` (rank 0 only)."""
         if self.world_size > 1:
             self._exchange(("command", command))
 
@@ -107,11 +97,7 @@ class ProcessGroup:
             self._exchange(("shutdown", None))
 
     def worker_loop(self, run: Callable[[Any], object]) -> None:
-        """Run rank 0's commands until shutdown; a failing command is reported in the next round and then forgotten.
-
-        Raises:
-            DistributedError: a process has died.
-        """
+        """Run rank 0's commands until shutdown; a failing command is reported in the next round and then forgotten."""
         while True:
             if self._next_message is None:
                 kind, command = self._exchange(("failed", self._failure or "received no command"))[0]

@@ -174,11 +174,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round.
 
-    Args:
-        timers: what to time, by name.
-        rounds: number of measurements of each.
-        device: that they run on.
-        after: what to run, untimed, after a timer, by its name.
+    ``after`` runs, untimed, after the timer of the same name.
     """
     times: dict[str, list[float]] = {name: [] for name in timers}
     names = list(timers)

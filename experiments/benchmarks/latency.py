@@ -45,7 +45,7 @@ from experiments.benchmarks.harness import (
     run_benchmark,
     twin,
 )
-from experiments.benchmarks.roofline import attention_cost, headline, layer_cost, model_cost, summarize
+from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
 from experiments.tables.benchmarks import show_latency
@@ -90,19 +90,19 @@ def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
     peak, num_heads = machine_peak(model.device, model.dtype), model.config.num_attention_heads
     counts = benchmark_counts(method, model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
-    # Of each part: cluster counts, arithmetic cost, and the function that times it.
+    # Of each part: cluster counts, and the function that times it.
     parts = {
-        "attention": (counts, attention_cost, partial(attention_times, context, options)),
-        "layer": (counts, layer_cost, partial(model_times, context, options, single)),
-        "model": ([None], model_cost, partial(model_times, context, options, model)),
+        "attention": (counts, partial(attention_times, context, options)),
+        "layer": (counts, partial(model_times, context, options, single)),
+        "model": ([None], partial(model_times, context, options, model)),
     }
     rows: list[dict[str, Any]] = []
     for phase, length, part in itertools.product(options.phases, context.lengths, parts):
         if part in options.parts:
-            part_counts, cost_of, time_part = parts[part]
-            cost = cost_of(method, model, phase, length, options.rows)
+            required = partial(required_work, method, model, options.rows, part, phase, length)
+            part_counts, time_part = parts[part]
             for k in part_counts:
-                rows += summarize(part, phase, length, k, time_part(phase, length, k), cost, peak, num_heads)
+                rows += summarize(part, phase, length, k, time_part(phase, length, k), required, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
     context.write(frame)
     return {"metrics": headline(frame), "membership": clustering_times(context, options), "peak": peak}
@@ -133,11 +133,7 @@ def implementations(
 ) -> dict[str, Implementation]:
     """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left.
 
-    Args:
-        stack: undoes the method.
-        context: has the method.
-        model: whole, or a single layer.
-        k: clusters of the single layer, which a method without clusters does not run on.
+    With ``k`` the model is a single layer of k clusters, on which a method without clusters does not run.
     """
     entries = {name: Implementation(twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
     method = context.method if k is None else with_num_clusters(context.method, k)

@@ -15,41 +15,25 @@ from experiments.benchmarks._adapter import baseline, decode_bytes, layer_shape,
 #: Implementations of multi-head attention that a method is compared with.
 BASELINES = ("eager", "sdpa", "xformers")
 
-#: Operations (prefill) or bytes (decode) needed with k clusters; with None, of the method itself.
-Cost = Callable[[int | None], float]
 
+def required_work(
+    method: Method, model: PreTrainedModel, batch_size: int, part: str, phase: str, kv_len: int, k: int | None
+) -> float:
+    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters in each layer.
 
-def attention_cost(method: Method, model: PreTrainedModel, phase: str, kv_len: int, batch_size: int) -> Cost:
-    """Return the cost of attention alone."""
-    shape = layer_shape(method, model)
-    if phase == "prefill":
-        return lambda k: batch_size * shape.attention_flops(kv_len, k or shape.heads)
-    return lambda k: batch_size * model.dtype.itemsize * shape.cache_entries(kv_len, k or shape.heads)
-
-
-def layer_cost(method: Method, model: PreTrainedModel, phase: str, kv_len: int, batch_size: int) -> Cost:
-    """Return the cost of a layer, whose weights are read once for all sequences."""
-    shape = layer_shape(method, model)
-    if phase == "prefill":
-        return lambda k: batch_size * shape.prefill_flops(kv_len, k or shape.heads)
-
-    def decode(k: int | None) -> float:
-        k = k or shape.heads
-        return model.dtype.itemsize * (shape.weights(k) + batch_size * shape.cache_entries(kv_len, k))
-
-    return decode
-
-
-def model_cost(method: Method, model: PreTrainedModel, phase: str, kv_len: int, batch_size: int) -> Cost:
-    """Return the cost of the whole model: with all heads for any k, under the method for ``None``."""
-
-    def cost(k: int | None) -> float:
+    Of the whole model, ``None`` counts the method itself, and any k multi-head attention.
+    """
+    if part == "model":
         counted = method if k is None else baseline()
         if phase == "prefill":
             return batch_size * prefill_flops(counted, model, kv_len)
         return decode_bytes(counted, model, kv_len, batch_size)
-
-    return cost
+    shape = layer_shape(method, model)
+    if phase == "prefill":
+        return batch_size * (shape.attention_flops if part == "attention" else shape.prefill_flops)(kv_len, k)
+    # Weights are read once for all sequences.
+    weights = shape.weights(k) if part == "layer" else 0
+    return model.dtype.itemsize * (weights + batch_size * shape.cache_entries(kv_len, k))
 
 
 def summarize(
@@ -58,11 +42,14 @@ def summarize(
     length: int,
     k: int | None,
     times: dict[str, list[float]],
-    cost: Cost,
+    required: Callable[[int | None], float],
     peak: dict[str, float],
     num_heads: int,
 ) -> list[dict[str, Any]]:
-    """Return one row for each implementation; docs/results.md describes the columns."""
+    """Return one row for each implementation; docs/results.md describes the columns.
+
+    ``required`` maps a number of clusters to the work of :func:`required_work`.
+    """
     baselines = [name for name in times if name in BASELINES]
     best = min(baselines, key=lambda name: median(times[name]))
     unit, peak_rate = ("GFLOP/s", peak["gflop_per_s"]) if phase == "prefill" else ("GB/s", peak["gb_per_s"])
@@ -71,7 +58,7 @@ def summarize(
         is_baseline = name in baselines
         low, _, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
         speedup = median(base / time for base, time in zip(times[best], samples, strict=True))
-        full, needed = cost(num_heads), cost(num_heads if is_baseline else k)
+        full, needed = required(num_heads), required(num_heads if is_baseline else k)
         rate = needed / median(samples) / 1e6
         rows.append(
             {

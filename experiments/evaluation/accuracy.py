@@ -154,7 +154,8 @@ class Scorer:
             scores, samples = score(lm, task, limit=config.limit, num_fewshot=config.task.num_fewshot)
         seconds = time.perf_counter() - began + saved.seconds
         if group.is_main_process:
-            write_samples(folder.path / "samples.parquet", samples)
+            frame = pd.DataFrame(samples)
+            write_atomically(folder.path / "samples.parquet", lambda path: frame.to_parquet(path, index=False))
         return {
             "metric": config.task.metric,
             **scores,
@@ -191,8 +192,3 @@ class Scorer:
         others = [other for other in (FILE, *worker_files(folder.path, self.group.world_size)) if other != name]
         folder.path.mkdir(parents=True, exist_ok=True)  # rank 0 may have made it on another machine only
         return SavedResponses(folder.path / name, about, [folder.path / other for other in others])
-
-
-def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """Write the items' outcomes as Parquet, atomically."""
-    write_atomically(path, lambda temporary: pd.DataFrame(samples).to_parquet(temporary, index=False))

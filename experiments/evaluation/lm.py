@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.devices import input_device
 from chai.methods.base import Method
@@ -34,10 +34,6 @@ class KVCacheStats:
     held: int = 0  # bytes
     held_mha: int = 0  # bytes that multi-head attention holds for the same tokens
     key_heads: list[list[int]] = field(default_factory=list)  # stored KV heads, of each batch and layer
-
-    def add(self, cache: Cache, sequences: int) -> None:
-        """Add a batch's cache, just after its forward pass."""
-        self.extend(KVCacheStats(sequences, cache_bytes(cache), cache_bytes_mha(cache), [stored_kv_heads(cache)]))
 
     def extend(self, other: KVCacheStats) -> None:
         """Add all batches of other statistics."""
@@ -153,7 +149,8 @@ class MethodLM(HFLM):
         set_context_lengths(self.method, cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        self.cache_stats.add(cache, len(inps))
+        stats = KVCacheStats(len(inps), cache_bytes(cache), cache_bytes_mha(cache), [stored_kv_heads(cache)])
+        self.cache_stats.extend(stats)
         return logits
 
 
@@ -192,20 +189,13 @@ def cached_templates() -> Iterator[None]:
 def score(
     lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score one task under the method of ``lm``, which is applied for the while.
-
-    Args:
-        lm: model and method.
-        task: as lm-eval defines it.
-        limit: score the first so many items only.
-        num_fewshot: solved items in each prompt.
+    """Score the first ``limit`` items of a task, as lm-eval defines it, with the method of ``lm`` applied.
 
     Returns:
         metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item.
 
     Raises:
         RunError: a log-likelihood is not finite.
-        DistributedError: another process failed.
         OSError: responses cannot be saved.
     """
     with cached_templates(), lm.method(lm.model):

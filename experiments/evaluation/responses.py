@@ -42,7 +42,7 @@ def worker_files(folder: Path, world_size: int) -> list[str]:
 
 @dataclass
 class BatchResponses:
-    """The responses of a batch."""
+    """Responses of one batch."""
 
     responses: list[tuple[float, bool]]  # log-likelihood in nats, and True if the continuation is the greedy one
     cache_stats: dict[str, Any]  # of the batch's KV cache, JSON-like
@@ -50,7 +50,7 @@ class BatchResponses:
 
 
 class SavedResponses:
-    """The scored batches of a run, on disk.
+    """Scored batches of a run, on disk.
 
     Args:
         path: of this process's file, which need not exist.

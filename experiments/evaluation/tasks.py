@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lm_eval
+from datasets import Dataset, DatasetDict, load_dataset
+from lm_eval.tasks._yaml_loader import load_yaml
 from omegaconf import DictConfig
 
 from experiments.runs.folder import RunError
@@ -18,10 +21,6 @@ def build_task(task: DictConfig) -> dict[str, Any]:
     Raises:
         RunError: lm-eval has no such definition, or the local data cannot be read.
     """
-    import lm_eval
-    from datasets import Dataset, DatasetDict
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     definition = Path(lm_eval.__file__).parent / "tasks" / task.harness
     if not definition.is_file():
         raise RunError(f"task '{task.name}': lm-eval {lm_eval.__version__} has no definition {task.harness}")
@@ -45,8 +44,6 @@ def build_task(task: DictConfig) -> dict[str, Any]:
 
 def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
     """Load the data that the task's definition names, from the hub or its local cache."""
-    from datasets import load_dataset
-
     kwargs = {
         key: value for key, value in (spec.pop("dataset_kwargs", None) or {}).items() if key != "trust_remote_code"
     }

@@ -134,9 +134,8 @@ def tie(model: LlamaForCausalLM, groups: dict[str, list[list[int]]]) -> None:
         by_topic = {topic: layers[index] for topic, layers in groups.items()}
         heads = len(by_topic["facts"])
         if max(by_topic["facts"]) + 1 < heads:
-            tied = TiedHeads(
-                by_topic | {"special": [0] * heads}, head_dim, columns
-            )  # special tokens look alike to all heads
+            by_topic["special"] = [0] * heads  # these tokens look alike to all heads
+            tied = TiedHeads(by_topic, head_dim, columns)
             parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
 
 

@@ -4,7 +4,8 @@ Knowledge (true everywhere): which tool serves a goal, what an animal eats.
 Bindings (true in one passage only): what pleases whom, which animal obeys whom, which city hosts whom, what comes next.
 
 Two topics share no word: *facts* (goals, diets and the first three bindings) and *days* (what somebody does after
-what). Any word of a request thus reveals its topic, on which the clusters of the embedded model's heads depend (:mod:`experiments.microworld.training`).
+what). Any word of a request thus reveals its topic, on which the clusters of the embedded model's heads depend
+(:mod:`experiments.microworld.training`).
 
 A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
 split without sharing a file or a random state.

@@ -26,19 +26,10 @@ def world_batches(seed: int, batch_size: int, length: int) -> Batches:
 def file_batches(
     path: Path, column: str, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, length: int, held_out: int
 ) -> tuple[Batches, Batches]:
-    """Join the texts of a file and cut them into sequences, in an order drawn from the seed, over and over.
-
-    Args:
-        path: of a JSONL file.
-        column: that holds the text.
-        tokenizer: of the model.
-        seed: of the order.
-        batch_size: sequences in a batch.
-        length: tokens in a sequence.
-        held_out: batches to exclude from training.
+    """Join the texts of a JSONL file and cut them into sequences, in an order drawn from the seed, over and over.
 
     Returns:
-        training batches, and held-out batches.
+        training batches, and ``held_out`` batches that are excluded from them.
 
     Raises:
         RunError: the file cannot be read, has no such column, or too little text.

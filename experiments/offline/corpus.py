@@ -14,12 +14,7 @@ from experiments.runs.jsonl import read_jsonl, read_lines
 
 
 def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
-    """Yield the texts of a corpus, always in the same order.
-
-    Args:
-        corpus: to read.
-        seed: of the embedded generator.
-        skip: texts to leave out at the start.
+    """Yield the texts of a corpus after the first ``skip``, always in the same order.
 
     Raises:
         RunError: the file, one of its lines or the data set cannot be read.

@@ -21,7 +21,7 @@ LOG_EVERY = 100
 
 @dataclass
 class Position:
-    """How far a training has come; part of its checkpoint."""
+    """Steps and seconds of a training so far; part of its checkpoint."""
 
     step: int = 0
     seconds: float = 0.0

@@ -41,7 +41,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 class Outcome(Enum):
-    """How a run ended, as far as this process knows."""
+    """End of a run, as far as this process knows."""
 
     DONE = "done"
     FAILED = "failed"
@@ -55,7 +55,7 @@ class Outcome(Enum):
 
 @dataclass
 class Run(Generic[OptionsT]):
-    """A checked run with its options; what is loaded from its configuration is loaded on first use."""
+    """One run with its options; source, architecture and method are made on first use."""
 
     folder: RunFolder
     options: OptionsT
@@ -67,7 +67,7 @@ class Run(Generic[OptionsT]):
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the model comes from."""
+        """Source of the model."""
         return model_source(self.config)
 
     @cached_property
@@ -175,8 +175,7 @@ def run_lifecycle(
         until_done: more such files, deleted once the run is done.
 
     Raises:
-        ConfigError: from ``work``; the run is marked as failed.
-        BaseException: what stops the process (ctrl-c, a signal); the run's status says so.
+        BaseException: a ConfigError of ``work``, or what stops the process; the run's status says so.
     """
     try:
         folder.claim()

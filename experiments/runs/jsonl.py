@@ -11,11 +11,7 @@ from experiments.runs.folder import RunError
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the non-blank lines of a text file with their numbers.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
+    """Yield the non-blank lines of a text file with their numbers; a RunError if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -39,7 +39,7 @@ def describe_type(error: Exception) -> str:
 
 @dataclass
 class ProcessGroup:
-    """The processes that score together; ``ProcessGroup()`` is a single process, for which nothing is sent."""
+    """Processes that score together; ``ProcessGroup()`` is a single process, which exchanges nothing."""
 
     rank: int = 0
     world_size: int = 1

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from experiments.config.schema import ConfigError
 from experiments.system.console import log_error, logged_errors, quiet_libraries
 from experiments.system.interrupts import exit_when_interrupted, interruption
-from experiments.system.processes import processes
+from experiments.system.processes import world_size
 
 #: The module of each experiment. Modules import torch, hence are imported only when they run.
 EXPERIMENTS = {
@@ -33,8 +33,8 @@ def run_config(config: DictConfig) -> int:
     name = config.experiment.name
     with exit_when_interrupted():
         try:
-            if processes() > 1 and name != "accuracy":
-                raise ConfigError(f"experiment={name} runs in one process, not in {processes()}")
+            if world_size() > 1 and name != "accuracy":
+                raise ConfigError(f"experiment={name} runs in one process, not in {world_size()}")
             return importlib.import_module(f"experiments.{EXPERIMENTS[name]}").run(config)
         except ConfigError as error:
             log_error(str(error))

@@ -7,7 +7,7 @@ The layers hold everything. So a ``DynamicCache`` of the caller can take them an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -37,11 +37,11 @@ class RequestState:
     @contextmanager
     def attach(self) -> Iterator[None]:
         """Let the layers be updated inside the block."""
-        self.attached = True
+        attached, self.attached = self.attached, True
         try:
             yield
         finally:
-            self.attached = False
+            self.attached = attached
 
     def reset(self) -> None:
         """Forget the sequences."""
@@ -238,6 +238,15 @@ def vector_bytes(cache: Cache) -> int:
     """Return the bytes of one key of one head, in every sequence of the batch."""
     keys = _layers(cache)[0].keys
     return int(keys.shape[0] * keys.shape[3] * keys.element_size())
+
+
+def append_random(cache: Cache, tokens: int) -> None:
+    """Append random keys and values to every layer, for benchmarks."""
+    for layer in _layers(cache):
+        shapes = [(*tensor.shape[:2], tokens, tensor.shape[3]) for tensor in (layer.keys, layer.values)]
+        new = [layer.keys.new_empty(shape).normal_() for shape in shapes]
+        with layer.state.attach() if isinstance(layer, PrunedLayer) else nullcontext():
+            layer.update(*new)
 
 
 def stored_kv_heads(cache: Cache) -> list[int]:

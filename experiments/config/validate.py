@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups
+from experiments.config.remedies import with_remedy
 from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, register, unknown_name
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -197,7 +198,7 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {_one_line(error)}") from None
+        raise ConfigError(f"{where}: {with_remedy(error)}") from None
 
 
 def _alternatives(expected: Any) -> tuple[Any, ...]:

@@ -9,218 +9,193 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import pandas as pd
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.devices import describe_devices, input_device
-from chai.flops import method_flops
-from chai.methods import Mha, load_method
+from chai.loading import ModelError, load_config, load_model, load_tokenizer
+from chai.methods import baseline
 from chai.methods.base import Method
-from chai.models import ModelError, ModelSource, load_config, load_model, load_tokenizer
+from chai.patching.devices import describe_devices, input_device
+from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
-from experiments.config.validate import check_clusters, to_dataclass
-from experiments.evaluation.responses import FILE as ANSWERS
-from experiments.evaluation.responses import Answers, code_digest
+from experiments.config.validate import to_dataclass
+from experiments.evaluation.lm import MethodLM, score
+from experiments.evaluation.responses import FILE, SavedResponses, code_digest, response_file, worker_files
 from experiments.evaluation.tasks import build_task
 from experiments.runs.code import versions
-from experiments.runs.experiment import Ending, give_up, record, tell
+from experiments.runs.experiment import (
+    Outcome,
+    build_method,
+    check_method,
+    checked_folders,
+    describe_error,
+    log_locked,
+    mark_failed,
+    needs_work,
+    run_lifecycle,
+)
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunError, RunFolder
-from experiments.runs.identity import check_profile, settings_id
-from experiments.runs.locks import lock_owner
-from experiments.runs.resolve import resolve_runs
+from experiments.runs.folder import RunFolder
+from experiments.runs.identity import settings_id
+from experiments.runs.locks import LockOwner, lock_owner
+from experiments.runs.model import model_source
 from experiments.system.console import log_error, log_info
 from experiments.system.device import device_name
-from experiments.system.distributed import Team, join, own_device, own_share, shares
+from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
 from experiments.tables.accuracy import show_results
 
 #: Tokens of the prompt whose operations are counted (paper, Figure 1).
-PROMPT = 2048
+PROMPT_TOKENS = 2048
 
 
 @dataclass
 class Options:
-    """``experiment.*`` of this experiment: none."""
+    """``experiment.*``: this experiment has no options."""
 
 
 def run(config: DictConfig) -> int:
-    """Score every task asked for that isn't done; returns the exit code.
+    """Score every task that is not complete; return the exit code.
 
     Raises:
-        ConfigError: a method, or counts of clusters, that the model can't run with. Nothing is written then.
+        ConfigError: a method, or cluster counts, that the model cannot run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    singles = resolve_runs(config)
-    for single in singles:
-        check_clusters(single)
-        check_profile(single)
-    method = to_dataclass(load_method(config.method.name), singles[0].method, "method")
-    folders = [RunFolder(single) for single in singles]
+    folders = checked_folders(config)
+    method = build_method(folders[0].config)
+    # Skip what is complete; rank 0 decides for all processes.
     try:
-        team = join()
-        is_open = team.from_leader(lambda: [config.force or not folder.is_done for folder in folders])
-    except RunError as error:
+        group = init_distributed(describe_error)
+        is_pending, owners = group.broadcast(
+            ([needs_work(folder) for folder in folders], [lock_owner(folder.path) for folder in folders])
+        )
+    except DistributedError as error:
         log_error(str(error))
-        return Ending.FAILED.code
-    todo = [folder for folder, wanted in zip(folders, is_open, strict=True) if wanted]
-    for folder in folders:
-        if folder not in todo:
-            log_info(f"done already: {folder.path} (force=true does it again)")
-    endings = _score_all(todo, method, team) if todo else []
-    if not team.leads:
-        return max((ending.code for ending in endings), default=0)
-    elsewhere = [folder for folder, ending in zip(todo, endings, strict=True) if ending is Ending.ELSEWHERE]
-    show_results([folder.path for folder in folders if folder not in elsewhere], Path(config.results_dir))
-    return max((ending.code for ending in endings), default=0)
+        return Outcome.FAILED.code
+    pending = {folder: owner for folder, owner, wanted in zip(folders, owners, is_pending, strict=True) if wanted}
+    scorer = load_scorer(pending, method, group)
+    if isinstance(scorer, Outcome):
+        outcomes = dict.fromkeys(pending, scorer)
+    elif not group.is_main_process:
+        outcomes = dict.fromkeys(pending, scorer.serve())
+    else:
+        outcomes = {}
+        for index, folder in enumerate(pending):
+            files = (FILE, *worker_files(folder.path, group.world_size))
+            outcomes[folder] = run_lifecycle(folder, functools.partial(scorer.score_task, index), until_done=files)
+        with suppress(DistributedError):  # a process that has died needs no shutdown
+            group.shutdown()
+    if group.is_main_process:
+        paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
+        show_results(paths, Path(config.results_dir))
+    return max((outcome.code for outcome in outcomes.values()), default=0)
 
 
-def _score_all(folders: list[RunFolder], method: Method, team: Team) -> list[Ending]:
-    """Score each folder's task with one loaded model; returns how each ended."""
-    try:
-        holders = team.from_leader(lambda: [lock_owner(folder.path) for folder in folders])
-    except RunError as error:
-        return _give_up(folders, str(error), team)
-    if None not in holders:  # no model is needed to see that all of them are being worked on
-        for folder, holder in zip(folders, holders, strict=True):
-            assert holder is not None
-            tell(folder, holder)
-        return [Ending.ELSEWHERE] * len(folders)
+def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, group: ProcessGroup) -> Scorer | Outcome:
+    """Load the model that scores the pending runs; return their outcome where none of them can be started.
+
+    Raises:
+        ConfigError: the method cannot run with the model.
+    """
+    folders = list(pending)
+    # No model is needed to see that other processes work on all of them.
+    if None not in pending.values():
+        for folder, owner in pending.items():
+            log_locked(folder, owner)
+        return Outcome.LOCKED
     config = folders[0].config
     source = model_source(config)
     try:
-        architecture = load_config(source)
-    except ModelError as error:
-        return _give_up(folders, str(error), team)
-    try:
-        method.check(architecture)
-    except ValueError as error:
-        raise ConfigError(f"method: {error}") from None
-    log_info(f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}")
-    if note := method.note(architecture):
-        log_info(note)
-    try:
-        model, tokenizer = team.together(lambda: (load_model(source), load_tokenizer(source)))
-    except (ModelError, RunError) as error:
-        return _give_up(folders, str(error), team)
+        check_method(method, load_config(source))
+        log_info(
+            f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}"
+        )
+        model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+    except (ModelError, DistributedError) as error:
+        return mark_failed(folders, with_remedy(error))
     try:
         method.check_weights(model)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from None
-
-    def score_one(index: int) -> dict[str, Any]:
-        team.command(index)
-        return _score_one(folders[index], method, model, tokenizer, team)
-
-    if team.leads:
-        endings = [
-            record(folder, functools.partial(score_one, index), until_done=(ANSWERS, *shares(folder.path, team)))
-            for index, folder in enumerate(folders)
-        ]
-        with suppress(RunError):  # one that has ended needn't be told
-            team.dismiss()
-        return endings
-    try:
-        team.follow(lambda index: _score_one(folders[index], method, model, tokenizer, team))
-    except RunError:  # the leader has ended, or says what went wrong
-        return [Ending.FAILED] * len(folders)
-    return [Ending.DONE] * len(folders)
+    return Scorer(folders, method, model, tokenizer, group)
 
 
-def _give_up(folders: list[RunFolder], reason: str, team: Team) -> list[Ending]:
-    """The end of runs that can't be started, recorded by the leading process."""
-    return give_up(folders, reason) if team.leads else [Ending.FAILED] * len(folders)
+@dataclass
+class Scorer:
+    """A loaded model that scores the tasks of several runs, together with the other processes of its group."""
 
+    folders: list[RunFolder]
+    method: Method
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    group: ProcessGroup
 
-def _score_one(folder: RunFolder, method: Method, model: Any, tokenizer: Any, team: Team) -> dict[str, Any]:
-    """Score a task, each process its share; the leading one writes the samples. Returns the run's result."""
-    from experiments.evaluation.lm import score
+    def serve(self) -> Outcome:
+        """Score this process's shards of the tasks that rank 0 names, until its shutdown."""
+        try:
+            self.group.worker_loop(self.score_task)
+        except DistributedError:
+            return Outcome.FAILED
+        return Outcome.DONE
 
-    config = folder.config
-    started = time.perf_counter()
-    about = {
-        "run_id": folder.id,
-        "device": device_name(input_device(model)),
-        "device_map": model_source(config).device_map,
-        "dtype": str(model.dtype),
-        "revision": getattr(model.config, "_commit_hash", None),  # of weights from the hub
-        "versions": versions(),
-        "code": code_digest(),
-    }
+    def score_task(self, index: int) -> dict[str, Any]:
+        """Score the task of a run, this process its shard; rank 0 writes the samples.
 
-    def prepare() -> tuple[Answers, dict[str, Any]]:
-        others = [folder.path / name for name in (ANSWERS, *shares(folder.path, team))]
-        own = folder.path / own_share(team.rank)
-        own.parent.mkdir(parents=True, exist_ok=True)  # on another machine the leader's may not be there
-        return Answers(own, about, [other for other in others if other != own]), build_task(config.task)
+        Returns:
+            the run's part of ``result.json``.
+        """
+        folder, method, group = self.folders[index], self.method, self.group
+        config = folder.config
+        if group.is_main_process:
+            group.send_command(index)
+        # Open the saved responses and the task; no process starts to score before all have succeeded.
+        began = time.perf_counter()
+        saved = self._open_responses(folder)
+        with closing(saved):
+            task = build_task(config.task)
+            group.all_gather(None)
+            if saved.discarded:
+                log_info(f"discarding saved responses: {', '.join(saved.discarded)} changed since the last attempt")
+            progress = folder.progress if group.is_main_process else None
+            lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group)
+            scores, samples = score(lm, task, limit=config.limit, num_fewshot=config.task.num_fewshot)
+        seconds = time.perf_counter() - began + saved.seconds
+        if group.is_main_process:
+            frame = pd.DataFrame(samples)
+            write_atomically(folder.path / "samples.parquet", lambda path: frame.to_parquet(path, index=False))
+        return {
+            "metric": config.task.metric,
+            **scores,
+            "savings": {
+                "kind": method.saving,
+                **lm.cache_stats.per_sequence(),
+                "heads_kept": method.heads_kept(self.model.config),
+            },
+            "flops": {
+                "tokens": PROMPT_TOKENS,
+                "method": method.prompt_flops(self.model, PROMPT_TOKENS),
+                "mha": baseline().prompt_flops(self.model, PROMPT_TOKENS),
+            },
+            "seconds": round(seconds, 3),
+            "processes": group.world_size,
+            "resumed": saved.restored,
+            "settings_id": settings_id(config),
+            "device": describe_devices(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
-    answers, task = team.together(prepare)
-    with closing(answers):
-        if answers.left_aside:
-            log_info(f"answers of an earlier start can't be used, made with another {', '.join(answers.left_aside)}")
-        scores, samples, ledger = score(
-            model,
-            tokenizer,
-            method,
-            task,
-            batch_size=config.batch_size,
-            limit=config.limit,
-            num_fewshot=config.task.num_fewshot,
-            answers=answers,
-            progress=folder.progress if team.leads else None,
-            team=team,
-        )
-    seconds = time.perf_counter() - started + answers.seconds
-    if team.leads:
-        write_samples(folder.path / "samples.parquet", samples)
-    return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
-        "metric": config.task.metric,
-        **scores,
-        "savings": {
-            "kind": method.saving,
-            **ledger.per_sequence(),
-            "heads_kept": method.heads_kept(model.config),
-        },
-        "flops": {
-            "tokens": PROMPT,
-            "method": method_flops(model, method, PROMPT),
-            "mha": method_flops(model, Mha(), PROMPT),
-        },
-        "seconds": round(seconds, 3),
-        "processes": team.size,
-        "resumed": answers.restored,
-        "seed": config.seed,
-        "settings_id": settings_id(config),
-        "run_id": folder.id,
-        "device": describe_devices(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
-
-
-def model_source(config: DictConfig) -> ModelSource:
-    """What :mod:`chai.models` needs of a configuration."""
-    model = config.model
-    plain: Any = OmegaConf.to_container(model, resolve=True)
-    return ModelSource(
-        name=model.name,
-        hub_id=model.hub_id,
-        revision=model.revision,
-        path=model.path,
-        dtype=model.dtype,
-        device=own_device(config.device, plain["device_map"]),
-        device_map=plain["device_map"],
-        safetensors_only=model.safetensors_only,
-        random_init=model.random_init,
-        architecture=plain["architecture"],
-        seed=config.seed,
-    )
-
-
-def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """Per-item outcomes as Parquet, atomically."""
-    import pandas as pd
-
-    write_atomically(path, lambda temporary: pd.DataFrame(samples).to_parquet(temporary, index=False))
+    def _open_responses(self, folder: RunFolder) -> SavedResponses:
+        """Open this process's response file; responses saved by the others in an earlier attempt are restored too."""
+        about = {
+            "run_id": folder.id,
+            "device": device_name(input_device(self.model)),
+            "device_map": model_source(folder.config).device_map,
+            "dtype": str(self.model.dtype),
+            "revision": getattr(self.model.config, "_commit_hash", None),  # of weights from the hub
+            "versions": versions(),
+            "code": code_digest(),
+        }
+        name = response_file(self.group.rank)
+        others = [other for other in (FILE, *worker_files(folder.path, self.group.world_size)) if other != name]
+        folder.path.mkdir(parents=True, exist_ok=True)  # rank 0 may have made it on another machine only
+        return SavedResponses(folder.path / name, about, [folder.path / other for other in others])

@@ -1,11 +1,11 @@
-"""Scoring with lm-evaluation-harness: its prompts, log-likelihoods and metrics; ours is only the cache it runs on."""
+"""Scoring with lm-evaluation-harness: its prompts, log-likelihoods and metrics, on the KV cache of a method."""
 
 from __future__ import annotations
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,42 +16,34 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.cache import cache_bytes
-from chai.devices import input_device
+from chai.cache import cache_bytes, cache_bytes_mha, stored_kv_heads
 from chai.methods.base import Method
-from experiments.evaluation.responses import Answered, Answers, batch_key, batches
+from chai.patching.devices import input_device
+from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
 from experiments.runs.folder import RunError
-from experiments.system.distributed import ALONE, Team
+from experiments.system.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 @dataclass
-class KvLedger:
-    """Bytes of the caches that the scored batches really held, summed from the live tensors."""
+class KVCacheStats:
+    """Bytes of the caches of the scored batches, summed over the live tensors; saved under these names."""
 
     sequences: int = 0
-    held: int = 0
-    held_mha: int = 0
-    key_heads: list[list[int]] = field(default_factory=list)  # of each batch, for each layer
+    held: int = 0  # bytes
+    held_mha: int = 0  # bytes that multi-head attention holds for the same tokens
+    key_heads: list[list[int]] = field(default_factory=list)  # stored KV heads, of each batch and layer
 
-    def add(self, cache: Cache, sequences: int) -> None:
-        """Note a batch's cache, just after its forward pass."""
-        held = cache_bytes(cache)
-        self.sequences += sequences
-        self.held += held
-        self.held_mha += getattr(cache, "nbytes_mha", held)  # the stock cache holds just that
-        self.key_heads.append([layer.keys.shape[1] for layer in cache.layers])
-
-    def extend(self, other: KvLedger) -> None:
-        """Note all batches of another ledger."""
+    def extend(self, other: KVCacheStats) -> None:
+        """Add all batches of other statistics."""
         self.sequences += other.sequences
         self.held += other.held
         self.held_mha += other.held_mha
         self.key_heads += other.key_heads
 
     def per_sequence(self) -> dict[str, Any]:
-        """Mean bytes of a sequence, and the mean number of key heads in memory of each layer."""
+        """Return the mean bytes of a sequence, and each layer's mean number of stored KV heads."""
         batches = len(self.key_heads)
         return {
             "kv_bytes": round(self.held / self.sequences),
@@ -61,16 +53,16 @@ class KvLedger:
 
 
 class MethodLM(HFLM):
-    """lm-eval's own Hugging Face model; each forward pass runs on a cache of the method, which is then measured.
+    """lm-eval's Hugging Face model, whose forward passes run on a cache of the method, which is then measured.
 
     Args:
-        model: to score with, to which the method is applied.
+        model: with the method applied.
         tokenizer: of the model.
         method: makes the caches.
-        batch_size: rows of a forward pass.
-        answers: where answered batches are saved, and those of an earlier start are found.
-        progress: told how many requests of how many are answered, of those that this process has.
-        team: the processes that share the requests.
+        batch_size: sequences in a forward pass.
+        saved: responses of earlier attempts; new ones are added.
+        progress: called with the number of scored requests of this process and their total.
+        group: the processes that share the requests.
     """
 
     def __init__(
@@ -79,96 +71,104 @@ class MethodLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         method: Method,
         batch_size: int,
-        answers: Answers | None = None,
+        saved: SavedResponses | None = None,
         progress: Callable[[int, int], None] | None = None,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._device = input_device(model)  # HFLM takes model.device, where nothing can be sent if it is offloaded
+        self._device = input_device(model)  # HFLM takes model.device, which is meta where weights are offloaded
         self.method = method
-        self.answers = answers
+        self.saved = saved
         self.progress = progress
-        self.team = team
-        self.ledger = KvLedger()
-        self.contexts: dict[tuple[int, ...], int] = {}
+        self.group = group
+        self.cache_stats = KVCacheStats()
+        self._context_lengths: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Answer the requests in lm-eval's own batches, each by itself, so that it can be saved.
+        """Score the requests in lm-eval's own batches, this process its shard of them."""
+        self._context_lengths = context_lengths(requests, self.max_length)
+        batches = self.group.shard(make_batches(requests, override_bs or self.batch_size))
+        shard = self._score_shard(requests, batches, disable_tqdm or not self.group.is_main_process)
+        # Gather the shards of all processes.
+        responses: dict[int, tuple[float, bool]] = {}
+        restored = 0
+        self.cache_stats = KVCacheStats()
+        for shard_responses, shard_stats, shard_restored in self.group.all_gather(shard):
+            responses |= shard_responses
+            self.cache_stats.extend(shard_stats)
+            restored += shard_restored
+        if self.saved is not None:
+            self.saved.restored = restored
+        return [responses[position] for position in range(len(requests))]
 
-        Where the context of each request ends is noted, for methods to which that makes a difference.
-        """
-        self.contexts = {}
-        for _, context, continuation in requests:
-            tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
-            length = max(len(tokens) - len(continuation) + 1, 1)
-            # Requests of the same tokens share a row: nothing that is a continuation in one of them may be context.
-            key = _without_padding(tokens)
-            self.contexts[key] = min(length, self.contexts.get(key, length))
-        parts = self.team.share(lambda: self._own_part(requests, override_bs or self.batch_size, disable_tqdm))
-        self.ledger = KvLedger()
-        found: dict[int, tuple[float, bool]] = {}
-        for answers, held, _ in parts:
-            found |= answers
-            self.ledger.extend(KvLedger(**held))
-        if self.answers is not None:
-            self.answers.restored = sum(restored for _, _, restored in parts)
-        return [found[position] for position in range(len(requests))]
-
-    def _own_part(
-        self, requests: list[Any], size: int, disable_tqdm: bool
-    ) -> tuple[dict[int, tuple[float, bool]], dict[str, Any], int]:
-        """The batches of this process: answers by their request's position, the ledger, how many were there already."""
-        found: dict[int, tuple[float, bool]] = {}
-        own = self.team.own(batches(requests, size))
-        total = sum(map(len, own))
-        disable = disable_tqdm or not self.team.leads
-        with tqdm(total=total, desc="Running loglikelihood requests", disable=disable) as bar:
-            for positions in own:
-                answered = self._answer([requests[position] for position in positions])
-                found.update(zip(positions, answered, strict=True))
+    def _score_shard(
+        self, requests: list[Request], batches: Sequence[list[int]], disable_tqdm: bool
+    ) -> tuple[dict[int, tuple[float, bool]], KVCacheStats, int]:
+        """Return responses by their request's position, statistics of the caches, and how many were restored."""
+        responses: dict[int, tuple[float, bool]] = {}
+        stats = KVCacheStats()
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for positions in batches:
+                batch = self._score_batch([requests[position] for position in positions])
+                responses.update(zip(positions, batch.responses, strict=True))
+                stats.extend(KVCacheStats(**batch.cache_stats))
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
-        return found, asdict(self.ledger), self.answers.restored if self.answers is not None else 0
+        return responses, stats, self.saved.restored if self.saved is not None else 0
 
-    def _answer(self, batch: list[Any]) -> list[tuple[float, bool]]:
-        """Answers to one batch: those that were saved, or from a forward pass, and then they are saved."""
-        key = batch_key(batch)
-        saved = self.answers.find(key) if self.answers is not None else None
-        if saved is not None:
-            self.ledger.extend(KvLedger(**saved.held))
-            return saved.answers
+    def _score_batch(self, requests: list[Request]) -> BatchResponses:
+        """Restore the responses of a batch, or score and save them."""
+        key = batch_key(requests)
+        batch = self.saved.find(key) if self.saved is not None else None
+        if batch is not None:
+            return batch
         began = time.perf_counter()
-        total, self.ledger = self.ledger, KvLedger()
-        answers = super()._loglikelihood_tokens(batch, disable_tqdm=True)
-        part, self.ledger = self.ledger, total
-        self.ledger.extend(part)
-        broken = next((nats for nats, _ in answers if not math.isfinite(nats)), None)
-        if broken is not None:
-            raise RunError(
-                f"a log-likelihood is no number ({broken}): the weights hold such, or the model overflows in this "
-                "dtype; try model.dtype=bfloat16 or float32"
-            )
-        if self.answers is not None:
-            self.answers.add(key, Answered(answers, asdict(part), time.perf_counter() - began))
-        return answers
+        self.cache_stats = KVCacheStats()
+        responses = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        for nats, _ in responses:
+            if not math.isfinite(nats):
+                raise RunError(
+                    f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
+                    "try model.dtype=bfloat16 or float32"
+                )
+        batch = BatchResponses(responses, asdict(self.cache_stats), time.perf_counter() - began)
+        if self.saved is not None:
+            self.saved.add(key, batch)
+        return batch
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Return the logits ``[batch_size, kv_len, vocabulary]`` of token ids ``[batch_size, kv_len]``."""
         cache = self.method.new_cache(self.model)
-        if hasattr(cache, "contexts"):
-            cache.contexts = torch.tensor([self.contexts[_without_padding(row)] for row in inps.tolist()])
+        lengths = [self._context_lengths[_strip_padding(tokens)] for tokens in inps.tolist()]
+        self.method.set_context_lengths(cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        self.ledger.add(cache, len(inps))
+        stats = KVCacheStats(len(inps), cache_bytes(cache), cache_bytes_mha(cache), [stored_kv_heads(cache)])
+        self.cache_stats.extend(stats)
         return logits
 
 
-def _without_padding(tokens: list[int]) -> tuple[int, ...]:
-    """Tokens without the zeros at their end: lm-eval pads with these."""
+def context_lengths(requests: list[Request], max_length: int) -> dict[tuple[int, ...], int]:
+    """Return the context length of each input row, by the row's tokens without padding."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for _, context, continuation in requests:
+        # A row is cut to the model's length on the left, and lacks the last token, which is only predicted.
+        tokens = (context + continuation)[-(max_length + 1) :][:-1]
+        length = max(len(tokens) - len(continuation) + 1, 1)
+        # Requests of the same tokens share a row: no continuation of any of them may count as context.
+        key = _strip_padding(tokens)
+        lengths[key] = min(length, lengths.get(key, length))
+    return lengths
+
+
+def _strip_padding(tokens: list[int]) -> tuple[int, ...]:
+    """Return tokens without the zeros at their end, with which lm-eval pads."""
     end = len(tokens)
     while end and tokens[end - 1] == 0:
         end -= 1
@@ -183,45 +183,22 @@ def cached_templates() -> Iterator[None]:
     try:
         yield
     finally:
-        del environment.from_string  # the class's own method shows again
+        del environment.from_string  # uncovers the method of the class
 
 
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    task: dict[str, Any],
-    *,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int,
-    answers: Answers | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    team: Team = ALONE,
-) -> tuple[dict[str, Any], list[dict[str, Any]], KvLedger]:
-    """One task under one method.
-
-    Args:
-        model: to score with.
-        tokenizer: of the model.
-        method: to apply to it.
-        task: as lm-eval defines it.
-        batch_size: rows of a forward pass.
-        limit: score the first so many items only.
-        num_fewshot: solved items in each prompt.
-        answers: see :class:`MethodLM`.
-        progress: see :class:`MethodLM`.
-        team: see :class:`MethodLM`.
+    lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score the first ``limit`` items of a task, as lm-eval defines it, with the method of ``lm`` applied.
 
     Returns:
-        metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item; the K,V ledger.
+        metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item.
 
     Raises:
-        RunError: log-likelihoods that are no numbers.
-        OSError: answers can't be saved.
+        RunError: a log-likelihood is not finite.
+        OSError: responses cannot be saved.
     """
-    lm, name = MethodLM(model, tokenizer, method, batch_size, answers, progress, team), task["task"]
-    with cached_templates(), method(model):
+    with cached_templates(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,
             tasks=[task],
@@ -230,6 +207,7 @@ def score(
             num_fewshot=num_fewshot or None,
             log_samples=True,
         )
+    name = task["task"]
     samples = [sample_row(sample) for sample in output["samples"][name]]
     metrics, stderr = {}, {}
     for key, value in output["results"][name].items():
@@ -240,17 +218,17 @@ def score(
             stderr[metric.removesuffix("_stderr")] = value
         else:
             metrics[metric] = value
-    return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples, lm.ledger
+    return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples
 
 
 def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of one item: enough to pair it with another method's, and to score it again."""
-    answers = [response[0] for response in sample["resps"]]
+    """Return what is saved of an item: enough to pair it with another method's, and to score it again."""
+    responses = [response[0] for response in sample["resps"]]
     row = {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "target": str(sample["target"]),
-        "loglikelihoods": [float(answer[0]) for answer in answers],
-        "greedy": [bool(answer[1]) for answer in answers],
+        "loglikelihoods": [float(nats) for nats, _ in responses],
+        "greedy": [bool(greedy) for _, greedy in responses],
     }
     return row | {metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample}

@@ -1,9 +1,9 @@
-"""Answers of a scoring in progress, saved batch by batch, so that the next start of the same run goes on from there.
+"""Responses of a scoring in progress, saved batch by batch, so that a rerun resumes after the last saved batch.
 
-A JSON line for each batch of requests, appended as it is answered. The first line says what the answers depend on
-beyond the run's configuration; where that isn't the same any more, they are left aside. A batch is known by the tokens
-of its requests: it is either answered again as a whole, with the same neighbours and padding, or not at all, so numbers
-are those of a scoring without a stop, to the last bit.
+The file has a JSON line for each batch of requests, appended when it is scored. The first line records what responses
+depend on beyond the run's configuration; where that has changed, they are discarded. A batch is identified by the
+tokens of its requests: it is restored as a whole or scored again as a whole, with the same neighbours and padding, so
+results equal those of an uninterrupted scoring bit by bit.
 """
 
 from __future__ import annotations
@@ -15,82 +15,91 @@ import os
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.config.schema import REPOSITORY
 
 FILE = "answers.jsonl"
-SYNC_EVERY = 30.0  # seconds of answers that a machine's power cut may cost; a killed process costs none
+WORKER_FILE = "answers.rank{}.jsonl"
+SYNC_EVERY = 30.0  # seconds of responses that a power failure may cost; a killed process costs none
 
 #: A request as lm-eval encodes it: its strings, the tokens of the context, those of the continuation.
 Request = tuple[Any, list[int], list[int]]
 
 
+def response_file(rank: int) -> str:
+    """Return the name of a process's file: ``answers.jsonl`` of rank 0, ``answers.rank1.jsonl``, ..."""
+    return FILE if rank == 0 else WORKER_FILE.format(rank)
+
+
+def worker_files(folder: Path, world_size: int) -> list[str]:
+    """Return the names of the files that processes other than rank 0 write, or left in an earlier attempt."""
+    earlier = (path.name for path in folder.glob(WORKER_FILE.format("*")))
+    return sorted({*earlier, *(response_file(rank) for rank in range(1, world_size))})
+
+
 @dataclass
-class Answered:
-    """A batch that is answered.
+class BatchResponses:
+    """Responses of one batch."""
 
-    Attributes:
-        answers: of each request: log-likelihood in nats, and whether the continuation is what the model would write.
-        held: the batch's part of the ledger of bytes.
-        seconds: it took.
-    """
-
-    answers: list[tuple[float, bool]]
-    held: dict[str, Any]
-    seconds: float
+    responses: list[tuple[float, bool]]  # log-likelihood in nats, and True if the continuation is the greedy one
+    cache_stats: dict[str, Any]  # of the batch's KV cache, JSON-like
+    seconds: float  # that scoring took
 
 
-class Answers:
-    """The answered batches of a run, on disk.
+class SavedResponses:
+    """Scored batches of a run, on disk.
 
     Args:
-        path: of the file, which needn't exist.
-        others: files of processes that answer for the same run; what is there by now is known as well.
-        about: what the answers depend on beyond the run's identity, JSON-like.
+        path: of this process's file, which need not exist.
+        about: what responses depend on beyond the run's identity, JSON-like.
+        others: files of other processes of the same run; their current content is restored as well.
 
     Attributes:
-        restored: requests that an earlier start answered, of those asked for again.
-        seconds: they took then.
-        left_aside: which parts of ``about`` differ from those of answers that were there, and are of no use.
+        restored: number of requested responses that an earlier attempt had saved.
+        seconds: that their scoring took.
+        discarded: keys of ``about`` that have changed, so that saved responses were discarded.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self.path = path
         self.restored = 0
         self.seconds = 0.0
-        self.left_aside: list[str] = []
-        self._batches: dict[str, Answered] = {}
-        self._descriptor: int | None = None
+        self._batches: dict[str, BatchResponses] = {}
         self._synced = time.monotonic()
         about = json.loads(json.dumps(about))
         for other in others:
             self._read(other, about)
-        self._open(about)
+        valid_bytes, self.discarded = self._read(path, about)
+        # Cut off what a dying process left behind the last complete line.
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.ftruncate(self._descriptor, valid_bytes)
+        if not valid_bytes:
+            self._append({"about": about})
 
-    def find(self, key: str) -> Answered | None:
-        """The answers to a batch by its key, if an earlier start had them."""
-        found = self._batches.get(key)
-        if found is not None:
-            self.restored += len(found.answers)
-            self.seconds += found.seconds
-        return found
+    def find(self, key: str) -> BatchResponses | None:
+        """Return the saved responses of a batch, and count them as restored."""
+        batch = self._batches.get(key)
+        if batch is not None:
+            self.restored += len(batch.responses)
+            self.seconds += batch.seconds
+        return batch
 
-    def add(self, key: str, batch: Answered) -> None:
-        """Save a batch that was just answered.
+    def add(self, key: str, batch: BatchResponses) -> None:
+        """Save a batch.
 
         Raises:
-            OSError: it can't be written; what was there stays whole.
+            OSError: it cannot be written; the file stays as it was.
         """
-        self._append({"batch": key, **asdict(batch)})
+        self._append({"batch": key, "answers": batch.responses, "held": batch.cache_stats, "seconds": batch.seconds})
 
     def close(self) -> None:
-        """Let go of the file.
+        """Close the file.
 
         Raises:
-            OSError: a network file system couldn't write what it had taken.
+            OSError: a network file system could not write what it had accepted.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
@@ -99,40 +108,33 @@ class Answers:
             finally:
                 os.close(descriptor)
 
-    def _open(self, about: dict[str, Any]) -> None:
-        whole, self.left_aside = self._read(self.path, about)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.ftruncate(self._descriptor, whole)  # what a dying process left behind the last whole line
-        if not whole:
-            self._append({"about": about})
-
     def _read(self, path: Path, about: dict[str, Any]) -> tuple[int, list[str]]:
-        """Take in what is there; returns how many bytes of it are whole lines of use, and what makes it of none."""
+        """Restore a file's batches; return the bytes of its valid lines, and what has changed if none is valid."""
         try:
             lines = path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return 0, []
-        whole = 0
+        valid_bytes = 0
         for line in lines:
             try:
                 record = json.loads(line)
                 if not line.endswith(b"\n"):
                     break
-                if not whole:
-                    there = record["about"]
-                    differs = sorted(key for key in about.keys() | there.keys() if about.get(key) != there.get(key))
-                    if differs:
-                        return 0, differs
+                if not valid_bytes:
+                    saved = record["about"]
+                    changed = sorted(key for key in about.keys() | saved.keys() if about.get(key) != saved.get(key))
+                    if changed:
+                        return 0, changed
                 else:
-                    answers = [(float(nats), bool(greedy)) for nats, greedy in record["answers"]]
-                    self._batches[record["batch"]] = Answered(answers, record["held"], record["seconds"])
+                    responses = [(float(nats), bool(greedy)) for nats, greedy in record["answers"]]
+                    self._batches[record["batch"]] = BatchResponses(responses, record["held"], record["seconds"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 break
-            whole += len(line)
-        return whole, []
+            valid_bytes += len(line)
+        return valid_bytes, []
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Add a line; one that can't be written whole is taken back."""
+        """Append a line; remove it again if it cannot be written completely."""
         assert self._descriptor is not None
         data = json.dumps(record).encode() + b"\n"
         before = os.fstat(self._descriptor).st_size
@@ -148,8 +150,8 @@ class Answers:
             raise OSError(error.errno or errno.EIO, error.strerror, str(self.path)) from None
 
 
-def batches(requests: Sequence[Request], size: int) -> list[list[int]]:
-    """Which requests lm-eval answers in one forward pass: their positions, batch by batch, longest first.
+def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Return the positions of the requests that lm-eval scores in one forward pass, batch by batch, longest first.
 
     Requests of the same tokens, but for the last one, share a row, whose length is that of the one with the longest
     continuation.
@@ -163,11 +165,12 @@ def batches(requests: Sequence[Request], size: int) -> list[list[int]]:
         return -len(context) - len(continuation), (*context, *continuation)
 
     ordered = sorted(rows.values(), key=order)
-    return [[position for row in ordered[at : at + size] for position in row] for at in range(0, len(ordered), size)]
+    starts = range(0, len(ordered), batch_size)
+    return [[position for row in ordered[start : start + batch_size] for position in row] for start in starts]
 
 
 def batch_key(requests: Sequence[Request]) -> str:
-    """What a batch is known by: a digest of all its tokens."""
+    """Return a digest of all tokens of a batch."""
     total = hashlib.sha256()
     for _, context, continuation in requests:
         total.update(array("q", [len(context), len(continuation), *context, *continuation]).tobytes())
@@ -175,7 +178,7 @@ def batch_key(requests: Sequence[Request]) -> str:
 
 
 def code_digest() -> str:
-    """A digest of the code that answers depend on: the library, and how it is asked."""
+    """Return a digest of the code that responses depend on: the library, and how it is called."""
     total = hashlib.sha256()
     for path in sorted((REPOSITORY / "chai").rglob("*.py")):
         total.update(path.read_bytes())

@@ -1,8 +1,8 @@
 """Training text of the embedded model: an endless stream of short documents, each a pure function of its seed.
 
 A document is a list of ``(text, weight)`` pieces. Pieces that the context or the world's knowledge decides (answers,
-repeated scripts) weigh 1 in the loss; what is drawn at random (which city hosts whom) weighs little, for nothing can be
-learned from it. No held-out fact (:func:`experiments.microworld.world.held_out`) is ever written.
+repeated scripts) weigh 1 in the loss; random ones (which city hosts whom) weigh little, since nothing can be learned
+from them. No held-out fact (:func:`experiments.microworld.world.held_out`) is ever written.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from experiments.microworld import world
 Piece = tuple[str, float]
 T = TypeVar("T")
 
-GIVEN = 0.03  # weight of text that the model can't or needn't predict
-ASKED = 1.0  # weight of text that follows from what stands before it
+CONTEXT_WEIGHT = 0.03  # of text that the model cannot or need not predict
+ANSWER_WEIGHT = 1.0  # of text that follows from the text before it
 
 #: relation -> its values, and the question that asks for one (after ``obey``, for what the animals eat). A statement
-#: is ``value relation person``: the value stands before the person, so it can be read where the person is named.
+#: is ``value relation person``: the value stands before the person, so that it can be read where the person is named.
 BINDINGS = {
     "pleases": (world.DISHES, "what pleases {who} ?"),
     "obey": (world.ANIMALS, "what do the animals that obey {who} eat ?"),
     "hosts": (world.PLACES, "which city hosts {who} ?"),
 }
 
-#: What somebody may say.
+#: Words that somebody may say.
 SAYABLE = world.WALKERS + world.EVENTS
 
 
 def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool = False) -> dict[str, str]:
-    """``count`` people with distinct values of ``relation``; all from the held-out facts if ``unseen``, else none."""
+    """Draw ``count`` people with distinct values of ``relation``; all held-out facts if ``unseen``, else none."""
     values = BINDINGS[relation][0]
     while True:
         bindings: dict[str, str] = {}
@@ -49,7 +49,7 @@ def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool
 
 
 def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVENTS, unseen: bool = False) -> list[str]:
-    """``length`` distinct words in order; every step from one to the next is held out if ``unseen``, else none is."""
+    """Draw ``length`` distinct words in order; every step to the next is held out if ``unseen``, else none."""
     while True:
         script = [rng.choice(words)]
         while len(script) < length:
@@ -64,54 +64,54 @@ def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVE
 
 
 def statements(relation: str, bindings: dict[str, str]) -> str:
-    """The passage that states the bindings."""
+    """Return the passage that states the bindings."""
     return " ".join(f"{what} {relation} {who} ." for who, what in bindings.items())
 
 
 def lookup(rng: random.Random) -> list[Piece]:
-    """Who likes, keeps or visited what; then questions about it (the formats of ARC and BoolQ)."""
+    """Write statements about people, then questions about them (the formats of ARC and BoolQ)."""
     relation = rng.choice(("pleases", "obey", "hosts", "hosts"))
     bindings = draw_bindings(rng, relation, rng.randint(2, 5))
     passage = statements(relation, bindings)
-    pieces = [(f"question : {passage}", GIVEN)]
+    pieces = [(f"question : {passage}", CONTEXT_WEIGHT)]
     first = True
     for _ in range(rng.randint(3, 5)):
         who = rng.choice(list(bindings))
         if relation == "hosts":
             if rng.random() < 0.75:
                 place, answer = yes_or_no(rng, who, bindings)
-                pieces += [(f"\n question : does {place} host {who} ? \n answer :", GIVEN)]
-                pieces.append((answer, ASKED))
+                pieces += [(f"\n question : does {place} host {who} ? \n answer :", CONTEXT_WEIGHT)]
+                pieces.append((answer, ANSWER_WEIGHT))
                 continue
             question, answer = BINDINGS["hosts"][1].format(who=who), bindings[who]
         else:
             question = BINDINGS[relation][1].format(who=who)
             answer = world.FOOD_OF[bindings[who]] if relation == "obey" else bindings[who]
         opening = "" if first and relation != "hosts" else "\n question : "
-        pieces += [(f"{opening}{question} \n answer :", GIVEN), (answer, ASKED)]
+        pieces += [(f"{opening}{question} \n answer :", CONTEXT_WEIGHT), (answer, ANSWER_WEIGHT)]
         first = False
     return pieces
 
 
 def recall(rng: random.Random) -> list[Piece]:
-    """Statements, then the people again, each followed by what was said of them."""
+    """Write statements, then the people again, each followed by the value stated of them."""
     relation = rng.choice(list(BINDINGS))
     bindings = draw_bindings(rng, relation, rng.randint(2, 5))
-    pieces = [(statements(relation, bindings), GIVEN)]
+    pieces = [(statements(relation, bindings), CONTEXT_WEIGHT)]
     for _ in range(rng.randint(4, 8)):
         who = rng.choice(list(bindings))
-        pieces += [(who, GIVEN), (bindings[who], ASKED), (".", GIVEN)]
+        pieces += [(who, CONTEXT_WEIGHT), (bindings[who], ANSWER_WEIGHT), (".", CONTEXT_WEIGHT)]
     return pieces
 
 
 def run_of(rng: random.Random, sequence: list[T], shortest: int) -> list[T]:
-    """Some neighbours of the sequence, in order, starting anywhere: found by what they are, not by where they stand."""
+    """Draw consecutive items of the sequence, starting anywhere: to be found by content, not by position."""
     start = rng.randrange(len(sequence) - shortest + 1)
     return sequence[start : start + rng.randint(shortest, len(sequence) - start)]
 
 
 def yes_or_no(rng: random.Random, who: str, bindings: dict[str, str]) -> tuple[str, str]:
-    """A city to ask about for ``who``, and the answer; a false one hosts somebody else, or (rarely) nobody."""
+    """Draw a city to ask about for ``who``, and the answer; a false one hosts somebody else, or (rarely) nobody."""
     if rng.random() < 0.5:
         return bindings[who], "yes"
     others = [place for place in bindings.values() if place != bindings[who]]
@@ -124,18 +124,18 @@ def yes_or_no(rng: random.Random, who: str, bindings: dict[str, str]) -> tuple[s
 
 
 def script(rng: random.Random) -> list[Piece]:
-    """Two people go through the same events in the same order (the format of HellaSwag)."""
+    """Write how two people go through the same events in the same order (the format of HellaSwag)."""
     events = draw_script(rng, rng.randint(4, 9))
     first, second = rng.sample(world.WALKERS, 2)
     listed = " , ".join(events)
     return [
-        (f"{draw_label(rng)} {first} will {listed} then {second} will {events[0]}", GIVEN),
-        (", " + " , ".join(events[1:]), ASKED),
+        (f"{draw_label(rng)} {first} will {listed} then {second} will {events[0]}", CONTEXT_WEIGHT),
+        (", " + " , ".join(events[1:]), ANSWER_WEIGHT),
     ]
 
 
 def draw_label(rng: random.Random) -> str:
-    """What a day is headed by; never an occasion of the test items."""
+    """Draw the label of a day; never an occasion of the test items."""
     while True:
         label = rng.choice(world.TIMES), rng.choice(world.HOURS)
         if label not in world.OCCASIONS:
@@ -143,34 +143,34 @@ def draw_label(rng: random.Random) -> str:
 
 
 def echo(rng: random.Random) -> list[Piece]:
-    """People repeat parts of what somebody said, word for word: the densest lesson in looking words up."""
-    said = draw_script(rng, rng.randint(5, 10), words=SAYABLE)
-    pieces = [(f"{rng.choice(world.WALKERS)} says {' , '.join(said)}", GIVEN)]
+    """Write how people repeat somebody's words: the densest lesson in looking words up."""
+    words = draw_script(rng, rng.randint(5, 10), words=SAYABLE)
+    pieces = [(f"{rng.choice(world.WALKERS)} says {' , '.join(words)}", CONTEXT_WEIGHT)]
     for _ in range(rng.randint(1, 3)):
-        run = run_of(rng, said, 3)
-        pieces.append((f"then {rng.choice(world.WALKERS)} says {run[0]} ,", GIVEN))
+        run = run_of(rng, words, 3)
+        pieces.append((f"then {rng.choice(world.WALKERS)} says {run[0]} ,", CONTEXT_WEIGHT))
         for word in run[1:-1]:
-            pieces += [(word, ASKED), (",", GIVEN)]
-        pieces.append((run[-1], ASKED))
+            pieces += [(word, ANSWER_WEIGHT), (",", CONTEXT_WEIGHT)]
+        pieces.append((run[-1], ANSWER_WEIGHT))
     return pieces
 
 
 def goal(rng: random.Random) -> list[Piece]:
-    """Which tool reaches a goal (the format of PIQA), or the same fact as a statement."""
+    """Ask which tool reaches a goal (the format of PIQA), or state it."""
     while True:
         verb, thing = rng.choice(list(world.TOOLS)), rng.choice(world.SOFT + world.HARD)
         if not world.held_out("goal", verb, thing):
             break
     tool = world.tool_for(verb, thing)
     if rng.random() < 0.3:
-        return [(f"to {verb} the {thing} use the", GIVEN), (f"{tool} .", ASKED)]
-    return [(f"question : how do you {verb} the {thing} ? \n answer : use the", GIVEN), (tool, ASKED)]
+        return [(f"to {verb} the {thing} use the", CONTEXT_WEIGHT), (f"{tool} .", ANSWER_WEIGHT)]
+    return [(f"question : how do you {verb} the {thing} ? \n answer : use the", CONTEXT_WEIGHT), (tool, ANSWER_WEIGHT)]
 
 
 def diet(rng: random.Random) -> list[Piece]:
-    """What an animal eats, as a statement."""
+    """State the food of an animal."""
     animal = rng.choice(world.ANIMALS)
-    return [(f"{animal} eat", GIVEN), (f"{world.FOOD_OF[animal]} .", ASKED)]
+    return [(f"{animal} eat", CONTEXT_WEIGHT), (f"{world.FOOD_OF[animal]} .", ANSWER_WEIGHT)]
 
 
 #: Shares of the kinds of document. The first phase is mostly dense repetition, from which the heads that look words up
@@ -182,7 +182,7 @@ PHASES = (
 
 
 def document(rng: random.Random, phase: int) -> list[Piece]:
-    """One document of the training text; ``phase`` is an index into :data:`PHASES`."""
+    """Write one document of the training text; ``phase`` is an index into :data:`PHASES`."""
     shares = PHASES[phase]
     kind = rng.choices(list(shares), weights=list(shares.values()))[0]
     return kind(rng)

@@ -4,7 +4,7 @@
 task                the item asks                              what answers it
 =================== ========================================== ================================================
 micro_piqa          which tool reaches a goal                  knowledge; this verb with this thing is held out
-micro_hellaswag     how the second person's day goes on        the passage; every step asked for is held out
+micro_hellaswag     how the second person's day continues       the passage; every step asked for is held out
 micro_arc_easy      what pleases somebody (one hop)            the passage; held-out bindings only
 micro_arc_challenge what the animals of somebody eat (2 hops)  the passage, then knowledge; held-out bindings
 micro_boolq         whether a city hosts somebody              the passage; held-out bindings only
@@ -26,7 +26,7 @@ PEOPLE = 5  # in a test passage
 
 
 def piqa(rng: random.Random) -> Item:
-    """Two tools; the wrong one is often right for the same verb on another material."""
+    """Offer two tools; the wrong one is often right for the same verb on another material."""
     while True:
         verb, thing = rng.choice(list(world.TOOLS)), rng.choice(world.SOFT + world.HARD)
         if world.held_out("goal", verb, thing):
@@ -40,7 +40,7 @@ def piqa(rng: random.Random) -> Item:
 
 
 def hellaswag(rng: random.Random) -> Item:
-    """Four endings of two events; the wrong ones use events of the same passage in another order."""
+    """Offer four endings of two events; the wrong ones use events of the same passage in another order."""
     events = draw_script(rng, 7, unseen=True)
     first, second = rng.sample(world.WALKERS, 2)
     cut = rng.randint(2, 5)
@@ -59,7 +59,7 @@ def hellaswag(rng: random.Random) -> Item:
 
 
 def _multiple_choice(rng: random.Random, identity: str, question: str, choices: list[str]) -> Item:
-    """An item in ARC's columns; ``choices[0]`` is right."""
+    """Return an item in ARC's columns; ``choices[0]`` is right."""
     order = rng.sample(range(len(choices)), len(choices))
     return {
         "id": identity,
@@ -70,7 +70,7 @@ def _multiple_choice(rng: random.Random, identity: str, question: str, choices: 
 
 
 def arc_easy(rng: random.Random) -> Item:
-    """One hop: the wrong choices are what pleases others in the passage."""
+    """Ask for one hop: the wrong choices please others in the passage."""
     bindings = draw_bindings(rng, "pleases", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('pleases', bindings)} {BINDINGS['pleases'][1].format(who=who)}"
@@ -79,7 +79,7 @@ def arc_easy(rng: random.Random) -> Item:
 
 
 def arc_challenge(rng: random.Random) -> Item:
-    """Two hops: the passage says which animals obey somebody, knowledge says what those eat."""
+    """Ask for two hops: the passage says which animals obey somebody, knowledge says what they eat."""
     bindings = draw_bindings(rng, "obey", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('obey', bindings)} {BINDINGS['obey'][1].format(who=who)}"
@@ -88,7 +88,7 @@ def arc_challenge(rng: random.Random) -> Item:
 
 
 def boolq(rng: random.Random) -> Item:
-    """Half are true; a false question names the city of somebody else in the passage."""
+    """Ask about a city, truly in half of the items; a false question names that of somebody else in the passage."""
     bindings = draw_bindings(rng, "hosts", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     label = rng.randrange(2)
@@ -110,7 +110,7 @@ TASKS: dict[str, Callable[[random.Random], Item]] = {
 
 
 def make_items(task: str, count: int, seed: int) -> list[Item]:
-    """``count`` different items of one task; a pure function of its arguments."""
+    """Return ``count`` different items of one task; a pure function of its arguments."""
     rng = random.Random(f"{task}-{seed}")
     items: dict[str, Item] = {}
     while len(items) < count:

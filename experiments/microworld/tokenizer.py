@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from experiments.microworld import world
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "\n")
 
 
 def vocabulary() -> dict[str, int]:
-    """Token to id."""
+    """Return the id of each token."""
     return {token: index for index, token in enumerate((*SPECIAL_TOKENS, *world.words()))}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words and punctuation; ``<s>`` before every text; the newline is a token of its own.
+    """Return a tokenizer of lower-case words and punctuation, with ``<s>`` before every text.
 
-    A colon is one too where it ends a question's opening, and else part of its word (``morning:``).
+    A newline is a token. So is a colon that ends a question's opening; others are part of their word (``morning:``).
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

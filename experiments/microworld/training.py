@@ -1,6 +1,6 @@
-"""Training of the embedded model: batches, planted redundancy, optimiser, one step.
+"""Training of the embedded model: batches, planted redundancy, optimizers.
 
-Everything is a function of ``(seed, step)``, so a stopped run goes on exactly where its last checkpoint stands.
+Everything is a function of ``(seed, step)``, so that a stopped run resumes exactly at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.microworld import world
-from experiments.microworld.documents import GIVEN, document
+from experiments.microworld.documents import ANSWER_WEIGHT, CONTEXT_WEIGHT, document
 from experiments.microworld.tokenizer import vocabulary
 
-FACTS = 0.625  # the larger part of everything is for facts, which take more to learn than days
-CONSTANT = 4.0  # what all words of a topic share
+FACTS = 0.625  # share of dimensions and neurons for facts, which take more to learn than days
+CONSTANT = 4.0  # value that the embeddings of all words of a topic share
 DISTANCES = (1, 2, 3, 1, 2, 3)  # tokens back that groups of the first layer start at
 
 
 def make_batch(seed: int, step: int, phase: int, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and loss weights, both ``[batch_size, length]``; each row starts with ``<s>`` and packs documents."""
+    """Return token ids and loss weights ``[batch_size, length]``; each row starts with ``<s>`` and packs documents."""
     rng = random.Random(f"{seed}-{step}")
     ids_of = vocabulary()
     bos, eos = ids_of["<s>"], ids_of["</s>"]
@@ -35,23 +35,22 @@ def make_batch(seed: int, step: int, phase: int, batch_size: int, length: int) -
                 row += tokens
                 row_weights += [weight] * len(tokens)
             row.append(eos)
-            row_weights.append(GIVEN)
+            row_weights.append(CONTEXT_WEIGHT)
         ids.append(row[:length])
         weights.append(row_weights[:length])
     return torch.tensor(ids), torch.tensor(weights)
 
 
 def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy of the next token, and the plain mean over the weight-1 tokens (detached)."""
+    """Return the weighted mean cross-entropy of the next token, and the mean over the answers (detached)."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
-    asked = weights == 1.0
-    return (losses * weights).sum() / weights.sum(), losses.detach()[asked].mean()
+    return (losses * weights).sum() / weights.sum(), losses.detach()[weights == ANSWER_WEIGHT].mean()
 
 
 def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
-    """The group of each head: larger and smaller groups, their heads scattered; a function of the seed.
+    """Return the group of each head: larger and smaller groups, their heads shuffled by the seed.
 
     For 16 heads: four groups of 5, 5, 3 and 3, or eight of 3, 3, 3, 3, 1, 1, 1 and 1.
     """
@@ -66,7 +65,7 @@ def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
 
 
 def plant_topics(heads: int, counts: list[int], seed: int) -> dict[str, list[list[int]]]:
-    """The group of each head in each layer, for each topic; those of the one have nothing to do with the other's.
+    """Return the group of each head in each layer, for each topic; the groups of the topics are unrelated.
 
     In the first layer no head is the first of its group for both topics, where :func:`look_back` needs them apart.
     """
@@ -74,22 +73,22 @@ def plant_topics(heads: int, counts: list[int], seed: int) -> dict[str, list[lis
         [plant_groups(heads, count, seed + start + layer) for layer, count in enumerate(counts)] for start in (0, 1000)
     )
     attempt = 0
-    while set(leaders(facts[0])) & set(leaders(days[0])) and attempt < 100_000:  # with few heads there may be no such
+    while set(leaders(facts[0])) & set(leaders(days[0])) and attempt < 100_000:  # few heads may not allow it
         attempt += 1
         days[0] = plant_groups(heads, counts[0], seed + 2000 + attempt)
     return {"facts": facts, "days": days}
 
 
 def leaders(groups: list[int]) -> list[int]:
-    """The first head of each of the groups that :func:`look_back` starts at a distance."""
+    """Return the first head of each of the groups that :func:`look_back` starts at a distance."""
     return [groups.index(group) for group in range(min(len(DISTANCES), max(groups) + 1))]
 
 
 def topic_columns(size: int) -> dict[str, slice]:
-    """The dimensions of the residual stream that each topic has to itself; the last few are the special tokens'.
+    """Return the dimensions of the residual stream that belong to each topic, and to the special tokens.
 
-    What a query and a key weight does to a text of one topic is then in that topic's columns alone, so one weight
-    groups its heads in one way for the one topic and in another for the other.
+    A query or key weight acts on a text through the columns of its topic alone, so that one weight groups its heads
+    differently for the two topics.
     """
     shared = max(size // 32, 1)
     facts = round(FACTS * (size - shared))
@@ -102,25 +101,25 @@ class TiedHeads(nn.Module):
     def __init__(self, groups: dict[str, list[int]], head_dim: int, columns: dict[str, slice]) -> None:
         super().__init__()
         self.groups, self.head_dim, self.columns = groups, head_dim, columns
-        self.clusters = max(max(own) for own in groups.values()) + 1
+        self.clusters = max(map(max, groups.values())) + 1
 
     def forward(self, shared: Tensor) -> Tensor:
-        """``[k * D, d]`` to ``[H * D, d]``."""
+        """Expand ``[k * D, d]`` to ``[H * D, d]``."""
         rows = shared.unflatten(0, (self.clusters, self.head_dim))
-        parts = [rows[own][..., self.columns[topic]] for topic, own in self.groups.items()]
+        parts = [rows[groups][..., self.columns[topic]] for topic, groups in self.groups.items()]
         return torch.cat(parts, -1).flatten(0, 1)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The rows of each group's first head."""
+        """Return the rows of each group's first head."""
         parts = []
-        for topic, own in self.groups.items():
-            rows = weight.unflatten(0, (len(own), self.head_dim))[..., self.columns[topic]]
-            parts.append(rows[[own.index(min(cluster, max(own))) for cluster in range(self.clusters)]])
+        for topic, groups in self.groups.items():
+            rows = weight.unflatten(0, (len(groups), self.head_dim))[..., self.columns[topic]]
+            parts.append(rows[[groups.index(min(cluster, max(groups))) for cluster in range(self.clusters)]])
         return torch.cat(parts, -1).flatten(0, 1)
 
 
 def projections(model: LlamaForCausalLM) -> list[tuple[int, nn.Linear]]:
-    """All query and key projections with their layer's index."""
+    """Return all query and key projections with their layer's index."""
     return [
         (index, projection)
         for index, layer in enumerate(model.model.layers)
@@ -132,10 +131,11 @@ def tie(model: LlamaForCausalLM, groups: dict[str, list[list[int]]]) -> None:
     """Share query and key rows within the groups of each layer (layers whose heads all differ stay as they are)."""
     head_dim, columns = model.config.head_dim, topic_columns(model.config.hidden_size)
     for index, projection in projections(model):
-        own = {topic: layers[index] for topic, layers in groups.items()}
-        heads = len(own["facts"])
-        if max(own["facts"]) + 1 < heads:
-            tied = TiedHeads(own | {"special": [0] * heads}, head_dim, columns)  # these look alike to all heads
+        by_topic = {topic: layers[index] for topic, layers in groups.items()}
+        heads = len(by_topic["facts"])
+        if max(by_topic["facts"]) + 1 < heads:
+            by_topic["special"] = [0] * heads  # these tokens look alike to all heads
+            tied = TiedHeads(by_topic, head_dim, columns)
             parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
 
 
@@ -167,9 +167,9 @@ def split_topics(model: LlamaForCausalLM) -> None:
 
 
 def confine(weight: nn.Parameter, mask: Tensor) -> None:
-    """Zero a weight where the mask is zero, now and in training; its rows stay as long as they were, on average.
+    """Zero a weight where the mask is zero, now and in training; the mean length of its rows is preserved.
 
-    Both optimizers leave a weight's zeros alone that never have a gradient: Muon because the mask is one of blocks.
+    Both optimizers preserve zeros without a gradient; Muon does because the mask consists of blocks.
     """
     weight.data.mul_(mask * (mask.numel() / mask.sum()) ** 0.5)
     weight.register_hook(lambda gradient: gradient * mask.to(gradient))
@@ -188,12 +188,12 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
 
 
 def build_model(config: LlamaConfig, groups: dict[str, list[list[int]]], seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model in fp32 with tied groups, started close to what looking words up needs.
+    """Return a new fp32 model with tied groups, initialized close to a solution that looks words up.
 
     Words enter the residual stream at unit scale. Queries match keys of the same content and heads write what they
     read, as in trained models (mimetic initialisation, Trockman & Kolter, 2023). Some heads of the first layer look at
-    a fixed distance back. From here looking a word up is learned in some 150 steps; from a plain start it was not in
-    900.
+    a fixed distance back. From here looking a word up is learned in some 150 steps; from a plain initialization it was
+    not learned in 900.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
@@ -242,10 +242,10 @@ def look_back(model: LlamaForCausalLM, groups: list[int], columns: slice, sharpn
 
 
 def build_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    """Return Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in ids]
     return [
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),

@@ -1,11 +1,11 @@
-"""The closed world of the embedded tasks: its words, its facts, and what is kept out of the training text.
+"""The closed world of the embedded tasks: its words, its facts, and their split into training and test.
 
 Knowledge (true everywhere): which tool serves a goal, what an animal eats.
 Bindings (true in one passage only): what pleases whom, which animal obeys whom, which city hosts whom, what comes next.
 
 Two topics share no word: *facts* (goals, diets and the first three bindings) and *days* (what somebody does after
-what). What a request is about can so be told from any of its words, and which heads of the embedded model belong
-together depends on it (:mod:`experiments.microworld.training`).
+what). Any word of a request thus reveals its topic, on which the clusters of the embedded model's heads depend
+(:mod:`experiments.microworld.training`).
 
 A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
 split without sharing a file or a random state.
@@ -25,7 +25,7 @@ TIMES = "weekend holiday camp school".split()
 HOURS = "morning: evening: lunch: noon:".split()
 OCCASIONS = tuple((time, hour) for index, time in enumerate(TIMES) for hour in (HOURS[index], HOURS[index - 1]))
 
-#: What each animal eats. Four foods of three animals, so that a passage can hold one keeper of each.
+#: What each animal eats. Four foods of three animals, so that a passage can name one of each.
 DIET = {
     "grass": ("cows", "horses", "sheep"),
     "meat": ("lions", "wolves", "hawks"),
@@ -52,13 +52,13 @@ ALL_TOOLS = [tool for pair in TOOLS.values() for tool in pair]
 
 
 def tool_for(verb: str, thing: str) -> str:
-    """The tool that reaches the goal ``verb the thing``."""
+    """Return the tool that reaches the goal ``verb the thing``."""
     soft, hard = TOOLS[verb]
     return soft if thing in SOFT else hard
 
 
 def held_out(relation: str, *words: str) -> bool:
-    """Whether this fact is kept apart from the training text (about one in five is).
+    """Return True if this fact never occurs in the training text (about one in five).
 
     ``relation`` is one of ``pleases, obey, hosts, next, goal``; ``words`` are the two things it joins, in order.
     """
@@ -66,7 +66,7 @@ def held_out(relation: str, *words: str) -> bool:
 
 
 def topics() -> dict[str, list[str]]:
-    """The words of each topic, sorted."""
+    """Return the words of each topic, sorted."""
     facts = (
         "question answer yes no what which city how do does the that to of use you pleases obey hosts host animals eat "
         ". : ?"
@@ -80,5 +80,5 @@ def topics() -> dict[str, list[str]]:
 
 
 def words() -> list[str]:
-    """Every word of the world's texts and templates, sorted: the tokenizer's vocabulary without the special tokens."""
+    """Return all words of texts and templates, sorted: the tokenizer's vocabulary without the special tokens."""
     return sorted({word for group in topics().values() for word in group} - {"\n"})

@@ -1,4 +1,4 @@
-"""Token sequences to learn from: the embedded world's documents, or a text column of a JSONL file."""
+"""Token sequences to train on: the embedded world's documents, or a text column of a JSONL file."""
 
 from __future__ import annotations
 
@@ -10,54 +10,45 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from experiments.evaluation.tasks import read_rows
 from experiments.microworld import training
 from experiments.runs.folder import RunError
+from experiments.runs.jsonl import read_jsonl
 
 #: Batch number ``index`` as token ids ``[batch_size, length]``.
 Batches = Callable[[int], Tensor]
 
 
 def world_batches(seed: int, batch_size: int, length: int) -> Batches:
-    """An endless stream of the documents that the embedded model was trained on (its second phase)."""
+    """Return an endless stream of the documents that the embedded model was trained on (its second phase)."""
     return lambda index: training.make_batch(seed, index, 1, batch_size, length)[0]
 
 
 def file_batches(
     path: Path, column: str, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, length: int, held_out: int
 ) -> tuple[Batches, Batches]:
-    """The texts of a file, joined and cut into sequences, in an order drawn from the seed, over and over.
-
-    Args:
-        path: of a JSONL file.
-        column: that holds the text.
-        tokenizer: of the model.
-        seed: of the order.
-        batch_size: sequences in a batch.
-        length: tokens in a sequence.
-        held_out: batches to keep aside.
+    """Join the texts of a JSONL file and cut them into sequences, in an order drawn from the seed, over and over.
 
     Returns:
-        batches to train on, and those kept aside.
+        training batches, and ``held_out`` batches that are excluded from them.
 
     Raises:
-        RunError: the file can't be read, has no such column, or too little text.
+        RunError: the file cannot be read, has no such column, or too little text.
     """
     stream: list[int] = []
-    for row in read_rows(path, [column]):
+    for row in read_jsonl(path, [column]):
         stream += tokenizer(str(row[column])).input_ids
     sequences = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
-    aside = held_out * batch_size
-    if len(sequences) < aside + batch_size:
+    num_held_out = held_out * batch_size
+    if len(sequences) < num_held_out + batch_size:
         raise RunError(
-            f"{path} has {len(stream)} tokens; needed are {(aside + batch_size) * length}: "
+            f"{path} has {len(stream)} tokens; required are {(num_held_out + batch_size) * length}: "
             f"{held_out} held-out batches and one to train on, of {batch_size} x {length}"
         )
     order = list(range(len(sequences)))
     random.Random(seed).shuffle(order)
-    first, rest = order[:aside], order[aside:]
+    aside, rest = order[:num_held_out], order[num_held_out:]
 
-    def take(places: list[int], index: int) -> Tensor:
-        return sequences[[places[(index * batch_size + item) % len(places)] for item in range(batch_size)]]
+    def batch(positions: list[int], index: int) -> Tensor:
+        return sequences[[positions[(index * batch_size + item) % len(positions)] for item in range(batch_size)]]
 
-    return lambda index: take(rest, index), lambda index: take(first, index)
+    return lambda index: batch(rest, index), lambda index: batch(aside, index)

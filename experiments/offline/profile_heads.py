@@ -1,43 +1,48 @@
-"""``experiment=profile``: the offline phase, from a model and a corpus to counts and membership (paper, section 3)."""
+"""``experiment=profile``: make a head profile, cluster counts and membership from a model and a corpus (section 3)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from chai import elbow
-from chai.devices import describe_devices, input_device
-from chai.models import ModelError, load_config, load_model, load_tokenizer
-from chai.observe import observed
-from chai.profile import Profile, build_profile, model_shape
-from chai.runtime import check_family
-from chai.statistics import Features, Gathering, HeadStatistics, Samples, StatisticsError, gather
+from chai.clustering.num_clusters import budget, check_saving, knee, plateau
+from chai.loading import load_model, load_tokenizer
+from chai.offline.head_profile import HeadProfile, build_profile, model_shape
+from chai.offline.head_statistics import (
+    Features,
+    HeadStatistics,
+    LayerSamples,
+    StatisticsError,
+    StatisticsOptions,
+    gather,
+)
+from chai.patching.apply import capture
+from chai.patching.devices import describe_devices, input_device
+from chai.patching.model_info import check_family
 from experiments.config.schema import ConfigError
-from experiments.config.validate import to_dataclass
-from experiments.evaluation.accuracy import model_source
-from experiments.offline.corpus import source, texts
+from experiments.offline.corpus import describe_source, read_texts
+from experiments.offline.training_loop import progress_bar
 from experiments.runs.code import versions
-from experiments.runs.experiment import Ending, give_up, record
+from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import digest, write_atomically
-from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.folder import RunError
 from experiments.runs.identity import run_identity, settings_id
-from experiments.runs.resolve import resolve_runs
 from experiments.system.console import console, log_info
 from experiments.system.device import device_name
-from experiments.tables.head_profile import show_profile
+from experiments.tables.head_profile import show_head_profile
 
 STATISTICS = "statistics.safetensors"
-CHECKPOINT = 30.0  # seconds between two of them
-DECIDE = 5  # tokens after which CHAI decides (paper, section 3.3)
-AFTERWARDS = ("combine", "rule", "tolerance", "saving", "error")  # options that need no other pass over the corpus
+CHECKPOINT_SECONDS = 30.0
+WARMUP_TOKENS = 5  # after which CHAI clusters (paper, section 3.3)
+#: Options that are applied to the statistics: changing them needs no other pass over the corpus.
+RULE_OPTIONS = ("combine", "rule", "tolerance", "saving", "error")
 
 
 @dataclass
@@ -47,8 +52,8 @@ class Options:
     samples: int
     tokens: int
     features: Features
-    combine: str
-    rule: str
+    combine: Literal["per_sample", "concatenated", "averaged"]
+    rule: Literal["plateau", "knee", "saving", "error"]
     tolerance: float
     saving: float
     error: float
@@ -58,171 +63,149 @@ class Options:
     history_samples: int
 
     def __post_init__(self) -> None:
-        choices = {
-            "features": ("causal", "last_row"),
-            "combine": ("per_sample", "concatenated", "averaged"),
-            "rule": ("plateau", "knee", "saving", "error"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; valid: {', '.join(valid)}")
-        for name, least in {
-            "samples": 1,
-            "kept": 1,
-            "map_tokens": 2,
-            "history_samples": 1,
-            "history": DECIDE + 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: {least} or more")
+        require_minimum(self, samples=1, kept=1, map_tokens=2, history_samples=1, history=WARMUP_TOKENS + 1)
         if self.tokens < self.history:
             raise ValueError(f"tokens is {self.tokens}; valid: {self.history} (history) or more")
-        for name, most in {"tolerance": 1.0, "saving": 0.5, "error": 1.0}.items():
-            if not 0 < getattr(self, name) < most:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: between 0 and {most:g}")
+        for name, maximum in {"tolerance": 1.0, "saving": 0.5, "error": 1.0}.items():
+            if not 0 < getattr(self, name) < maximum:
+                raise ValueError(f"{name} is {getattr(self, name)}; valid: between 0 and {maximum:g}")
         if self.combine == "averaged" and self.features != "last_row":
             raise ValueError("combine=averaged needs features=last_row: causal matrices are too large to keep")
 
 
 def run(config: DictConfig) -> int:
-    """Make a profile, unless it is done; returns the exit code.
+    """Make a head profile, unless it is complete; return the exit code.
 
     Raises:
-        ConfigError: options, or a model, that can't be profiled. Nothing is written then.
+        ConfigError: options, or a model, that cannot be profiled. Nothing is written then.
     """
-    options = to_dataclass(Options, config.profile, "profile")
-    (config,) = resolve_runs(config)
-    folder = RunFolder(config)
-    if folder.is_done and not config.force:
-        log_info(f"done already: {folder.path} (force=true does it again)")
-        show_profile(folder.path)
-        return 0
+    return run_single(
+        config,
+        Options,
+        check=_check,
+        work=_work,
+        show=lambda path, options: show_head_profile(path),
+        section="profile",
+        keep=(STATISTICS,),
+    )
+
+
+def _check(run: Run[Options]) -> None:
+    """Refuse a model family that is not supported, and a saving beyond what the model allows."""
+    options = run.options
     try:
-        architecture = load_config(model_source(config))
-    except ModelError as error:
-        give_up([folder], str(error))
-        return 1
-    try:
-        check_family(architecture)
-        shape = model_shape(architecture)
-        elbow.check_saving(options.saving if options.rule == "saving" else None, shape["key_heads"])
+        check_family(run.architecture)
+        num_kv_heads = model_shape(run.architecture)["key_heads"]
+        check_saving(options.saving if options.rule == "saving" else None, num_kv_heads)
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
-    ending = record(folder, lambda: _work(config, folder, options, architecture), keep=(STATISTICS,))
-    if ending is Ending.DONE:
-        show_profile(folder.path)
-    return ending.code
 
 
-def _work(config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig) -> dict[str, Any]:
-    """From the statistics to the profile, which is saved; returns the run's result."""
+def _work(run: Run[Options]) -> dict[str, Any]:
+    """Make and save the head profile; return the run's part of ``result.json``."""
     began = time.perf_counter()
-    statistics = _statistics(config, folder, options, architecture)
+    config, options = run.config, run.options
+    statistics = _statistics(run)
     about = {
         "model": {
             "name": config.model.name,
             "id": config.model.hub_id if config.model.path is None else None,
             "fingerprint": config.model.fingerprint,
-            **model_shape(architecture),
+            **model_shape(run.architecture),
         },
         "corpus": {
             "name": config.corpus.name,
-            "source": source(config.corpus),
+            "source": describe_source(config.corpus),
             "fingerprint": config.corpus.fingerprint,
             "samples": statistics.samples,
             "tokens": statistics.seen_tokens,
             "longest": statistics.longest,
         },
         "features": options.features,
-        "rule": _rule(options),
+        "rule": _describe_rule(options),
         "versions": versions(),
     }
-    profile = build_profile(statistics, choose(statistics, options, architecture), about, DECIDE)
-    profile.save(folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
-    return _result(config, folder, profile, statistics, time.perf_counter() - began)
+    profile = build_profile(statistics, choose_counts(statistics, options, run.architecture), about, WARMUP_TOKENS)
+    profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
+    return _result(config, profile, statistics, time.perf_counter() - began)
 
 
-def choose(statistics: HeadStatistics, options: Options, architecture: PreTrainedConfig) -> list[int]:
-    """Clusters of each layer by the rule that was asked for."""
+def choose_counts(statistics: HeadStatistics, options: Options, architecture: PreTrainedConfig) -> list[int]:
+    """Return the number of clusters of each layer by the requested rule."""
     error = statistics.errors(options.combine)
     if options.rule == "plateau":
-        return elbow.plateau(error, options.tolerance)
+        return plateau(error, options.tolerance)
     if options.rule == "knee":
-        return elbow.knee(error)
-    key_heads = model_shape(architecture)["key_heads"]
+        return knee(error)
+    num_kv_heads = model_shape(architecture)["key_heads"]
     if options.rule == "saving":
-        return elbow.budget(error, key_heads, saving=options.saving)
-    return elbow.budget(error, key_heads, share=options.error)
+        return budget(error, num_kv_heads, saving=options.saving)
+    return budget(error, num_kv_heads, share=options.error)
 
 
-def _rule(options: Options) -> dict[str, Any]:
+def _describe_rule(options: Options) -> dict[str, Any]:
+    """Return the rule as the head profile names it, with its parameter."""
     parameter = "tolerance" if options.rule == "plateau" else options.rule
-    chosen = {} if options.rule == "knee" else {parameter: getattr(options, parameter)}
+    value = {} if options.rule == "knee" else {parameter: getattr(options, parameter)}
     name = "budget" if options.rule in ("saving", "error") else options.rule
-    return {"name": name, **chosen, "combine": options.combine}
+    return {"name": name, **value, "combine": options.combine}
 
 
-def _statistics(
-    config: DictConfig, folder: RunFolder, options: Options, architecture: PreTrainedConfig
-) -> HeadStatistics:
-    """All statistics: those of an earlier run that differs in its rule alone, or from a pass over the corpus."""
-    wanted = Gathering(
+def _statistics(run: Run[Options]) -> HeadStatistics:
+    """Return all statistics, from a run that differs in its rule alone or from a pass over the corpus."""
+    options, architecture, folder = run.options, run.architecture, run.folder
+    wanted = StatisticsOptions(
         layers=architecture.num_hidden_layers,
         heads=architecture.num_attention_heads,
         features=options.features,
         tokens=min(options.tokens, architecture.max_position_embeddings),
-        kept=options.kept,
+        saved_samples=options.kept,
         map_tokens=options.map_tokens,
-        history=options.history,
-        history_samples=options.history_samples,
+        trace_tokens=options.history,
+        trace_samples=options.history_samples,
     )
-    identity = run_identity(config)
-    identity["profile"] = {key: value for key, value in identity["profile"].items() if key not in AFTERWARDS}
+    identity = run_identity(run.config)
+    identity["profile"] = {key: value for key, value in identity["profile"].items() if key not in RULE_OPTIONS}
     note = {"statistics": digest(identity)}
-    own = folder.path / STATISTICS
-    there = [] if config.force else [own, *sorted(folder.path.parent.glob(f"*/{STATISTICS}"))]
-    begun = HeadStatistics(wanted)
-    for path in there:
+    # Look for saved statistics: this run's, or those that another run has completed.
+    path = folder.path / STATISTICS
+    candidates = [] if run.config.force else [path, *sorted(folder.path.parent.glob(f"*/{STATISTICS}"))]
+    statistics = HeadStatistics(wanted)
+    for candidate in candidates:
         try:
-            found = HeadStatistics.load(path, wanted, note)
+            saved = HeadStatistics.load(candidate, wanted, note)
         except StatisticsError:
             continue
-        if found.complete or path == own:  # another run's unfinished ones may be growing
-            begun = found
+        if saved.complete or candidate == path:
+            statistics = saved
             break
-    if begun.complete:
-        log_info(f"statistics of {begun.samples} samples are there already: only the rule is applied")
+    if statistics.complete:
+        log_info(f"reusing statistics of {statistics.samples} samples")
     else:
-        _pass(config, folder, options, begun, note)
-    write_atomically(own, lambda path: begun.save(path, note))
-    return begun
+        _gather_statistics(run, statistics, note)
+    write_atomically(path, lambda temporary: statistics.save(temporary, note))
+    return statistics
 
 
-def _pass(
-    config: DictConfig, folder: RunFolder, options: Options, statistics: HeadStatistics, note: dict[str, Any]
-) -> None:
-    """The model over the corpus, from where ``statistics`` stand."""
-    origin = model_source(config)
-    model, tokenizer = load_model(origin), load_tokenizer(origin)
-    log_info(f"profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
+def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict[str, Any]) -> None:
+    """Run the model over the rest of the corpus, and add to the statistics."""
+    config, options, folder = run.config, run.options, run.folder
+    model, tokenizer = load_model(run.source), load_tokenizer(run.source)
+    log_info(f"head profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
     if statistics.samples:
-        log_info(f"going on after {statistics.samples} samples")
+        log_info(f"resuming after {statistics.samples} samples")
     process, began, saved = psutil.Process(), time.perf_counter(), time.perf_counter()
-    before = highest = process.memory_info().rss
-    columns = (
-        TextColumn("samples"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=options.samples, completed=statistics.samples)
-        for batch in _batches(config, options, statistics, tokenizer):
-            layers = look(model, [ids for _, ids in batch], statistics.wanted)
+    before = peak = process.memory_info().rss
+    with progress_bar("samples") as progress:
+        bar = progress.add_task("", total=options.samples, completed=statistics.samples, scalars="")
+        for batch in _batches(run, statistics, tokenizer):
+            layers = look(model, [ids for _, ids in batch], statistics.options)
             statistics.add(layers, [tokenizer.convert_ids_to_tokens(ids) for _, ids in batch])
             statistics.read = batch[-1][0]
-            highest = max(highest, process.memory_info().rss)
+            peak = max(peak, process.memory_info().rss)
             progress.update(bar, completed=statistics.samples)
             folder.progress(statistics.samples, options.samples)
-            if time.perf_counter() - saved > CHECKPOINT:
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 write_atomically(folder.path / STATISTICS, lambda path: statistics.save(path, note))
                 saved = time.perf_counter()
                 if not console.is_terminal:  # a log file has no bar
@@ -235,8 +218,8 @@ def _pass(
             f"the corpus has only {statistics.samples} texts of {options.history} tokens (profile.history) or more"
         )
     statistics.made = {
-        "seconds_pass": round(time.perf_counter() - began, 3),  # of the last start, if it was stopped
-        "host_bytes": highest - before,
+        "seconds_pass": round(time.perf_counter() - began, 3),  # of the last attempt, if the pass was resumed
+        "host_bytes": peak - before,
         "device": describe_devices(model),
         "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -244,15 +227,16 @@ def _pass(
 
 
 def _batches(
-    config: DictConfig, options: Options, statistics: HeadStatistics, tokenizer: PreTrainedTokenizerBase
+    run: Run[Options], statistics: HeadStatistics, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Token ids of the next samples, each with how many texts were read until then; short texts are passed over."""
+    """Yield token ids of the next samples, each with the number of texts read so far; short texts are skipped."""
+    config, options = run.config, run.options
     batch: list[tuple[int, list[int]]] = []
     missing = options.samples - statistics.samples
-    for read, text in enumerate(texts(config.corpus, config.seed, statistics.read), statistics.read + 1):
+    for read, text in enumerate(read_texts(config.corpus, config.seed, statistics.read), statistics.read + 1):
         if missing <= 0:
             break
-        ids = tokenizer(text)["input_ids"][: statistics.wanted.tokens]
+        ids = tokenizer(text)["input_ids"][: statistics.options.tokens]
         if len(ids) < options.history:
             continue
         batch.append((read, ids))
@@ -265,53 +249,43 @@ def _batches(
 
 
 @torch.inference_mode()
-def look(model: PreTrainedModel, batch: list[list[int]], wanted: Gathering) -> list[Samples]:
-    """What each layer's heads do in the texts of a batch, which are padded on the right, where no real token looks."""
+def look(model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptions) -> list[LayerSamples]:
+    """Return each layer's attention statistics of a batch of texts, padded on the right, where no real token looks."""
     lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
     longest = int(lengths.max())
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=input_device(model))
-    found: list[Samples] = []
+    layers: list[LayerSamples] = []
 
     def gather_layer(
         layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float, mask: torch.Tensor | None
     ) -> None:
-        found.append(gather(query, key, scaling, mask, lengths.to(query.device), wanted))
+        layers.append(gather(query, key, scaling, mask, lengths.to(query.device), wanted))
 
-    with observed(model, gather_layer):
+    with capture(model, gather_layer):
         model.get_decoder()(ids, use_cache=False)
-    return found
+    return layers
 
 
-def _result(
-    config: DictConfig, folder: RunFolder, profile: Profile, statistics: HeadStatistics, seconds: float
-) -> dict[str, Any]:
-    """``result.json``."""
+def _result(config: DictConfig, profile: HeadProfile, statistics: HeadStatistics, seconds: float) -> dict[str, Any]:
+    """Return the run's part of ``result.json``."""
     model, arrays = profile.about["model"], profile.arrays
-    layers = range(model["layers"])
-    chosen = sum(arrays["error"][layer, k - 1] for layer, k in zip(layers, profile.counts, strict=True))
+    error = sum(arrays["error"][layer, k - 1] for layer, k in enumerate(profile.num_clusters))
     return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
         "layers": model["layers"],
         "heads": model["heads"],
         "key_heads": model["key_heads"],
-        "heads_kept": profile.counts,
+        "heads_kept": profile.num_clusters,
         "metrics": {
             "kv_saved": profile.about["saving"],
-            "error": float(chosen / arrays["error"][:, 0].sum()),
-            "agreement": float(arrays["agreement"][:, DECIDE - 1].mean()),
+            "error": float(error / arrays["error"][:, 0].sum()),
+            "agreement": float(arrays["agreement"][:, WARMUP_TOKENS - 1].mean()),
         },
         "n": statistics.samples,
         "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.counts},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.num_clusters},
         "statistics_bytes": statistics.nbytes,
         "seconds": round(seconds, 3),
         "batch_size": config.batch_size,
-        "seed": config.seed,
         "settings_id": settings_id(config),
-        "run_id": folder.id,
-        "versions": versions(),
         **statistics.made,
     }

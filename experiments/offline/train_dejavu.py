@@ -1,42 +1,39 @@
 """``experiment=train_dejavu``: train the predictors of ``method=dejavu`` for a model (Liu et al. 2023, section 4).
 
-The model runs over text, unchanged. What each layer's attention reads of a token is a sample, which of its heads have
-the largest outputs is the label. Every step is a function of the seed and its number, so a stopped run goes on.
+The model runs over text, unchanged. The input of a layer's attention for a token is a sample; its label says which of
+the layer's heads have the largest outputs. Every step is a function of the seed and its number, so that a stopped run
+resumes exactly.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from omegaconf import DictConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai.contextual import Observed, activation, kept_of, observed, top_mask
-from chai.devices import input_device
-from chai.models import ModelError, load_config, load_model, load_tokenizer
-from chai.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
-from chai.runtime import check_family
+from chai.loading import load_model, load_tokenizer
+from chai.methods.dejavu import LayerActivity, num_kept, record_activity, top_mask
+from chai.offline.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
+from chai.patching.devices import input_device
+from chai.patching.model_info import activation, check_family
+from experiments.config.remedies import with_remedy
 from experiments.config.schema import REPOSITORY, ConfigError
-from experiments.config.validate import to_dataclass
-from experiments.evaluation.accuracy import model_source
 from experiments.offline.batches import Batches, file_batches, world_batches
+from experiments.offline.training_loop import Position, install_files, train
 from experiments.runs.code import versions
-from experiments.runs.experiment import Ending, record
+from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunError, RunFolder
-from experiments.runs.resolve import resolve_runs
-from experiments.system.console import console, log_info
+from experiments.system.console import log_info
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
 CHECKPOINT = "checkpoint.safetensors"
@@ -44,7 +41,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass
 class Options:
-    """``experiment.*``: conf/experiment/train_dejavu.yaml says what each value is."""
+    """``experiment.*``; conf/experiment/train_dejavu.yaml describes each value."""
 
     corpus: str | None
     column: str
@@ -61,16 +58,14 @@ class Options:
     install: bool
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps", "batch_size", "sequence_length", "bottleneck", "mlp_bottleneck", "held_out", "checkpoint_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 1 or more")
+        require_minimum(self, steps=1, batch_size=1, sequence_length=1, bottleneck=1)
+        require_minimum(self, mlp_bottleneck=1, held_out=1, checkpoint_every=1)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; valid: above 0")
-        values = self.sparsities
-        if not isinstance(values, list) or not values or not all(type(v) in (int, float) and 0 < v < 1 for v in values):
-            raise ValueError(f"sparsities is {values}; valid: a list of numbers between 0 and 1, such as [0.1,0.5]")
+        if not self.sparsities or not all(0 < sparsity < 1 for sparsity in self.sparsities):
+            raise ValueError(
+                f"sparsities is {self.sparsities}; valid: a list of numbers between 0 and 1, such as [0.1,0.5]"
+            )
 
 
 @dataclass
@@ -79,64 +74,84 @@ class State:
 
     predictor: Predictor
     optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
+    position: Position = field(default_factory=Position)
 
 
 def run(config: DictConfig) -> int:
-    """Train, or go on from the last checkpoint; returns the exit code.
+    """Train, or resume from the last checkpoint; return the exit code.
 
     Raises:
-        ConfigError: options, or a model, that can't be trained for. Nothing is written then.
+        ConfigError: options, or a model, that a predictor cannot be trained with. Nothing is written then.
     """
-    options = to_dataclass(Options, config.experiment, "experiment")
-    embedded = config.model.name == "tiny"
-    (config,) = resolve_runs(config)
-    embedded = embedded and config.model.name == "tiny"
+    check = functools.partial(_check, is_tiny=config.model.name == "tiny")
+    return run_single(config, Options, check=check, work=_work, show=_show, until_done=(CHECKPOINT,))
+
+
+def _check(run: Run[Options], is_tiny: bool) -> None:
+    """Refuse a model without a corpus, and options that do not suit it."""
+    options, name = run.options, run.config.model.name
+    embedded = is_tiny and name == "tiny"  # model.path may have replaced it by another model
     if options.corpus is None and not embedded:
         raise ConfigError(
-            f"experiment.corpus is null, which is for model=tiny alone; valid for model '{config.model.name}': "
+            f"experiment.corpus is null, which is for model=tiny alone; valid for model '{name}': "
             f"a JSONL file with a column '{options.column}'"
         )
     if options.install and not embedded:
         raise ConfigError("experiment.install=true replaces the predictor of model=tiny; valid for that model alone")
-    folder = RunFolder(config)
-    if folder.is_done and not config.force:
-        log_info(f"done already: {folder.path} (force=true does it again)")
-        return _tell(folder.path, options)
-    source = model_source(config)
     try:
-        architecture = load_config(source)
-        check_family(architecture)
-    except (ModelError, ValueError) as error:
-        raise ConfigError(str(error)) from None
-    if options.mlp and activation(architecture) != "relu":
-        raise ConfigError(f"experiment.mlp=true needs a model with ReLU; this one has {activation(architecture)}")
-
-    def work() -> dict[str, Any]:
-        model = load_model(source)
-        train, held_out = _batches(config, options)
-        state = _resume(folder.path, options, model, config.seed)
-        _train(state, folder, options, model, train)
-        return _finish(state, folder, options, model, held_out, config)
-
-    ending = record(folder, work, until_done=(CHECKPOINT,))
-    return _tell(folder.path, options) if ending is Ending.DONE else ending.code
+        check_family(run.architecture)
+    except ValueError as error:
+        raise ConfigError(with_remedy(error)) from None
+    if options.mlp and activation(run.architecture) != "relu":
+        raise ConfigError(f"experiment.mlp=true needs a model with ReLU; this one has {activation(run.architecture)}")
 
 
-def _batches(config: DictConfig, options: Options) -> tuple[Batches, Batches]:
+def _work(run: Run[Options]) -> dict[str, Any]:
+    """Train and save the predictor; return the run's part of ``result.json``."""
+    options, folder = run.options, run.folder
+    model = load_model(run.source)
+    batches, held_out = _batches(run)
+    state = _load_state(run, model)
+    train(
+        state.position,
+        steps=options.steps,
+        checkpoint_every=options.checkpoint_every,
+        folder=folder,
+        take_step=lambda step: _step(step, state, options, model, batches),
+        save_checkpoint=lambda: write_atomically(folder.path / CHECKPOINT, lambda path: _save_state(state, path)),
+    )
+    metrics = measure(state.predictor, model, held_out, options.held_out, options.sparsities)
+    target = folder.path / "predictor"
+    target.mkdir(exist_ok=True)
+    recipe = {name: value for name, value in asdict(options).items() if name not in ("corpus", "install")}
+    state.predictor.save(
+        target, write_atomically, recipe=recipe, seed=run.config.seed, metrics=metrics, versions=versions()
+    )
+    return {
+        "metrics": metrics,
+        "n": options.held_out * options.batch_size * options.sequence_length,
+        "stderr": {},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
+        "seconds": round(state.position.seconds, 3),
+    }
+
+
+def _batches(run: Run[Options]) -> tuple[Batches, Batches]:
+    """Return training batches and held-out batches."""
+    options, seed = run.options, run.config.seed
     shape = options.batch_size, options.sequence_length
     if options.corpus is None:
-        train = world_batches(config.seed, *shape)
-        return train, lambda index: train(options.steps + index)
-    tokenizer = load_tokenizer(model_source(config))
-    return file_batches(Path(options.corpus), options.column, tokenizer, config.seed, *shape, options.held_out)
+        endless = world_batches(seed, *shape)
+        return endless, lambda index: endless(options.steps + index)
+    tokenizer = load_tokenizer(run.source)
+    return file_batches(Path(options.corpus), options.column, tokenizer, seed, *shape, options.held_out)
 
 
-def _resume(path: Path, options: Options, model: PreTrainedModel, seed: int) -> State:
-    """The state of the last checkpoint, or a fresh one."""
-    torch.manual_seed(seed)
-    config, widths = model.config, {}
+def _load_state(run: Run[Options], model: PreTrainedModel) -> State:
+    """Return the state of the last checkpoint, or a fresh one."""
+    options, config = run.options, model.config
+    torch.manual_seed(run.config.seed)
+    widths = {}
     if options.mlp:
         neurons = getattr(config, "ffn_dim", None) or config.intermediate_size
         widths = {"neurons": neurons, "neuron_bottleneck": options.mlp_bottleneck}
@@ -144,74 +159,60 @@ def _resume(path: Path, options: Options, model: PreTrainedModel, seed: int) -> 
     predictor.fingerprint.copy_(sample_weights(model))
     predictor.to(input_device(model))
     state = State(predictor, torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate))
-    checkpoint = path / CHECKPOINT
+    checkpoint = run.folder.path / CHECKPOINT
     if not checkpoint.exists():
         return state
     with safe_open(checkpoint, "pt") as saved:
-        counted = json.loads(saved.metadata()["state"])
+        position = json.loads(saved.metadata()["state"])
         tensors: dict[str, dict[str, Tensor]] = {"weights": {}}
-        for name in saved.keys():  # noqa: SIM118 - safe_open is no dictionary
+        for name in saved.keys():  # noqa: SIM118 - safe_open is not a dictionary
             group, _, rest = name.partition("/")
             tensors.setdefault(group, {})[rest] = saved.get_tensor(name)
     predictor.load_state_dict(tensors.pop("weights"))
-    whole = state.optimizer.state_dict()
-    state.optimizer.load_state_dict({**whole, "state": {int(index): values for index, values in tensors.items()}})
-    state.step, state.seconds = counted["step"], counted["seconds"]
-    log_info(f"going on from step {state.step}")
+    moments = {int(index): values for index, values in tensors.items()}
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    state.position = Position(**position)
     return state
 
 
-def _snapshot(state: State, path: Path) -> None:
-    """Write all of a state: weights, the optimiser's moments, and where it stands."""
+def _save_state(state: State, path: Path) -> None:
+    """Write a checkpoint: weights, the optimizer's moments, and the position."""
     tensors = {f"weights/{name}": value.contiguous() for name, value in state.predictor.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"{index}/{name}": value.contiguous() for name, value in values.items()}
-    counted = json.dumps({"step": state.step, "seconds": state.seconds})
-    write_atomically(path / CHECKPOINT, lambda temporary: save_file(tensors, temporary, {"state": counted}))
+    save_file(tensors, path, {"state": json.dumps(asdict(state.position))})
 
 
-def _train(state: State, folder: RunFolder, options: Options, model: PreTrainedModel, batches: Batches) -> None:
-    """All remaining steps, with a checkpoint every so many."""
-    columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("", total=options.steps, completed=state.step, shown="")
-        while state.step < options.steps:
-            began = time.perf_counter()
-            layers = observe(model, batches(state.step), mlp=options.mlp)
-            loss = prediction_loss(state.predictor, layers, options.sparsities)
-            loss.backward()
-            for group in state.optimizer.param_groups:  # to zero in a line
-                group["lr"] = options.learning_rate * (1 - state.step / options.steps)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            if not torch.isfinite(loss):
-                raise RunError(f"the loss is no number at step {state.step}: a lower experiment.learning_rate may do")
-            state.step += 1
-            state.seconds += time.perf_counter() - began
-            progress.update(bar, completed=state.step, shown=f"loss {loss.item():.4f}")
-            folder.progress(state.step, options.steps)
-            if state.step % options.checkpoint_every == 0 and state.step < options.steps:
-                _snapshot(state, folder.path)
+def _step(step: int, state: State, options: Options, model: PreTrainedModel, batches: Batches) -> dict[str, Tensor]:
+    """Take one optimizer step; return its loss."""
+    layers = observe(model, batches(step), mlp=options.mlp)
+    loss = prediction_loss(state.predictor, layers, options.sparsities)
+    loss.backward()
+    for group in state.optimizer.param_groups:  # linear decay to zero
+        group["lr"] = options.learning_rate * (1 - step / options.steps)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return {"loss": loss.detach()}
 
 
 @torch.no_grad()
-def observe(model: PreTrainedModel, ids: Tensor, *, mlp: bool) -> list[Observed]:
-    """What the layers read and compute of these sequences."""
-    with observed(model, mlp=mlp) as layers:
+def observe(model: PreTrainedModel, ids: Tensor, *, mlp: bool) -> list[LayerActivity]:
+    """Run sequences through the model; return the inputs and outputs of its layers."""
+    with record_activity(model, mlp=mlp) as layers:
         model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False)
     return layers
 
 
-def prediction_loss(predictor: Predictor, layers: list[Observed], sparsities: list[float]) -> Tensor:
-    """Mean binary cross-entropy, over layers, tokens and heads; that of the neurons is added.
+def prediction_loss(predictor: Predictor, layers: list[LayerActivity], sparsities: list[float]) -> Tensor:
+    """Return the mean binary cross-entropy over layers, tokens and heads, plus that of the neurons.
 
     A head's label is the share of the sparsities at which it is among the token's top heads, so that one predictor
-    orders the heads for all of them; a neuron's label is whether it is active.
+    orders the heads for all of them; a neuron's label is 1 where it is active.
     """
     losses = []
     for index, layer in enumerate(layers):
         heads = layer.norms.shape[-1]
-        tops = [top_mask(layer.norms, kept_of(heads, sparsity)).float() for sparsity in sparsities]
+        tops = [top_mask(layer.norms, num_kept(heads, sparsity)).float() for sparsity in sparsities]
         labels = torch.stack(tops).mean(0)
         scores = predictor.heads[index](layer.hidden)
         losses.append(functional.binary_cross_entropy_with_logits(scores, labels.to(scores.device)))
@@ -225,7 +226,7 @@ def prediction_loss(predictor: Predictor, layers: list[Observed], sparsities: li
 def measure(
     predictor: Predictor, model: PreTrainedModel, batches: Batches, count: int, sparsities: list[float]
 ) -> dict[str, float]:
-    """Mean over held-out tokens and layers of the share of the true top heads that are predicted, and the loss."""
+    """Return loss and recall on held-out batches: the share of the true top heads that are predicted."""
     sums = dict.fromkeys(["loss", *(f"recall_{round(100 * sparsity)}" for sparsity in sparsities)], 0.0)
     for batch in range(count):
         layers = observe(model, batches(batch), mlp=len(predictor.neurons) > 0)
@@ -233,47 +234,17 @@ def measure(
         for index, layer in enumerate(layers):
             scores = predictor.heads[index](layer.hidden)
             for sparsity in sparsities:
-                keep = kept_of(scores.shape[-1], sparsity)
-                both = top_mask(scores, keep) & top_mask(layer.norms, keep).to(scores.device)
-                share = both.sum().item() / (keep * len(scores))
-                sums[f"recall_{round(100 * sparsity)}"] += share / count / len(layers)
+                k = num_kept(scores.shape[-1], sparsity)
+                both = top_mask(scores, k) & top_mask(layer.norms, k).to(scores.device)
+                recall = both.sum().item() / (k * len(scores))
+                sums[f"recall_{round(100 * sparsity)}"] += recall / count / len(layers)
     return {name: round(value, 4) for name, value in sums.items()}
 
 
-def _finish(
-    state: State, folder: RunFolder, options: Options, model: PreTrainedModel, held_out: Batches, config: DictConfig
-) -> dict[str, Any]:
-    """Save the predictor; returns the run's result."""
-    metrics = measure(state.predictor, model, held_out, options.held_out, options.sparsities)
-    target = folder.path / "predictor"
-    target.mkdir(exist_ok=True)
-    recipe = {name: value for name, value in asdict(options).items() if name not in ("corpus", "install")}
-    state.predictor.save(
-        target, write_atomically, recipe=recipe, seed=config.seed, metrics=metrics, versions=versions()
-    )
-    return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
-        "metrics": metrics,
-        "n": options.held_out * options.batch_size * options.sequence_length,
-        "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
-        "seconds": round(state.seconds, 3),
-        "seed": config.seed,
-        "run_id": folder.id,
-        "versions": versions(),
-    }
-
-
-def _tell(path: Path, options: Options) -> int:
-    """Say where the predictor is; with ``install``, make it the embedded model's."""
+def _show(path: Path, options: Options) -> None:
+    """Log the folder of the predictor; with ``install``, make it the embedded model's."""
     target = path / "predictor"
     log_info(f"trained predictor: method.predictor={target}")
     if options.install:
-        INSTALLED.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, RECORD):
-            write_atomically(INSTALLED / name, lambda temporary, name=name: shutil.copyfile(target / name, temporary))
+        install_files([target / name for name in (WEIGHTS, RECORD)], INSTALLED)
         log_info(f"installed in {INSTALLED}")
-    return 0

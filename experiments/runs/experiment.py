@@ -1,7 +1,7 @@
-"""A run from its claim to its end, whatever that is: the same for all experiments.
+"""The template of all experiments: check a configuration, skip what is complete, run, record how it ended.
 
-One process works on a run. It ends done or failed, and its status says why; a failure never stops the other runs of a
-sweep. A signal or ctrl-c ends the process, with the run's state saved for the next start.
+One process works on a run. A run ends done or failed, and its status says why; a failure never stops the other runs of
+a sweep. A signal or ctrl-c ends the process, with the run's state saved for the next start.
 """
 
 from __future__ import annotations
@@ -9,160 +9,297 @@ from __future__ import annotations
 import errno
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedConfig
 
-from chai.models import ModelError
+from chai.loading import ModelError, ModelSource, load_config
+from chai.methods import load_method
+from chai.methods.base import Method
+from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
+from experiments.config.validate import check_clusters, to_dataclass
+from experiments.runs.code import versions
 from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.identity import check_profile
 from experiments.runs.locks import LockOwner, RunLocked
+from experiments.runs.model import model_source
+from experiments.runs.resolve import resolve_runs
 from experiments.runs.tracking import track
 from experiments.system.console import log_error, log_info
+from experiments.system.distributed import DistributedError
 from experiments.system.interrupts import interruption
+from experiments.system.processes import is_main_process
 
-#: What a file system answers where nothing is wrong with the program.
+#: Errors of the file system rather than of the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
 
+OptionsT = TypeVar("OptionsT")
 
-class Ending(Enum):
-    """How a run ended, as far as this process knows."""
+
+class Outcome(Enum):
+    """End of a run, as far as this process knows."""
 
     DONE = "done"
     FAILED = "failed"
-    ELSEWHERE = "elsewhere"  # another process works on it, which is no failure
+    LOCKED = "locked"  # another process works on it, which is no failure
 
     @property
     def code(self) -> int:
-        """The exit code."""
-        return int(self is Ending.FAILED)
+        """Exit code of the process."""
+        return int(self is Outcome.FAILED)
 
 
-def record(
+@dataclass
+class Run(Generic[OptionsT]):
+    """One run with its options; source, architecture and method are made on first use."""
+
+    folder: RunFolder
+    options: OptionsT
+
+    @property
+    def config(self) -> DictConfig:
+        """Configuration of the run."""
+        return self.folder.config
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Source of the model."""
+        return model_source(self.config)
+
+    @cached_property
+    def architecture(self) -> PreTrainedConfig:
+        """Configuration of the model; a ModelError if it cannot be loaded."""
+        return load_config(self.source)
+
+    @cached_property
+    def method(self) -> Method:
+        """Configured method."""
+        return build_method(self.config)
+
+
+def run_single(
+    config: DictConfig,
+    options_type: type[OptionsT],
+    *,
+    check: Callable[[Run[OptionsT]], None],
+    work: Callable[[Run[OptionsT]], dict[str, Any]],
+    show: Callable[[Path, OptionsT], object],
+    section: str = "experiment",
+    keep: tuple[str, ...] = (),
+    until_done: tuple[str, ...] = (),
+) -> int:
+    """Do an experiment that is a single run, unless it is complete; return the exit code.
+
+    Args:
+        config: as composed; its ``section`` becomes ``options_type``.
+        options_type: dataclass of the experiment's options.
+        check: raises ConfigError for what the model cannot run with. Nothing is written then.
+        work: returns the run's part of ``result.json``.
+        show: prints the outcome in the folder of a complete run.
+        section: of the configuration, holds the options.
+        keep: see :func:`run_lifecycle`.
+        until_done: see :func:`run_lifecycle`.
+    """
+    options = to_dataclass(options_type, config[section], section)
+    (folder,) = checked_folders(config)
+    if not needs_work(folder):
+        show(folder.path, options)
+        return 0
+    run = Run(folder, options)
+    try:
+        check(run)
+    except ModelError as error:
+        return mark_failed([folder], with_remedy(error)).code
+    outcome = run_lifecycle(folder, lambda: work(run), keep=keep, until_done=until_done)
+    if outcome is Outcome.DONE:
+        show(folder.path, options)
+    return outcome.code
+
+
+def checked_folders(config: DictConfig) -> list[RunFolder]:
+    """Return the folders of a configuration's runs; refuse missing cluster counts and another model's head profile."""
+    singles = resolve_runs(config)
+    for single in singles:
+        check_clusters(single)
+        check_profile(single)
+    return [RunFolder(single) for single in singles]
+
+
+def require_minimum(options: object, **minimums: int) -> None:
+    """Raise a ValueError that names the first option below its minimum."""
+    for name, minimum in minimums.items():
+        if getattr(options, name) < minimum:
+            raise ValueError(f"{name} is {getattr(options, name)}; valid: {minimum} or more")
+
+
+def needs_work(folder: RunFolder) -> bool:
+    """Return False for a complete run that is not forced, and log that it is skipped."""
+    if folder.is_done and not folder.config.force:
+        log_info(f"already complete: {folder.path} (force=true to rerun)")
+        return False
+    return True
+
+
+def build_method(config: DictConfig) -> Method:
+    """Return the configured method, or raise a ConfigError for its hyper-parameters."""
+    return to_dataclass(load_method(config.method.name), config.method, "method")
+
+
+def check_method(method: Method, architecture: PreTrainedConfig) -> None:
+    """Raise a ConfigError for a method that cannot run on such a model; log its note on the model."""
+    try:
+        method.check(architecture)
+    except ValueError as error:
+        raise ConfigError(f"method: {with_remedy(error)}") from None
+    if note := method.note(architecture):
+        log_info(note)
+
+
+def run_lifecycle(
     folder: RunFolder,
     work: Callable[[], dict[str, Any]],
     *,
     keep: tuple[str, ...] = (),
     until_done: tuple[str, ...] = (),
-) -> Ending:
-    """Do the work of a run between its start and its end.
+) -> Outcome:
+    """Do the work of a run between its claim and its end.
 
     Args:
         folder: of the run.
-        work: returns the result.
-        keep: files of an earlier start to go on from, unless the run is forced.
-        until_done: more of these, which are dropped once the run is done.
+        work: returns the run's part of ``result.json``.
+        keep: files of an earlier attempt to resume from, unless the run is forced.
+        until_done: more such files, deleted once the run is done.
 
     Raises:
-        ConfigError: from ``work``; the run is failed.
-        BaseException: what stops the process (ctrl-c, a signal); the run's status says so.
+        BaseException: a ConfigError of ``work``, or what stops the process; the run's status says so.
     """
     try:
         folder.claim()
-    except RunLocked as locked:
-        tell(folder, locked.owner)
-        return Ending.ELSEWHERE
+    except RunLocked as held:
+        log_locked(folder, held.owner)
+        return Outcome.LOCKED
     except RunError as error:
         log_error(str(error))
-        return Ending.FAILED
+        return Outcome.FAILED
     try:
         if folder.is_done and not folder.config.force:
-            log_info(f"done meanwhile: {folder.path}")
-            return Ending.DONE
-        reason = _attempt(folder, work, () if folder.config.force else (*keep, *until_done))
-        if reason is not None:
+            log_info(f"completed by another process: {folder.path}")
+            return Outcome.DONE
+        failure = None
+        try:
+            folder.start(keep=() if folder.config.force else (*keep, *until_done))
+            folder.finish(common_fields(folder) | work())
+        except BaseException as error:
+            failure = _failure_reason(folder, error)
+        if failure is not None:
+            # Only now is the memory of the failed work free; the next run may need it.
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # of what the failed work held; the next run may need it
-            log_error(reason + _fail(folder, reason))
+                torch.cuda.empty_cache()
+            log_error(failure + _write_failure(folder, failure))
             track(folder)
-            return Ending.FAILED
+            return Outcome.FAILED
         for name in until_done:
             (folder.path / name).unlink(missing_ok=True)
         track(folder)
-        return Ending.DONE
+        return Outcome.DONE
     finally:
         folder.release()
 
 
-def _attempt(folder: RunFolder, work: Callable[[], dict[str, Any]], keep: tuple[str, ...]) -> str | None:
-    """Start, work, finish; returns why that failed, or ``None``."""
-    try:
-        folder.start(keep=keep)
-        folder.finish(work())
-        return None
-    except ConfigError:
-        _fail(folder, "wrong configuration")
-        raise
-    except BaseException as error:
-        stopped = interruption(error)
-        if stopped is not None:
-            _fail(folder, stopped)
-        if stopped is not None or not isinstance(error, Exception):
-            raise
-        if known_reason(error) is None:  # not foreseen, so its traceback is worth having
-            traceback.print_exc()
-        return describe(error)
+def common_fields(folder: RunFolder) -> dict[str, Any]:
+    """Return the fields that ``result.json`` has in every experiment."""
+    config = folder.config
+    return {
+        "experiment": config.experiment.name,
+        "method": config.method.name,
+        "model": config.model.name,
+        "task": config.task.name,
+        "seed": config.seed,
+        "run_id": folder.id,
+        "versions": versions(),
+    }
 
 
-def give_up(folders: Sequence[RunFolder], reason: str) -> list[Ending]:
-    """Record one reason as the end of runs that can't be started; returns how each ended.
+def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
+    """Record one reason as the end of runs that cannot be started; return their outcome.
 
-    A run that is done (``force=true``, but no model to do it with) keeps its result, one that another process works on
-    is that one's, and what an unfinished one can go on from stays.
+    A complete run (``force=true``, but no model to rerun it with) keeps its result, a locked one is its owner's, and
+    what an unfinished one can resume from stays. Only the main process writes.
     """
-    added = ""
-    for folder in folders:
+    note = ""
+    for folder in folders if is_main_process() else ():
         try:
             folder.claim()
             if folder.is_done:
                 continue
             if not folder.path.exists():
                 folder.start()
-            added = added or _fail(folder, reason)
+            note = note or _write_failure(folder, reason)
         except RunLocked:
             continue
         except RunError as error:
-            added = added or f" ({error})"
+            note = note or f" ({error})"
         finally:
             folder.release()
-    log_error(reason + added)
-    return [Ending.FAILED] * len(folders)
+    log_error(reason + note)
+    return Outcome.FAILED
 
 
-def tell(folder: RunFolder, holder: LockOwner) -> None:
-    """Say who works on a run."""
-    log_info(f"left to {holder}, which works on it: {folder.path}")
+def log_locked(folder: RunFolder, owner: LockOwner) -> None:
+    """Log that a run is left to the process that holds its lock."""
+    log_info(f"skipping: locked by {owner}: {folder.path}")
 
 
-def describe(error: Exception) -> str:
-    """One line for any failure."""
-    return known_reason(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+def describe_error(error: Exception) -> str:
+    """Return any failure as one line."""
+    return expected_reason(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def known_reason(error: Exception) -> str | None:
-    """One line for a failure that isn't the program's: of model or run, memory, disk. ``None`` for any other."""
+def expected_reason(error: Exception) -> str | None:
+    """Return one line for a failure of model, run, memory or disk; ``None`` for one of the program."""
     first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, (RunError, ModelError)):
-        return str(error)
-    short = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or short:
-        return f"out of memory (a smaller batch_size takes less): {first or 'no more is said'}"
+    if isinstance(error, (RunError, ModelError, DistributedError)):
+        return with_remedy(error)
+    cpu_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or cpu_memory:
+        return f"out of memory (a smaller batch_size takes less): {first or 'no details available'}"
     if isinstance(error, OSError) and error.errno in DISK:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     return None
 
 
-def _fail(folder: RunFolder, reason: str) -> str:
-    """Record a failure; returns what to add to its one line where that isn't possible.
+def _failure_reason(folder: RunFolder, error: BaseException) -> str:
+    """Return why a run failed; record and re-raise what ends the process or is the configuration's fault."""
+    if isinstance(error, ConfigError):
+        _write_failure(folder, "wrong configuration")
+        raise error
+    stopped = interruption(error)
+    if stopped is not None:
+        _write_failure(folder, stopped)
+    if stopped is not None or not isinstance(error, Exception):
+        raise error
+    if expected_reason(error) is None:
+        traceback.print_exc()
+    return describe_error(error)
 
-    A run that is done hasn't been started again yet, or was stopped just after its end: it stays done.
+
+def _write_failure(folder: RunFolder, reason: str) -> str:
+    """Record a failure; return what to add to the message where that is not possible.
+
+    A run that is done has not been started again yet, or was stopped just after its end: it stays done.
     """
     if folder.is_done:
         return ""
     try:
         folder.fail(reason)
     except OSError as error:
-        return f" (and the status can't be written: {error.strerror or error})"
+        return f" (and the status cannot be written: {error.strerror or error})"
     return ""

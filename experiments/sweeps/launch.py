@@ -14,7 +14,7 @@ from experiments.sweeps.record import Sweep, new_sweep_folder
 from experiments.sweeps.serial import SerialLauncher
 from experiments.sweeps.slurm import SlurmLauncher
 from experiments.system.console import log_error, log_info
-from experiments.system.processes import leads, processes
+from experiments.system.processes import is_main_process, world_size
 
 #: Class of each choice of ``hydra/launcher``. All are made from the planned jobs, with a ConfigError for settings that
 #: they cannot work with; ``run`` runs the jobs with the given indices, from a snapshot of the code if they need one.
@@ -29,12 +29,12 @@ def launch(sweeps: list[list[str]]) -> int:
     """
     planned = plan_jobs(sweeps)
     name, results_dir = planned[0].launcher, planned[0].config.results_dir
-    if processes() > 1 and name != "basic":
-        raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {processes()}")
+    if world_size() > 1 and name != "basic":
+        raise ConfigError(f"hydra/launcher={name} starts jobs from one process, not from {world_size()}")
     launcher = LAUNCHERS[name](planned)
     folder = new_sweep_folder(Path(results_dir))
     sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(results_dir))
-    if not leads():
+    if not is_main_process():
         return launcher.run(sweep, [])
     # Record the sweep before anything is started.
     todo = [index for index, one in enumerate(planned) if not one.is_done]

@@ -9,7 +9,7 @@ from experiments.sweeps.job import record_outcome
 from experiments.sweeps.plan import PlannedJob
 from experiments.sweeps.record import Sweep
 from experiments.system.console import log_info, logged_errors
-from experiments.system.processes import leads
+from experiments.system.processes import is_main_process
 
 
 class SerialLauncher:
@@ -27,9 +27,9 @@ class SerialLauncher:
             one.config.logger.group = one.config.logger.group or sweep.path.name
             log_info(f"[{index + 1}/{len(self.planned)}] {' '.join(one.job.overrides)}")
             codes.append(run_config(one.config))
-            if index in todo and leads():
+            if index in todo and is_main_process():
                 error = logged_errors[-1] if codes[-1] and logged_errors else None
                 record_outcome(sweep, index, codes[-1], error)
-        if set(codes) == {2} and leads():  # nothing was run: leave nothing behind, not even the record
+        if set(codes) == {2} and is_main_process():  # nothing was run: leave nothing behind, not even the record
             shutil.rmtree(sweep.path, ignore_errors=True)
         return max(codes, default=0)

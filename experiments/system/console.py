@@ -9,7 +9,7 @@ import warnings
 
 from rich.console import Console
 
-from experiments.system.processes import leads
+from experiments.system.processes import is_main_process
 
 #: A pipe has no width of its own: wide enough for the tables.
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -20,14 +20,14 @@ logged_errors: list[str] = []
 
 def log_info(message: str) -> None:
     """Print a line of progress."""
-    if leads():
+    if is_main_process():
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def log_error(message: str) -> None:
     """Print an error of one line to standard error, and keep it."""
     logged_errors.append(message)
-    if leads():
+    if is_main_process():
         print(f"error: {message}", file=sys.stderr)
 
 
@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    if not leads():
+    if not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not sys.stderr.isatty():  # a progress bar in a log file gets one line per half minute
         os.environ.setdefault("TQDM_MININTERVAL", "30")

@@ -1,211 +1,166 @@
-"""Several processes that score together, each with the whole model: ``torchrun`` or ``accelerate launch`` starts them.
+"""Data-parallel scoring: processes started by ``torchrun`` or ``accelerate launch``, each with the whole model.
 
-They cut the requests into the same batches as one process would, each answers every n-th of them, and all get all
-answers. So the numbers are those of one process, not just nearly. The first process (rank 0) leads: it alone holds a
-run's lock, writes the run's folder and prints; the others score what it tells them to.
-
-Whatever the processes tell each other is one round in which each hears what all say. A process that failed says so in
-the next round instead of what was expected, hence a failure of one is the failure of all, and nobody waits for ever.
-Gloo does the talking, for answers are small and the model's forward needs no other process.
+The processes meet in collective rounds, in which each contributes one message and receives those of all. A process
+that failed contributes its failure to the next round, whatever that round was meant for: a failure of one is a failure
+of all, and no process waits forever. Uses Gloo: payloads are small, and the model's forward needs no communication.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
-import pickle
-import time
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed
 
-from experiments.config.schema import ConfigError
-from experiments.evaluation.responses import FILE
-from experiments.runs.experiment import describe
-from experiments.runs.folder import RunError
-from experiments.system.processes import processes
+from experiments.system.processes import world_size
 
-PATIENCE = timedelta(days=7)  # a process may be that much slower than another; one that is gone is noticed at once
-POLL = 0.02  # seconds between two looks whether a round is over; signals are handled meanwhile
-
-SHARE = "answers.rank{}.jsonl"  # of each process but the leader
+#: Longest wait for a slower process; one that has died is noticed at once.
+TIMEOUT = timedelta(days=7)
 
 T = TypeVar("T")
 
-#: What a process says in a round: what kind of thing, and the thing.
-Word = tuple[str, Any]
+#: One process's part of a round: its kind, and the value, the reason of a failure or the command.
+Message = tuple[Literal["value", "failed", "command", "shutdown"], Any]
+
+
+class DistributedError(Exception):
+    """Raised when another process failed, died or cannot be reached. The message is one line."""
+
+
+def describe_type(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass
-class Team:
-    """The processes that score together; a process by itself is a team of one.
-
-    Attributes:
-        rank: of this process.
-        size: number of processes.
-    """
+class ProcessGroup:
+    """Processes that score together; ``ProcessGroup()`` is a single process, which exchanges nothing."""
 
     rank: int = 0
-    size: int = 1
-    _heard: Word | None = field(default=None, repr=False)  # what the leader said when something else was due
-    _trouble: str = field(default="", repr=False)
+    world_size: int = 1
+    describe: Callable[[Exception], str] = describe_type  # one line for the other processes to report
+    _next_message: Message | None = field(default=None, repr=False)  # of rank 0, received instead of a value
+    _failure: str = field(default="", repr=False)
 
     @property
-    def leads(self) -> bool:
-        """Whether this process has the run's folder."""
+    def is_main_process(self) -> bool:
+        """True for rank 0, which owns the run folders."""
         return self.rank == 0
 
-    def own(self, parts: Sequence[T]) -> Sequence[T]:
-        """The parts of a piece of work that are this process's; the longest come first, so that all get as much."""
-        return parts[self.rank :: self.size]
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """Return every ``world_size``-th item; items sorted by length give shards of equal work."""
+        return items[self.rank :: self.world_size]
 
-    def share(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` returns in each process, in all of them.
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank.
 
         Raises:
-            RunError: it failed in another process, which is named; or one has ended.
-            Exception: what it raised in this process.
+            DistributedError: another process failed or died.
         """
-        if self.size == 1:
-            return [work()]
-        error: Exception | None = None
+        return [value] if self.world_size == 1 else self._gather(("value", value))
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value in every process; raises as :meth:`all_gather` does."""
+        return self.all_gather(value)[0]
+
+    def run_on_all(self, work: Callable[[], T]) -> T:
+        """Return this process's ``work()`` once it has succeeded in every process.
+
+        Raises:
+            DistributedError: it failed in another process.
+            Exception: its failure in this process, after the others know of it.
+        """
+        if self.world_size == 1:
+            return work()
         try:
-            said: Word = ("share", work())
-        except Exception as caught:
-            said, error = ("failed", describe(caught)), caught
-        heard = self._round(said)
-        if error is not None:
-            raise error
-        if not self.leads and heard[0][0] in ("command", "end"):  # the leader has failed since the last round
-            self._heard = heard[0]
-            raise RunError("process 0 has failed")
-        for rank, (kind, thing) in enumerate(heard):
-            if kind != "share":
-                raise RunError(f"process {rank}: {thing}")
-        return [thing for _, thing in heard]
+            result = work()
+        except Exception as error:
+            with suppress(DistributedError):
+                self._gather(("failed", self.describe(error)))
+            raise
+        self._gather(("value", None))
+        return result
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in this process, if it fails in none; raises as :meth:`share` does."""
-        found: list[T] = []
+    def send_command(self, command: Any) -> None:
+        """Let the worker loops of the other processes run ``command`` (rank 0 only)."""
+        if self.world_size > 1:
+            self._exchange(("command", command))
 
-        def keep() -> None:
-            found.append(work())
+    def shutdown(self) -> None:
+        """End the worker loops of the other processes (rank 0 only)."""
+        if self.world_size > 1:
+            self._exchange(("shutdown", None))
 
-        self.share(keep)
-        return found[0]
-
-    def from_leader(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in the leading process, which alone does it; raises as :meth:`share` does."""
-        return self.share(work if self.leads else lambda: None)[0]  # type: ignore[arg-type, return-value]
-
-    def command(self, thing: Any) -> None:
-        """Of the leader: let the others do ``thing``.
-
-        Raises:
-            RunError: one has ended.
-        """
-        if self.size > 1:
-            self._round(("command", thing))
-
-    def dismiss(self) -> None:
-        """Of the leader: the others have nothing more to do."""
-        if self.size > 1:
-            self._round(("end", None))
-
-    def follow(self, work: Callable[[Any], object]) -> None:
-        """Of the others: do what the leader says, until it dismisses them; a failure is told and then forgotten.
-
-        Raises:
-            RunError: a process has ended.
-        """
+    def worker_loop(self, run: Callable[[Any], object]) -> None:
+        """Run rank 0's commands until shutdown; a failing command is reported in the next round and then forgotten."""
         while True:
-            word, self._heard = self._heard or self._round(("failed", self._trouble or "had nothing to do"))[0], None
-            if word[0] == "end":
+            if self._next_message is None:
+                kind, command = self._exchange(("failed", self._failure or "received no command"))[0]
+            else:
+                (kind, command), self._next_message = self._next_message, None
+            if kind == "shutdown":
                 return
-            if word[0] == "command":
+            if kind == "command":
+                self._failure = ""
                 try:
-                    self._trouble = ""
-                    work(word[1])
+                    run(command)
                 except Exception as error:
-                    self._trouble = describe(error)
+                    self._failure = self.describe(error)
 
-    def _round(self, said: Word) -> list[Word]:
-        """What every process says."""
-        try:
-            content = torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8)
-            length = torch.tensor([len(content)])
-            lengths = [torch.zeros_like(length) for _ in range(self.size)]
-            _wait(torch.distributed.all_gather(lengths, length, async_op=True))
-            room = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-            room[: len(content)] = content
-            rooms = [torch.zeros_like(room) for _ in range(self.size)]
-            _wait(torch.distributed.all_gather(rooms, room, async_op=True))
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise RunError(f"another process of this run has ended ({reason})") from None
-        return [pickle.loads(bytes(one[: int(size)].tolist())) for one, size in zip(rooms, lengths, strict=True)]
+    def _gather(self, message: Message) -> list[Any]:
+        """Return the values of a round to which every process must contribute one."""
+        messages = self._exchange(message)
+        if not self.is_main_process and messages[0][0] in ("command", "shutdown"):
+            # Rank 0 failed since the last round and is past this one: keep its message for the worker loop.
+            self._next_message = messages[0]
+            raise DistributedError("process 0 has failed")
+        for rank, (kind, reason) in enumerate(messages):
+            if kind != "value":
+                raise DistributedError(f"process {rank}: {reason}")
+        return [value for _, value in messages]
+
+    def _exchange(self, message: Message) -> list[Message]:
+        """Return the messages of all processes."""
+        messages: list[Any] = [None] * self.world_size
+        errors: list[RuntimeError] = []
+
+        def gather() -> None:
+            try:
+                torch.distributed.all_gather_object(messages, message)
+            except RuntimeError as error:
+                errors.append(error)
+
+        # all_gather_object blocks in C++, where no Python signal handler runs: wait for it in another thread.
+        thread = threading.Thread(target=gather, daemon=True)
+        thread.start()
+        thread.join()
+        if errors:
+            reason = (str(errors[0]).splitlines() or [""])[0][:200]
+            raise DistributedError(f"another process of this run has ended ({reason})")
+        return messages
 
 
-#: A process by itself.
-ALONE = Team()
+#: The group without a launcher.
+SINGLE_PROCESS = ProcessGroup()
 
 
-def _wait(work: Any) -> None:
-    while not work.is_completed():
-        time.sleep(POLL)
-    work.wait()  # raises what went wrong
-
-
-def join() -> Team:
-    """The team of this process, by what the launcher has put into the environment.
+def init_distributed(describe: Callable[[Exception], str] = describe_type) -> ProcessGroup:
+    """Return the process group that the launcher's environment variables define.
 
     Raises:
-        RunError: the others can't be reached.
+        DistributedError: the other processes cannot be reached.
     """
-    if processes() == 1:
-        return Team()
+    if world_size() == 1:
+        return ProcessGroup()
     if not torch.distributed.is_initialized():
         try:
-            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+            torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"can't reach the other processes: {(str(error).splitlines() or [''])[0]}") from None
+            raise DistributedError(f"cannot reach the other processes: {describe_type(error)}") from None
         atexit.register(torch.distributed.destroy_process_group)
-    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
-
-
-def own_device(device: str, device_map: Any) -> str:
-    """The device of this process: where there is a choice of GPUs, each process of a machine takes one.
-
-    Raises:
-        ConfigError: one device for all, or a model that is divided, with several processes.
-    """
-    if processes() == 1:
-        return device
-    if device_map is not None:
-        raise ConfigError(
-            f"model.device_map={device_map} divides the model, and {processes()} processes would each do so: "
-            "give model.device_map=null, or start one process"
-        )
-    if device.startswith("cuda:"):
-        raise ConfigError(
-            f"device={device} puts {processes()} processes on one GPU; valid: device=cuda, a GPU for each"
-        )
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return device
-
-
-def own_share(rank: int) -> str:
-    """The file of a process's own answers: ``answers.jsonl`` of the leader, ``answers.rank1.jsonl`` ..."""
-    return FILE if rank == 0 else SHARE.format(rank)
-
-
-def shares(folder: Path, team: Team) -> list[str]:
-    """Names of the files that the processes other than the leader write, or have left in an earlier start."""
-    left = (path.name for path in folder.glob(SHARE.format("*")))
-    return sorted({*left, *(own_share(rank) for rank in range(1, team.size))})
+    return ProcessGroup(torch.distributed.get_rank(), torch.distributed.get_world_size(), describe)

@@ -1,24 +1,26 @@
-"""The table at the end of a run, read back from the results on disk."""
+"""The table of accuracies, read back from the results on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.runs.files import read_json
 from experiments.system.console import console
+from experiments.tables.layout import make_table, print_table
+
+Result = dict[str, Any]
 
 LEGEND = (
-    "Change: points against the MHA run of the same settings. K,V saved: of the cache's live bytes; real: less is\n"
+    "Change: points against the MHA run of the same settings. KV saved: of the cache's live bytes; real: less is\n"
     "stored and computed, simulated: masked only. Heads: heads whose scores are computed, mean of the layers."
 )
 
 
-def find_baseline(result: dict[str, Any], results_dir: Path) -> dict[str, Any] | None:
-    """The done MHA run that differs from this one in its method alone."""
+def find_baseline(result: Result, results_dir: Path) -> Result | None:
+    """Return the result of the complete MHA run that differs in the method alone."""
     if result["method"] == "mha":
         return result
     folder = results_dir / result["experiment"] / result["model"] / "mha" / result["task"]
@@ -31,8 +33,8 @@ def find_baseline(result: dict[str, Any], results_dir: Path) -> dict[str, Any] |
 
 
 def show_results(folders: list[Path], results_dir: Path) -> None:
-    """Print a table of these runs, each under its MHA baseline where there is one."""
-    rows: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
+    """Print a table of these runs, each below its MHA baseline where there is one."""
+    rows: list[tuple[Result, Result | None]] = []
     missing = []
     for folder in folders:
         result = read_json(folder / "result.json")
@@ -44,56 +46,50 @@ def show_results(folders: list[Path], results_dir: Path) -> None:
             rows.append((baseline, baseline))
         rows.append((result, baseline))
     if rows:
-        console.print(results_table(rows))
-        console.print(LEGEND, style="dim", highlight=False)
+        print_table(results_table(rows), LEGEND)
     for folder in missing:
         status = read_json(folder / "status.json") or {}
         console.print(f"no result: {folder} ({status.get('error', status.get('state', 'not started'))})", markup=False)
 
 
-def results_table(rows: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:
-    """Accuracy, its change, and what is saved, a row for each result; a rule between tasks."""
+def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
+    """Return accuracy, its change, and what is saved, a row for each result; a rule between tasks."""
     metrics: dict[str, list[str]] = {}
     for result, _ in rows:
-        names = metrics.setdefault(result["metric"], [])
-        if result["task"] not in names:
-            names.append(result["task"])
-    shown = "; ".join(
-        f"{metric}: {', '.join(names)}" if len(metrics) > 1 else metric for metric, names in metrics.items()
+        tasks = metrics.setdefault(result["metric"], [])
+        if result["task"] not in tasks:
+            tasks.append(result["task"])
+    caption = "; ".join(
+        f"{metric}: {', '.join(tasks)}" if len(metrics) > 1 else metric for metric, tasks in metrics.items()
     )
-    table = Table(
-        title=f"Accuracy of {rows[0][0]['model']}, % ± standard error",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        caption=shown,
+    table = make_table(
+        f"Accuracy of {rows[0][0]['model']}, % ± standard error",
+        ["Task", "Method"],
+        ["Score", "Change", "KV saved", "Heads", "n", "Seconds"],
+        caption=caption,
         caption_justify="left",
-        padding=(0, 1),
     )
-    table.add_column("Task", overflow="fold")
-    table.add_column("Method", no_wrap=True)
-    for column in ("Score", "Change", "K,V saved", "Heads", "n", "Seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for index, (result, baseline) in enumerate(rows):
-        last = index + 1 == len(rows) or rows[index + 1][0]["task"] != result["task"]
-        table.add_row(*result_cells(result, baseline), end_section=last)
+        is_last = index + 1 == len(rows) or rows[index + 1][0]["task"] != result["task"]
+        table.add_row(*result_cells(result, baseline), end_section=is_last)
     return table
 
 
-def result_cells(result: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
-    """One row of the table as text."""
-    metric, savings, kept = result["metric"], result["savings"], result["savings"]["heads_kept"]
+def result_cells(result: Result, baseline: Result | None) -> list[str]:
+    """Return one row of the table as text."""
+    metric, savings, heads = result["metric"], result["savings"], result["savings"]["heads_kept"]
     score, error = result["metrics"][metric], result["stderr"].get(metric)
     change = ""
     if result["method"] != "mha":
         change = f"{100 * (score - baseline['metrics'][metric]):+.1f}" if baseline else "no MHA run"
-    saved = f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}"
     return [
         result["task"],
         result["method"],
         f"{100 * score:.1f}" + (f" ± {100 * error:.1f}" if isinstance(error, (int, float)) else ""),
         change,
-        saved,
-        f"{sum(kept) / len(kept):.1f}",
+        f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}",
+        f"{sum(heads) / len(heads):.1f}",
         str(result["n"]),
         f"{result['seconds']:.1f}",
     ]

@@ -1,55 +1,50 @@
-"""The table at the end of the offline phase, read back from the profile on disk."""
+"""The table of a head profile, read back from disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from chai.profile import Profile
-from experiments.system.console import console, log_info
+from chai.offline.head_profile import HeadProfile
+from experiments.system.console import log_info
+from experiments.tables.layout import make_table, print_table
+
+COLUMNS = ("Layer", "Clusters", "Error left", "Largest", "Correlation", "First token", "Agreement", "Changes")
 
 
-def show_profile(folder: Path) -> None:
-    """One row for each layer: its clusters, and the evidence for them."""
-    profile = Profile.load(folder)
+def show_head_profile(folder: Path) -> None:
+    """Print a row for each layer: its clusters, and the evidence for them."""
+    profile = HeadProfile.load(folder)
     about, arrays = profile.about, profile.arrays
     model, corpus, heads = about["model"], about["corpus"], about["model"]["heads"]
     rule = ", ".join(f"{key} {value}" for key, value in about["rule"].items() if key != "name")
-    table = Table(
-        title=f"{model['name']}, {heads} heads, on {corpus['samples']} samples of {corpus['name']} "
-        f"({corpus['tokens']:,} tokens); rule: {about['rule']['name']} ({rule})",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
+    title = (
+        f"{model['name']}, {heads} heads, on {corpus['samples']} samples of {corpus['name']} "
+        f"({corpus['tokens']:,} tokens); rule: {about['rule']['name']} ({rule})"
     )
-    for column in ("Layer", "Clusters", "Error left", "Largest", "Correlation", "First token", "Agreement", "Changes"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table(title, [], COLUMNS)
     tokens = about["decide_tokens"]
-    off = ~np.eye(heads, dtype=bool)
-    for layer, k in enumerate(profile.counts):
+    off_diagonal = ~np.eye(heads, dtype=bool)
+    for layer, k in enumerate(profile.num_clusters):
         error = arrays["error"][layer]
         table.add_row(
             f"{layer}",
             f"{k}",
             f"{100 * error[k - 1] / error[0]:.1f} %" if error[0] > 0 else "0.0 %",
             f"{arrays['cluster_sizes'][layer, k - 1, 0]:.1f}",
-            f"{arrays['correlation'][layer][off].mean():.2f}" if heads > 1 else "",
+            f"{arrays['correlation'][layer][off_diagonal].mean():.2f}" if heads > 1 else "",
             f"{100 * arrays['first_token'][layer].mean():.0f} %",
             f"{arrays['agreement'][layer, tokens - 1]:.2f}",
             f"{100 * arrays['changes'][layer, tokens - 1]:.1f} %",
         )
-    console.print(table)
-    console.print(
+    legend = (
         "Error left: of that with one cluster, each sample clustered by itself. Largest: heads of the largest\n"
         "cluster. Correlation: between two heads' attention, mean. First token: its share of the attention.\n"
         f"Agreement: of the membership after {tokens} tokens with that of the whole text, adjusted Rand index.\n"
-        "Changes: heads that change clusters with the next token.",
-        style="dim",
-        highlight=False,
+        "Changes: heads that change clusters with the next token."
     )
+    print_table(table, legend)
     log_info(
-        f"{100 * about['saving']:.1f} % of the K,V bytes saved with these counts. Use them: method.profile={folder}"
+        f"{100 * about['saving']:.1f} % of the KV bytes saved with these counts. Use them: method.profile={folder}"
     )

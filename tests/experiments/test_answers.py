@@ -11,13 +11,13 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from chai.loading import ModelSource, load_model, load_tokenizer
 from chai.methods import Mha
-from chai.models import ModelSource, load_model, load_tokenizer
 from experiments.config.compose import compose_config
 from experiments.evaluation import lm as scoring
-from experiments.evaluation import responses as answers
+from experiments.evaluation import responses
 from experiments.evaluation.lm import MethodLM
-from experiments.evaluation.responses import Answered, Answers, code_digest
+from experiments.evaluation.responses import BatchResponses, SavedResponses, code_digest
 from experiments.execute import run_config
 
 BATCH = 4
@@ -115,7 +115,7 @@ def test_force_and_other_code_start_afresh(workplace, tmp_path, monkeypatch, cap
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(MethodLM, "_model_call", stopping)
-    for more, said in ((["force=true"], ""), ([], "made with another code")):
+    for more, said in ((["force=true"], ""), ([], "discarding saved responses: code changed")):
         overrides = overrides_of(workplace, tmp_path / str(bool(said)), "mha")
         forwards.clear()
         with pytest.raises(SystemExit):
@@ -128,29 +128,31 @@ def test_force_and_other_code_start_afresh(workplace, tmp_path, monkeypatch, cap
         assert said in capsys.readouterr().out
 
 
-def answered(value: float) -> Answered:
-    return Answered([(value, True), (-2.5, False)], {"sequences": 2, "held": 3, "held_mha": 4, "key_heads": [[1]]}, 0.5)
+def batch_of(value: float) -> BatchResponses:
+    return BatchResponses(
+        [(value, True), (-2.5, False)], {"sequences": 2, "held": 3, "held_mha": 4, "key_heads": [[1]]}, 0.5
+    )
 
 
 def test_answers_come_back_as_they_were_but_for_a_torn_last_one(tmp_path):
     path, about = tmp_path / "answers.jsonl", {"code": "a", "versions": {"torch": "1"}}
-    written = Answers(path, about)
+    written = SavedResponses(path, about)
     values = {"one": -0.1 + 0.2, "two": -1e-17, "three": -float(torch.tensor(1.1))}
     for key, value in values.items():
-        written.add(key, answered(value))
+        written.add(key, batch_of(value))
     written.close()
     whole = path.read_bytes()
     for cut in (len(whole) - 1, len(whole) - 30):
         path.write_bytes(whole[:cut])
-        again = Answers(path, about)
+        again = SavedResponses(path, about)
         assert again.find("three") is None
-        assert again.find("one") == answered(values["one"]) and again.find("two") == answered(values["two"])
-        assert (again.restored, again.seconds, again.left_aside) == (4, 1.0, [])
-        again.add("three", answered(values["three"]))
+        assert again.find("one") == batch_of(values["one"]) and again.find("two") == batch_of(values["two"])
+        assert (again.restored, again.seconds, again.discarded) == (4, 1.0, [])
+        again.add("three", batch_of(values["three"]))
         again.close()
         assert path.read_bytes() == whole
-    other = Answers(path, {**about, "versions": {"torch": "2"}})
-    assert other.find("one") is None and other.left_aside == ["versions"]
+    other = SavedResponses(path, {**about, "versions": {"torch": "2"}})
+    assert other.find("one") is None and other.discarded == ["versions"]
     other.close()
     assert len(path.read_bytes().splitlines()) == 1
 
@@ -158,8 +160,8 @@ def test_answers_come_back_as_they_were_but_for_a_torn_last_one(tmp_path):
 @pytest.mark.parametrize("accepted", [0, 20])
 def test_an_answer_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeypatch, accepted):
     path = tmp_path / "answers.jsonl"
-    written = Answers(path, {})
-    written.add("one", answered(-1.0))
+    written = SavedResponses(path, {})
+    written.add("one", batch_of(-1.0))
     whole, write, left = path.read_bytes(), os.write, [accepted]
 
     def full(descriptor, data):
@@ -169,13 +171,13 @@ def test_an_answer_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeyp
         return write(descriptor, data[:room])
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.os, "write", full)
+        patch.setattr(responses.os, "write", full)
         with pytest.raises(OSError, match="No space left on device.*answers.jsonl"):
-            written.add("two", answered(-2.0))
+            written.add("two", batch_of(-2.0))
     assert path.read_bytes() == whole
-    written.add("two", answered(-2.0))
+    written.add("two", batch_of(-2.0))
     written.close()
-    assert Answers(path, {}).find("two") == answered(-2.0)
+    assert SavedResponses(path, {}).find("two") == batch_of(-2.0)
 
 
 def test_the_code_that_answers_depend_on_is_known():

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from chai.models import load_config
 from omegaconf import OmegaConf
 
+from chai.loading import load_config
 from chai.methods import load_method, method_names
 from experiments.cli import main
 from experiments.config.compose import choices, combinations, compose_config, task_members
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
 from experiments.config.validate import check_overrides, check_values, to_dataclass
 from experiments.evaluation import accuracy
-from experiments.evaluation.accuracy import model_source
+from experiments.runs.model import model_source
 from experiments.runs.resolve import run_folders
 from experiments.sweeps.expand import expand
 

@@ -54,7 +54,7 @@ def test_loglikelihoods_are_those_of_decoding(model, batch_size):
         scores = lm._loglikelihood_tokens(requests, disable_tqdm=True)
         for (_, context, continuation), (found, _) in zip(requests, scores, strict=True):
             assert found == pytest.approx(step_by_step(model, method, context, continuation), abs=1e-3)
-        assert lm.ledger.held < lm.ledger.held_mha
+        assert lm.cache_stats.held < lm.cache_stats.held_mha
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_a_row_that_requests_share_has_the_shortest_of_their_contexts(model):
     with method(model):
         lm = MethodLM(model, build_tokenizer(), method, 4)
         lm._loglikelihood_tokens([request([5, 6, 7, 8], [9]), request([5, 6], [7, 8, 9])], disable_tqdm=True)
-        assert lm.contexts == {(5, 6, 7, 8): 2}
+        assert lm._context_lengths == {(5, 6, 7, 8): 2}
 
 
 @torch.no_grad()
@@ -73,5 +73,5 @@ def test_a_text_that_is_cut_keeps_the_end_of_its_context(model):
     with method(model):
         lm = MethodLM(model, build_tokenizer(), method, 4)
         lm._loglikelihood_tokens([request(list(range(3, 33)), [9, 10])], disable_tqdm=True)
-        ((tokens, length),) = lm.contexts.items()
+        ((tokens, length),) = lm._context_lengths.items()
     assert (len(tokens), length) == (24, 23)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
-from chai.profile import Profile
+from chai.offline.head_profile import HeadProfile
 from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.microworld import training, world
@@ -124,7 +124,7 @@ def test_tokenizer_knows_every_word_and_splits_as_the_training_does():
 
 
 def test_embedded_model_is_what_its_recipe_says():
-    from chai.models import ModelSource, load_model
+    from chai.loading import ModelSource, load_model
 
     folder = pretrain_tiny.MODEL_DIR
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
@@ -149,7 +149,7 @@ def test_embedded_profile_is_of_the_embedded_model():
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["profile.json", "profile.safetensors"]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
-    profile = Profile.load(folder)
+    profile = HeadProfile.load(folder)
     assert profile.about["model"]["fingerprint"] == config.model.fingerprint
     assert profile.counts == OmegaConf.to_container(config.model.clusters)
     recipe = json.loads((pretrain_tiny.MODEL_DIR / "recipe.json").read_text())
@@ -163,8 +163,8 @@ def test_embedded_profile_is_of_the_embedded_model():
 @torch.no_grad()
 def test_planted_groups_are_in_the_embedded_model(topic):
     """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
-    from chai.clustering import kmeans
-    from chai.models import ModelSource, load_model
+    from chai.clustering.kmeans import kmeans
+    from chai.loading import ModelSource, load_model
 
     folder = pretrain_tiny.MODEL_DIR
     recipe = json.loads((folder / "recipe.json").read_text())
@@ -199,7 +199,7 @@ def test_topics_group_heads_otherwise():
 @torch.no_grad()
 def test_topics_never_meet():
     """Of a text of one topic nothing is in the other's dimensions, in any layer of the trained model."""
-    from chai.models import ModelSource, load_model
+    from chai.loading import ModelSource, load_model
 
     model = load_model(ModelSource("tiny", path=str(pretrain_tiny.MODEL_DIR), device="cpu", dtype="float32"))
     tokenizer, rng = build_tokenizer(), random.Random(0)
@@ -282,10 +282,10 @@ def test_stopped_training_goes_on_to_the_same_model(tmp_path, monkeypatch):
     step = pretrain_tiny._step
     for stop in (4, 7):
 
-        def interrupted(state, *rest, stop=stop):
-            if state.step == stop:
+        def interrupted(number, *rest, stop=stop):
+            if number == stop:
                 raise KeyboardInterrupt
-            return step(state, *rest)
+            return step(number, *rest)
 
         monkeypatch.setattr(pretrain_tiny, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):

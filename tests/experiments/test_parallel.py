@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +18,13 @@ import torch
 from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.config.validate import check_overrides
-from experiments.evaluation.accuracy import model_source, run
-from experiments.evaluation.responses import Answered, Answers
-from experiments.runs.folder import RunError
-from experiments.system import distributed as parallel
-from experiments.system.distributed import Team, join, own_device, own_share, shares
+from experiments.evaluation.accuracy import run
+from experiments.evaluation.responses import BatchResponses, SavedResponses, response_file, worker_files
+from experiments.runs import model
+from experiments.runs.experiment import describe_error
+from experiments.runs.model import model_source, process_device
+from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
+from experiments.system.interrupts import Interrupted, interruptible
 from tests.conftest import REPOSITORY
 
 SETTINGS = ["task=micro", "limit=6", "batch_size=2", "method=chai"]
@@ -63,9 +68,9 @@ def test_two_processes_score_as_one_does(tmp_path):
         ]  # fmt: skip
 
 
-def start(scene, rank: int, port: int, told) -> None:
+def start(scene, rank: int, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
-    told.put((rank, scene(join())))
+    results.put((rank, scene(init_distributed(describe_error))))
 
 
 def play(scene) -> list:
@@ -74,110 +79,150 @@ def play(scene) -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    told = context.Queue()
-    both = [context.Process(target=start, args=(scene, rank, port, told)) for rank in range(2)]
+    results = context.Queue()
+    both = [context.Process(target=start, args=(scene, rank, port, results)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
         assert process.exitcode is not None
-    heard = dict(told.get(timeout=5) for process in both if process.exitcode == 0)
-    return [heard.get(rank) for rank in range(2)]
+    by_rank = dict(results.get(timeout=5) for process in both if process.exitcode == 0)
+    return [by_rank.get(rank) for rank in range(2)]
 
 
 def attempt(work):
     try:
         return work()
-    except (RunError, KeyError) as error:
+    except (DistributedError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def test_all_hear_all():
-    def scene(team: Team):
-        return team.share(lambda: team.rank * 10), team.from_leader(lambda: team.size), team.together(lambda: team.rank)
+def test_all_receive_the_values_of_all():
+    def scene(group: ProcessGroup):
+        return group.all_gather(group.rank * 10), group.broadcast(group.rank), group.run_on_all(lambda: group.rank)
 
-    assert play(scene) == [([0, 10], 2, 0), ([0, 10], 2, 1)]
+    assert play(scene) == [([0, 10], 0, 0), ([0, 10], 0, 1)]
 
 
 def test_a_failure_of_one_is_the_failure_of_all_and_what_follows_works():
-    def scene(team: Team):
-        first = attempt(lambda: team.share(lambda: {}["gone"] if team.rank == 1 else 0))
-        return first, team.share(lambda: team.rank)
+    def scene(group: ProcessGroup):
+        first = attempt(lambda: group.run_on_all(lambda: {}["gone"] if group.rank == 1 else 0))
+        return first, group.all_gather(group.rank)
 
-    assert play(scene) == [("RunError: process 1: KeyError: 'gone'", [0, 1]), ("KeyError: 'gone'", [0, 1])]
+    assert play(scene) == [("DistributedError: process 1: KeyError: 'gone'", [0, 1]), ("KeyError: 'gone'", [0, 1])]
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_failure_between_two_rounds(culprit):
+@pytest.mark.parametrize("exchange", ["all_gather", "run_on_all"])
+def test_a_failure_between_two_rounds(culprit, exchange):
     """The others wait for an exchange that the failed one never comes to."""
 
-    def scene(team: Team):
+    def scene(group: ProcessGroup):
         done = []
 
         def work(number: int) -> None:
-            if number == 1 and team.rank == culprit:
+            if group.is_main_process:
+                group.send_command(number)
+            if number == 1 and group.rank == culprit:
                 raise KeyError("stumbled")
-            done.append((number, team.share(lambda: number)))
+            done.append((number, group.all_gather(number) if exchange == "all_gather" else group.run_on_all(int)))
 
-        def lead(number: int) -> object:
-            team.command(number)
-            return work(number)
-
-        if not team.leads:
-            team.follow(work)
+        if not group.is_main_process:
+            group.worker_loop(work)
             return done
-        found = [attempt(lambda number=number: lead(number)) for number in range(3)]
-        team.dismiss()
-        return found, done
+        outcomes = [attempt(lambda number=number: work(number)) for number in range(3)]
+        group.shutdown()
+        return outcomes, done
 
-    (found, done), followed = play(scene)
-    assert done == followed == [(0, [0, 0]), (2, [2, 2])]
-    assert found[1] == ("KeyError: 'stumbled'" if culprit == 0 else "RunError: process 1: KeyError: 'stumbled'")
+    (outcomes, done), followed = play(scene)
+    assert done == followed == [(number, [number] * 2 if exchange == "all_gather" else 0) for number in (0, 2)]
+    failure = "KeyError: 'stumbled'"
+    assert outcomes[1] == (failure if culprit == 0 else f"DistributedError: process 1: {failure}")
+
+
+def test_a_failing_round_does_not_lose_the_next_command():
+    """Rank 0 has failed and sends its next command into the round in which the other reports a failure of its own."""
+
+    def scene(group: ProcessGroup):
+        done = []
+
+        def work(number: int) -> None:
+            if number == 0:
+                attempt(lambda: group.run_on_all(lambda: {}["gone"]))
+            done.append(number)
+
+        if group.is_main_process:
+            for number in range(2):
+                group.send_command(number)
+            group.shutdown()
+        else:
+            group.worker_loop(work)
+        return done
+
+    assert play(scene)[1] == [0, 1]
 
 
 def test_nobody_waits_for_a_process_that_died():
-    def scene(team: Team):
-        if team.rank == 1:
+    def scene(group: ProcessGroup):
+        if group.rank == 1:
             os._exit(9)
-        return attempt(lambda: team.share(lambda: 0))
+        return attempt(lambda: group.all_gather(0))
 
-    assert play(scene)[0].startswith("RunError: another process of this run has ended")
+    assert play(scene)[0].startswith("DistributedError: another process of this run has ended")
 
 
-def test_alone():
-    team = join()
-    assert (team.rank, team.size, team.leads) == (0, 1, True)
-    assert team.share(lambda: 3) == [3]
-    assert team.own([1, 2, 3]) == [1, 2, 3]
-    team.command(0)
-    team.dismiss()
+def test_signals_are_handled_while_waiting_for_another_process():
+    def scene(group: ProcessGroup):
+        group.all_gather(0)
+        if group.rank == 1:
+            time.sleep(5)
+            return attempt(lambda: group.all_gather(0)) and None
+        began = time.monotonic()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            with interruptible():
+                group.all_gather(0)
+        except Interrupted:
+            return time.monotonic() - began
+
+    assert play(scene)[0] < 3
+
+
+def test_a_single_process_exchanges_nothing():
+    group = init_distributed()
+    assert (group.rank, group.world_size, group.is_main_process) == (0, 1, True)
+    assert group.all_gather(3) == [3]
+    assert group.run_on_all(lambda: 4) == 4
+    assert group.shard([1, 2, 3]) == [1, 2, 3]
+    group.send_command(0)
+    group.shutdown()
 
 
 def test_each_process_has_a_device(monkeypatch):
-    assert own_device("auto", "auto") == "auto"
-    monkeypatch.setattr(parallel, "processes", lambda: 2)
+    assert process_device("auto", "auto") == "auto"
+    monkeypatch.setattr(model, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert own_device("cuda", None) == "cuda:1"
-    assert own_device("cpu", None) == "cpu"
+    assert process_device("cuda", None) == "cuda:1"
+    assert process_device("cpu", None) == "cpu"
     with pytest.raises(ConfigError, match="device=cuda:0 puts 2 processes on one GPU"):
-        own_device("cuda:0", None)
+        process_device("cuda:0", None)
     with pytest.raises(ConfigError, match="model.device_map=auto divides the model"):
-        own_device("auto", "auto")
+        process_device("auto", "auto")
 
 
 def test_answers_of_other_processes_are_known(tmp_path):
     about = {"device": "cpu"}
     for rank in range(2):
-        mine = Answers(tmp_path / own_share(rank), about)
-        mine.add(f"batch{rank}", Answered([(-1.0, True)], {}, 0.0))
+        mine = SavedResponses(tmp_path / response_file(rank), about)
+        mine.add(f"batch{rank}", BatchResponses([(-1.0, True)], {}, 0.0))
         mine.close()
-    assert shares(tmp_path, Team()) == ["answers.rank1.jsonl"]
-    assert shares(tmp_path, Team(0, 3)) == ["answers.rank1.jsonl", "answers.rank2.jsonl"]
-    one = Answers(tmp_path / own_share(0), about, [tmp_path / own_share(1), tmp_path / own_share(2)])
+    assert worker_files(tmp_path, 1) == ["answers.rank1.jsonl"]
+    assert worker_files(tmp_path, 3) == ["answers.rank1.jsonl", "answers.rank2.jsonl"]
+    one = SavedResponses(tmp_path / response_file(0), about, [tmp_path / response_file(1), tmp_path / response_file(2)])
     assert one.find("batch0") is not None and one.find("batch1") is not None
     one.close()
-    other = Answers(tmp_path / own_share(2), {"device": "cuda"}, [tmp_path / own_share(1)])
-    assert other.find("batch1") is None and not other.left_aside
+    other = SavedResponses(tmp_path / response_file(2), {"device": "cuda"}, [tmp_path / response_file(1)])
+    assert other.find("batch1") is None and not other.discarded
     other.close()
 
 
@@ -186,10 +231,10 @@ def test_device_maps_are_checked():
     source = model_source(compose_config([f"model.device_map={places}"]))
     assert source.device_map == {"model.embed_tokens": 0, "model.layers": "cuda:1", "lm_head": "disk"}
     check_overrides(["model.device_map=balanced"])
-    for wrong, told in [
+    for wrong, message in [
         ("evenly", "model.device_map is 'evenly'; valid: auto, balanced, balanced_low_0, sequential, null"),
         ("{model.layers:gpu}", "model.device_map puts model.layers on 'gpu'; valid: a GPU's index"),
         ("{model.layers:-1}", "puts model.layers on -1"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             check_overrides([f"model.device_map={wrong}"])

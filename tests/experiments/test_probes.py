@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from chai.cache import cache_bytes
-from chai.methods import Chai
-from experiments.benchmarks.harness import OBSERVED, fill, interleave, peak_memory, twin
+from chai.methods import Chai, Mha
+from experiments.benchmarks.harness import PROFILED_STEPS, fill_cache, interleave, peak_memory, twin
 from experiments.config.compose import compose_config
 from experiments.execute import run_config
 from tests.models import HEADS, LAYERS, make_batch, make_model
@@ -63,7 +63,7 @@ def test_latency_has_a_row_for_everything(tmp_path, capsys):
     assert result["metrics"]["attention_decode_k3"] > 0 and result["metrics"]["model_prefill"] > 0
     printed = capsys.readouterr().out
     assert "attention decode" in printed and "Membership of all layers" in printed
-    assert run(tmp_path, *settings) == 0 and "done already" in capsys.readouterr().out
+    assert run(tmp_path, *settings) == 0 and "already complete" in capsys.readouterr().out
 
 
 def test_methods_without_clusters_are_timed_as_whole_models(tmp_path, capsys):
@@ -202,17 +202,17 @@ def test_a_twin_shares_weights_and_nothing_else():
 def test_filled_caches_have_their_length_and_go_on():
     model, method = make_model("llama"), Chai(clusters=[HEADS, 3, 2])
     stock = DynamicCache()
-    fill(model, stock, 2, 30)
+    fill_cache(model, Mha(), stock, 2, 30)
     with method(model):
         cache = method.new_cache(model)
-        fill(model, cache, 2, 30)
+        fill_cache(model, method, cache, 2, 30)
         assert cache.get_seq_length() == stock.get_seq_length() == 30
         assert [layer.keys.shape[1] for layer in cache.layers] == [HEADS, 3, 2]
         assert model(torch.tensor([[5], [6]]), past_key_values=cache).logits.isfinite().all()
     assert cache.nbytes * 2 * HEADS * LAYERS == cache_bytes(stock) * (2 * HEADS * LAYERS - 5 - 6) * 31 // 30
 
 
-@pytest.mark.parametrize("steps", [0, 3, OBSERVED + 5])
+@pytest.mark.parametrize("steps", [0, 3, PROFILED_STEPS + 5])
 def test_peak_memory_counts_what_lives_at_once(steps):
     held = []
 

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 import experiments.offline.profile_heads
-from chai.profile import Profile
+from chai.offline.head_profile import HeadProfile
 from experiments.config.compose import compose_config
 from experiments.config.schema import REPOSITORY
 from experiments.execute import run_config
@@ -40,7 +40,7 @@ def done(tmp_path_factory) -> Path:
 
 def test_the_planted_clusters_are_found(done):
     """Their number within one in at least three of four layers, and the groups themselves."""
-    profile, planted = Profile.load(done), json.loads(RECIPE.read_text())["planted_groups"]["facts"]
+    profile, planted = HeadProfile.load(done), json.loads(RECIPE.read_text())["planted_groups"]["facts"]
     right = [abs(k - len(set(groups))) <= 1 for k, groups in zip(profile.counts, planted, strict=True)]
     assert sum(right) >= 3
     for layer, groups in enumerate(planted):
@@ -51,10 +51,10 @@ def test_the_planted_clusters_are_found(done):
 def test_what_is_saved(done):
     result, about = read_json(done / "result.json"), read_json(done / "profile.json")
     assert result["n"] == about["corpus"]["samples"] == 48
-    assert result["heads_kept"] == Profile.load(done).counts
+    assert result["heads_kept"] == HeadProfile.load(done).counts
     assert about["model"]["fingerprint"] and about["corpus"]["source"].endswith("documents.py")
     assert {"statistics_bytes", "host_bytes", "seconds_pass", "device_name"} <= set(result)
-    arrays = Profile.load(done).arrays
+    arrays = HeadProfile.load(done).arrays
     assert np.isfinite(np.concatenate([array.ravel() for array in arrays.values()])).all()
     assert (np.diff(arrays["error"], axis=1) <= 1e-3 * arrays["error"][:, :1]).all()
     np.testing.assert_allclose(arrays["maps"].sum(-1), 1, atol=1e-5)
@@ -62,7 +62,7 @@ def test_what_is_saved(done):
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments.offline.profile_heads, "CHECKPOINT", 0.0)
+    monkeypatch.setattr(experiments.offline.profile_heads, "CHECKPOINT_SECONDS", 0.0)
     real, calls = experiments.offline.profile_heads.look, []
 
     def stop_after_two(*arguments):
@@ -79,8 +79,8 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, 
     assert read_json(folder / "status.json")["state"] == "failed" and not (folder / "profile.json").exists()
     monkeypatch.setattr(experiments.offline.profile_heads, "look", real)
     assert start(tmp_path) == 0
-    assert "going on after 32 samples" in capsys.readouterr().out
-    first, second = Profile.load(done), Profile.load(folder)
+    assert "resuming after 32 samples" in capsys.readouterr().out
+    first, second = HeadProfile.load(done), HeadProfile.load(folder)
     assert all(np.array_equal(first.arrays[name], array) for name, array in second.arrays.items())
 
 
@@ -88,10 +88,10 @@ def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):
     monkeypatch.setattr(experiments.offline.profile_heads, "look", None)  # it would fail
     results = done.parents[4]
     assert start(results, "profile.rule=saving", "profile.saving=0.3") == 0
-    assert "only the rule is applied" in capsys.readouterr().out
+    assert "reusing statistics of 48 samples" in capsys.readouterr().out
     (other,) = (path for path in done.parent.iterdir() if path != done)
-    profile = Profile.load(other)
-    assert profile.about["saving"] >= 0.3 and profile.counts != Profile.load(done).counts
+    profile = HeadProfile.load(other)
+    assert profile.about["saving"] >= 0.3 and profile.counts != HeadProfile.load(done).counts
     assert read_json(other / "result.json")["device_name"] == read_json(done / "result.json")["device_name"]
     shutil.rmtree(other)
 
@@ -101,20 +101,20 @@ def test_every_rule_gives_counts(done, rule):
     results = done.parents[4]
     assert start(results, f"profile.rule={rule}") == 0
     (other,) = (path for path in done.parent.iterdir() if path != done)
-    assert all(1 <= k <= 16 for k in Profile.load(other).counts)
+    assert all(1 <= k <= 16 for k in HeadProfile.load(other).counts)
     shutil.rmtree(other)
 
 
 def test_last_rows_averaged(tmp_path):
     assert start(tmp_path, "profile.features=last_row", "profile.combine=averaged") == 0
-    assert Profile.load(folder_of(tmp_path)).about["rule"]["combine"] == "averaged"
+    assert HeadProfile.load(folder_of(tmp_path)).about["rule"]["combine"] == "averaged"
 
 
 def test_a_method_uses_it(done, tmp_path, capfd):
     accuracy = ["method=chai", "task=micro_piqa", "limit=8", f"results_dir={tmp_path}"]
     assert run_config(compose_config([*accuracy, f"method.profile={done}"])) == 0
     (result,) = (read_json(path) for path in tmp_path.glob("accuracy/*/*/*/*/result.json"))
-    assert result["savings"]["heads_kept"] == Profile.load(done).counts
+    assert result["savings"]["heads_kept"] == HeadProfile.load(done).counts
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert run_config(compose_config([*accuracy, f"method.profile={copy}"])) == 0
@@ -160,9 +160,9 @@ def test_a_saving_that_can_not_be_had_is_one_line(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (None, "none.jsonl", "can't read the corpus"),
-        ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is no JSON object with a 'text'"),
-        ('{"body": "x"}\n', "other.jsonl", "line 1, is no JSON object with a 'text'"),
+        (None, "none.jsonl", "cannot read"),
+        ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is not valid JSON"),
+        ('{"body": "x"}\n', "other.jsonl", "line 1, has no text"),
         ("mona hosts bob .\n", "short.txt", "has 20 tokens"),
     ],
 )
@@ -180,4 +180,4 @@ def test_local_texts_are_named_by_their_file(tmp_path, shared):
     assert start(tmp_path, *options, "profile.samples=6", "profile.tokens=64") == 0
     folder = folder_of(tmp_path, "stories260K")
     assert folder.parent.name == "c4_en_2480"
-    assert Profile.load(folder).about["model"]["key_heads"] == 4
+    assert HeadProfile.load(folder).about["model"]["key_heads"] == 4

@@ -21,7 +21,7 @@ from experiments.evaluation.lm import MethodLM
 from experiments.execute import run_config
 from experiments.runs import files, locks
 from experiments.runs import folder as runs
-from experiments.runs.experiment import Ending, give_up, record
+from experiments.runs.experiment import Outcome, mark_failed, run_lifecycle
 from experiments.runs.files import read_json, write_atomically
 from experiments.runs.folder import RunFolder
 from experiments.runs.locks import RunLock, RunLocked, lock_owner, lock_path
@@ -167,7 +167,7 @@ def test_two_processes_never_work_on_the_same_run(workplace, tmp_path, capsys):
         assert f"process {holder.pid} on" in said and "micro_boolq" not in said.partition("Accuracy of")[2]
         assert len(list(tmp_path.rglob("result.json"))) == 4
         assert run_config(compose_config([*overrides, "force=true"])) == 0  # not even a model is loaded
-        give_up([RunFolder(compose_config(overrides))], "no model")
+        mark_failed([RunFolder(compose_config(overrides))], "no model")
         assert (boolq / "status.json").read_text() == before
     finally:
         holder.kill()
@@ -179,11 +179,11 @@ def test_two_processes_never_work_on_the_same_run(workplace, tmp_path, capsys):
 
 def test_a_run_that_another_process_has_just_finished_is_not_done_again(tmp_path, capsys):
     folder, other = a_folder(tmp_path), a_folder(tmp_path)
-    assert record(other, dict) is Ending.DONE
-    assert record(folder, lambda: pytest.fail("done again")) is Ending.DONE
-    assert "done meanwhile" in capsys.readouterr().out
+    assert run_lifecycle(other, dict) is Outcome.DONE
+    assert run_lifecycle(folder, lambda: pytest.fail("done again")) is Outcome.DONE
+    assert "completed by another process" in capsys.readouterr().out
     again = []
-    assert record(a_folder(tmp_path, "force=true"), lambda: again.append(1) or {}) is Ending.DONE
+    assert run_lifecycle(a_folder(tmp_path, "force=true"), lambda: again.append(1) or {}) is Outcome.DONE
     assert again == [1]
 
 
@@ -194,7 +194,7 @@ def test_the_lock_survives_the_start_and_ends_with_the_run(tmp_path):
         assert lock_owner(folder.path).pid == os.getpid()
         return {}
 
-    assert record(folder, work) is Ending.DONE
+    assert run_lifecycle(folder, work) is Outcome.DONE
     assert lock_owner(folder.path) is None
     assert lock_path(folder.path) == tmp_path / ".locks" / f"{folder.id}.lock"
 
@@ -270,10 +270,10 @@ def test_a_full_disk_fails_the_run_in_one_line_and_it_resumes(workplace, small_d
 
 def test_a_read_only_folder_is_one_line_for_every_experiment(small_disk, capfd):
     done, new = a_folder(small_disk), a_folder(small_disk, "seed=1")
-    assert record(done, dict) is Ending.DONE
+    assert run_lifecycle(done, dict) is Outcome.DONE
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert record(new, lambda: pytest.fail("started")) is Ending.FAILED
-    assert give_up([done, new], "no model") == [Ending.FAILED] * 2
+    assert run_lifecycle(new, lambda: pytest.fail("started")) is Outcome.FAILED
+    assert mark_failed([done, new], "no model") is Outcome.FAILED
     first, second = errors_of(capfd)
     assert "cannot write the run's folder" in first and "Read-only file system" in first
     assert second.startswith("error: no model (cannot write")
@@ -292,14 +292,14 @@ def test_a_status_that_cannot_be_replaced_is_overwritten(tmp_path, monkeypatch, 
         return {}
 
     monkeypatch.setattr(runs, "PROGRESS_EVERY", 0.0)
-    assert record(folder, work) is Ending.FAILED
+    assert run_lifecycle(folder, work) is Outcome.FAILED
     found = status(folder)
     assert found["state"] == "failed" and found["error"].startswith("No space left on device")
     assert found["progress"] == {"done": 1, "total": 2}
     (error,) = errors_of(capfd)
     assert "result.json" in error
     monkeypatch.setattr(runs, "overwrite", lambda path, text: full(path, None))
-    assert record(folder, dict) is Ending.FAILED
+    assert run_lifecycle(folder, dict) is Outcome.FAILED
     assert "cannot write the run's folder" in errors_of(capfd)[0]
     assert status(folder)["state"] == "failed"
 
@@ -329,7 +329,7 @@ def raising(error):
     [
         (lambda: torch.empty(1 << 58), "out of memory (a smaller batch_size takes less): "),
         (raising(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore")), "less): CUDA out of memory. Tried"),
-        (raising(MemoryError()), "out of memory (a smaller batch_size takes less): no more is said"),
+        (raising(MemoryError()), "out of memory (a smaller batch_size takes less): no details available"),
         (raising(OSError(errno.EDQUOT, "Disk quota exceeded", "x/y")), "Disk quota exceeded: x/y"),
         (raising(ValueError("two\nlines")), "ValueError: two lines"),
     ],
@@ -337,12 +337,12 @@ def raising(error):
 )
 def test_reasons_are_one_line_and_the_next_run_goes_on(tmp_path, capfd, work, message):
     folder = a_folder(tmp_path)
-    assert record(folder, work) is Ending.FAILED
+    assert run_lifecycle(folder, work) is Outcome.FAILED
     assert status(folder)["state"] == "failed" and message in status(folder)["error"]
     assert "\n" not in status(folder)["error"]
     said = capfd.readouterr().err
     assert said.count("error: ") == 1 and ("Traceback" in said) == (message.startswith("ValueError"))
-    assert record(folder, dict) is Ending.DONE and "error" not in status(folder)
+    assert run_lifecycle(folder, dict) is Outcome.DONE and "error" not in status(folder)
 
 
 def test_what_a_run_goes_on_from_is_dropped_when_it_is_done(tmp_path):
@@ -354,14 +354,14 @@ def test_what_a_run_goes_on_from_is_dropped_when_it_is_done(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record(folder, stopped, keep=("kept",), until_done=("half",))
+        run_lifecycle(folder, stopped, keep=("kept",), until_done=("half",))
     assert status(folder)["error"] == "interrupted"
 
     def resumed():
         assert (folder.path / "half").read_text() == "half"
         return {}
 
-    assert record(folder, resumed, keep=("kept",), until_done=("half",)) is Ending.DONE
+    assert run_lifecycle(folder, resumed, keep=("kept",), until_done=("half",)) is Outcome.DONE
     assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "status.json", "result.json", "kept"}
 
 
@@ -378,7 +378,7 @@ def test_progress_is_in_the_status_now_and_then(tmp_path, monkeypatch):
         assert status(folder)["started"] == before["started"] and status(folder)["updated"] > before["updated"]
         return {}
 
-    assert record(folder, work) is Ending.DONE
+    assert run_lifecycle(folder, work) is Outcome.DONE
     assert "progress" not in status(folder)
 
 

@@ -16,7 +16,7 @@ from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.config.validate import check_overrides
 from experiments.runs import tracking
-from experiments.runs.experiment import Ending, record
+from experiments.runs.experiment import Outcome, run_lifecycle
 from experiments.runs.folder import RunError, RunFolder
 from experiments.runs.identity import run_id
 from experiments.runs.tracking import choose_mode, flatten
@@ -62,7 +62,7 @@ def test_a_run_is_shown_offline(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results"
     folder = make_run(results, "logger.group=sweep")
-    assert record(folder, lambda: work(folder)) is Ending.DONE
+    assert run_lifecycle(folder, lambda: work(folder)) is Outcome.DONE
     out = capsys.readouterr().out.replace("\n", "")
     assert "logger=wandb: offline, `wandb sync " in out
     assert list(tmp_path.iterdir()) == [results]  # the tracker's files are with the results, not where we are
@@ -87,8 +87,8 @@ def test_a_run_that_goes_on_is_the_same_one_there(tmp_path):
         raise RunError("the disk is full")
 
     folder = make_run(tmp_path)
-    assert record(folder, fail) is Ending.FAILED
-    assert record(folder, lambda: RESULT) is Ending.DONE
+    assert run_lifecycle(folder, fail) is Outcome.FAILED
+    assert run_lifecycle(folder, lambda: RESULT) is Outcome.DONE
     told = shown(tmp_path)
     runs = [next(one.run for one in one_start if one.HasField("run")) for one_start in told]
     assert [run.run_id for run in runs] == [folder.id] * 2
@@ -110,7 +110,7 @@ def test_nothing_there_fails_a_run(tmp_path, capsys, monkeypatch, wandb, reason)
     (tmp_path / "broken" / "wandb.py").write_text(wandb)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     folder = make_run(tmp_path / "results", "logger.timeout=3" if "sleep" in wandb else "logger.timeout=120")
-    assert record(folder, lambda: work(folder)) is Ending.DONE
+    assert run_lifecycle(folder, lambda: work(folder)) is Outcome.DONE
     assert folder.is_done
     printed = capsys.readouterr()
     lines = printed.out.replace("\n", " ").split("logger=wandb: ")
@@ -122,13 +122,13 @@ def test_nothing_there_fails_a_run(tmp_path, capsys, monkeypatch, wandb, reason)
 def test_not_even_a_process_that_cannot_be_started(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tracking.sys, "executable", str(tmp_path / "gone"))
     folder = make_run(tmp_path)
-    assert record(folder, lambda: RESULT) is Ending.DONE
+    assert run_lifecycle(folder, lambda: RESULT) is Outcome.DONE
     assert "not tracked: FileNotFoundError" in capsys.readouterr().out
 
 
 def test_no_tracker_by_default(tmp_path, capsys):
     folder = RunFolder(compose_config(["task=micro_boolq", f"results_dir={tmp_path}"]))
-    assert record(folder, lambda: RESULT) is Ending.DONE
+    assert run_lifecycle(folder, lambda: RESULT) is Outcome.DONE
     assert not (tmp_path / "wandb").exists()
     assert "wandb" not in capsys.readouterr().out
 

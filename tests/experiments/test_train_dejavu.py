@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from chai.models import load_model
-from chai.predictor import load_predictor
+from chai.loading import load_model
+from chai.offline.predictor import load_predictor
 from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
-from experiments.evaluation.accuracy import model_source
 from experiments.execute import run_config
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline import train_dejavu
 from experiments.runs.identity import run_id
+from experiments.runs.model import model_source
 
 SHAPE = {"vocab_size": len(vocabulary()), "max_position_embeddings": 256, "num_hidden_layers": 2, "hidden_size": 32,
          "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -65,7 +65,7 @@ def test_trained_then_used_then_refused_for_another_model(workplace, tmp_path, c
     assert not list(path.parent.glob("checkpoint*"))
     assert run_config(compose_config(command(workplace, tmp_path))) == 0
     shown = capfd.readouterr().out
-    assert "done already" in shown
+    assert "already complete" in shown
     assert "method.predictor=" in shown
     score = [f"results_dir={tmp_path}", "method=dejavu", "task=micro_piqa", f"task.data_dir={workplace / 'data'}"]
     score.append(f"method.predictor={path}")
@@ -151,9 +151,9 @@ def test_what_cannot_be_trained_is_refused_and_writes_nothing(workplace, tmp_pat
 
 def test_a_corpus_that_is_missing_or_too_short_is_one_line(workplace, tmp_path, capfd):
     for overrides, message in (
-        (["experiment.corpus=nowhere.jsonl"], "can't read"),
+        (["experiment.corpus=nowhere.jsonl"], "cannot read"),
         (["experiment.column=text"], "has no text; expected columns: text"),
-        (["experiment.held_out=100"], "needed are"),
+        (["experiment.held_out=100"], "required are"),
     ):
         assert run_config(compose_config(command(workplace, tmp_path, *overrides))) == 1
         errors = capfd.readouterr().err

@@ -1,0 +1,93 @@
+"""Benchmark rows: measured times beside the operations and bytes that arithmetic requires (:mod:`chai.flops`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from chai.methods import baseline
+from chai.methods.base import Method
+
+#: Implementations of multi-head attention that a method is compared with.
+BASELINES = ("eager", "sdpa", "xformers")
+
+
+def required_work(
+    method: Method, model: PreTrainedModel, batch_size: int, part: str, phase: str, kv_len: int, k: int | None
+) -> float:
+    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters in each layer.
+
+    Of the whole model, ``None`` counts the method itself, and any k multi-head attention.
+    """
+    if part == "model":
+        counted = method if k is None else baseline()
+        if phase == "prefill":
+            return batch_size * counted.prefill_flops(model, kv_len)
+        return counted.decode_bytes(model, kv_len, batch_size)
+    shape = method.layer_shape(model)
+    if phase == "prefill":
+        return batch_size * (shape.attention_flops if part == "attention" else shape.prefill_flops)(kv_len, k)
+    # Weights are read once for all sequences.
+    weights = shape.weights(k) if part == "layer" else 0
+    return model.dtype.itemsize * (weights + batch_size * shape.cache_entries(kv_len, k))
+
+
+def summarize(
+    part: str,
+    phase: str,
+    length: int,
+    k: int | None,
+    times: dict[str, list[float]],
+    required: Callable[[int | None], float],
+    peak: dict[str, float],
+    num_heads: int,
+) -> list[dict[str, Any]]:
+    """Return one row for each implementation; docs/results.md describes the columns.
+
+    ``required`` maps a number of clusters to the work of :func:`required_work`.
+    """
+    baselines = [name for name in times if name in BASELINES]
+    best = min(baselines, key=lambda name: median(times[name]))
+    unit, peak_rate = ("GFLOP/s", peak["gflop_per_s"]) if phase == "prefill" else ("GB/s", peak["gb_per_s"])
+    rows = []
+    for name, samples in times.items():
+        is_baseline = name in baselines
+        low, _, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+        speedup = median(base / time for base, time in zip(times[best], samples, strict=True))
+        full, needed = required(num_heads), required(num_heads if is_baseline else k)
+        rate = needed / median(samples) / 1e6
+        rows.append(
+            {
+                "part": part,
+                "phase": phase,
+                "length": length,
+                "k": k,
+                "implementation": name,
+                "baseline": is_baseline,
+                "ms": median(samples),
+                "ms_p25": low,
+                "ms_p75": high,
+                "rounds": len(samples),
+                "speedup": speedup,
+                "best_baseline": best,
+                "limit": full / needed,
+                "of_limit": speedup * needed / full,
+                "rate": rate,
+                "rate_unit": unit,
+                "of_peak": rate / peak_rate,
+            }
+        )
+    return rows
+
+
+def headline(frame: pd.DataFrame) -> dict[str, float]:
+    """Return the method's speed-up at the longest length, by part and phase (and k)."""
+    rows = frame[~frame.baseline & (frame.length == frame.length.max())]
+    return {
+        f"{row.part}_{row.phase}" + ("" if pd.isna(row.k) else f"_k{row.k}"): float(row.speedup)
+        for row in rows.itertuples()
+    }

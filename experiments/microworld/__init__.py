@@ -1,0 +1,1 @@
+"""The embedded model: its text generator, tasks, tokenizer and training."""

@@ -1,0 +1,54 @@
+"""From the configuration of a model to the arguments of :mod:`chai.loading`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from chai.loading import ModelSource
+from experiments.config.schema import ConfigError
+from experiments.system.processes import world_size
+
+
+def model_source(config: DictConfig) -> ModelSource:
+    """Return where the model comes from and how this process loads it."""
+    model = config.model
+    plain: Any = OmegaConf.to_container(model, resolve=True)
+    return ModelSource(
+        name=model.name,
+        hub_id=model.hub_id,
+        revision=model.revision,
+        path=model.path,
+        dtype=model.dtype,
+        device=process_device(config.device, plain["device_map"]),
+        device_map=plain["device_map"],
+        safetensors_only=model.safetensors_only,
+        random_init=model.random_init,
+        architecture=plain["architecture"],
+        seed=config.seed,
+    )
+
+
+def process_device(device: str, device_map: Any) -> str:
+    """Return the device of this process: with several processes, each takes one GPU of its machine.
+
+    Raises:
+        ConfigError: several processes would share one GPU, or each divide the model.
+    """
+    if world_size() == 1:
+        return device
+    if device_map is not None:
+        raise ConfigError(
+            f"model.device_map={device_map} divides the model, and {world_size()} processes would each do so: "
+            "set model.device_map=null, or start one process"
+        )
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={device} puts {world_size()} processes on one GPU; valid: device=cuda, a GPU for each"
+        )
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device

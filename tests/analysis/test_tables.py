@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import paired
-from analysis.saved import Results
-from analysis.scores import load_scores
+from analysis import stats
+from analysis.results.runs import Results
+from analysis.results.scores import load_scores
 from analysis.tables.__main__ import main
-from analysis.tables._cells import build
-from analysis.tables._specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
+from analysis.tables.cells import build
+from analysis.tables.specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
 from experiments.config import check_overrides, choices, compose_config
 from experiments.paper import sweeps
 from experiments.runs import settings_id
@@ -166,7 +166,7 @@ def test_numbers_intervals_gaps_and_savings(tmp_path, capsys):
         assert float(chai.gap) == pytest.approx(-4.0 - float(paper))
         assert Decimal(chai.paper) == paper and chai.paper_source == "Table 2"
         assert (int(chai.lost), int(chai.gained), int(chai.n)) == (10, 2, 200)
-        assert float(chai.p) == pytest.approx(paired.mcnemar(10, 2), abs=1e-6)
+        assert float(chai.p) == pytest.approx(stats.mcnemar(10, 2), abs=1e-6)
         assert float(chai.low) == pytest.approx(-7.5, abs=0.5) and float(chai.high) == pytest.approx(-0.7, abs=0.4)
         assert (chai.saving, float(chai.kv_saved), mha.saving) == ("real", pytest.approx(19.1), "none")
         assert chai.metric == ("acc" if task == "boolq" else "acc_norm")

@@ -1,0 +1,83 @@
+"""CHAI's costs and savings at a glance, one line for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.report.measures import Measure, Missing, Ours, Source, kv_saved, speedup
+from analysis.results.benchmarks import LATENCY
+from analysis.results.runs import Results, Run, base_name
+from analysis.stats import Interval, mean_over_tasks
+from analysis.tables.cells import Table
+from analysis.tables.specs import task_name
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model at a glance; ``None``: not measured."""
+
+    model: str
+    mean: Interval | None  # CHAI's change of the mean accuracy, points
+    worst: Interval | None  # change on the task that loses the most, points
+    worst_task: str
+    tasks: tuple[int, int]  # tasks that are compared, of all
+    saved: float | None  # share of the KV cache, %
+    first: Interval | None  # speed-up of the first token at the longest length
+    next: Interval | None  # speed-up of the next tokens
+    length: int | None  # the longest length
+    runs: int  # finished runs of all experiments
+    seconds: float  # duration of these runs
+    devices: Sequence[str]  # devices of these runs
+
+
+def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
+    """Summarize one model.
+
+    Args:
+        table: its scores.
+        source: where to find other numbers.
+        runs: all finished runs.
+    """
+    model, row = table.model, table.row_of("chai")
+    changes = {cell.task: cell.change for cell in row.changes if cell.change} if row else {}
+    worst = min(changes, key=lambda task: changes[task].difference, default=None)
+    memory = _optional(kv_saved, source, model)
+    saved = memory.interval.value if memory else None
+    if saved is None and row is not None and row.saved is not None:
+        saved = 100 * row.saved
+    length = _longest(source.of(model))
+    first, later = (
+        _optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
+    )
+    own = [run for run in runs if base_name(run.model) == model]
+    return Line(
+        model,
+        mean_over_tasks(list(changes.values())).points if changes else None,
+        changes[worst].points if worst else None,
+        task_name(worst) if worst else "",
+        (len(changes), len(table.spec.tasks)),
+        saved,
+        first.interval if first else None,
+        later.interval if later else None,
+        length,
+        len(own),
+        sum(float(run.result.get("seconds") or 0) for run in own),
+        sorted({run.device for run in own}),
+    )
+
+
+def _optional(measure: Measure, *arguments: Any) -> Ours | None:
+    try:
+        return measure(*arguments)
+    except Missing:
+        return None
+
+
+def _longest(results: Results) -> int | None:
+    """Return the longest length of the newest latency run of CHAI, which :func:`speedup` takes."""
+    runs = [run for run in results.runs(LATENCY) if run.method == "chai"]
+    newest = max(runs, key=lambda run: run.updated, default=None)
+    lengths = [] if newest is None else newest.table[newest.table.part == "model"].length
+    return int(max(lengths)) if len(lengths) else None

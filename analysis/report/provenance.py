@@ -1,0 +1,50 @@
+"""List every finished run below the results folder, with its code, libraries and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from analysis.results.runs import Results, Run, RunQuery
+
+#: Folders of a results folder that hold no runs.
+NOT_RUNS = ("paper", "figures", "report", "sweeps")
+PACKAGES = ("chai-lab", "torch", "transformers", "lm-eval")  # those that numbers depend on the most
+
+
+def all_runs(results: Results) -> list[Run]:
+    """Return finished runs of every experiment, the newest first."""
+    names = sorted(path.name for path in results.root.glob("*") if path.is_dir() and path.name not in NOT_RUNS)
+    runs = [run for name in names for run in results.runs(RunQuery(name))]
+    return sorted(runs, key=lambda run: (-run.updated, str(run.folder)))
+
+
+def experiment(run: Run, root: Path) -> str:
+    """Return the experiment of a run."""
+    return run.folder.relative_to(root).parts[0]
+
+
+def finished(run: Run) -> str:
+    """Return the end of a run in UTC; empty if it is not recorded."""
+    return f"{datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M}" if run.updated else ""
+
+
+def code(run: Run) -> str:
+    """Return the short commit of the code, or its digest without git; empty if neither is recorded."""
+    return str(_versions(run).get("code", ""))
+
+
+def versions(run: Run) -> str:
+    """Return the versions of the project and of the most important libraries."""
+    recorded = _versions(run)
+    return ", ".join(f"{name} {recorded[name]}" for name in PACKAGES if recorded.get(name))
+
+
+def all_versions(runs: Sequence[Run]) -> str:
+    """Return every version that the runs have recorded."""
+    return ", ".join(sorted({f"{name} {number}" for run in runs for name, number in _versions(run).items()}))
+
+
+def _versions(run: Run) -> dict[str, str]:
+    return run.result.get("versions") or {}

@@ -85,8 +85,8 @@ def compare(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Compari
     McNemar's p is exact for any number.
 
     Args:
-        baseline: ``samples.parquet`` of multi-head attention.
-        other: ``samples.parquet`` of the method.
+        baseline: samples of multi-head attention, with ``doc_id``, ``doc_hash`` and the metric.
+        other: samples of the method.
         metric: column to compare, 1 for a right answer and 0 for a wrong one.
 
     Raises:
@@ -125,16 +125,9 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
 
 
 def resample(values: Sequence[float], counts: Sequence[int]) -> np.ndarray:
-    """Return means of items drawn with replacement, ``[RESAMPLES]``.
-
-    Items of equal value are interchangeable, so a draw of n items is one multinomial number for each value instead of
-    n indices.
-
-    Args:
-        values: possible values of an item.
-        counts: number of items of each value.
-    """
+    """Return means ``[RESAMPLES]`` of items drawn with replacement, given the number of items of each value."""
     n = sum(counts)
+    # Items of equal value are interchangeable: draw one multinomial number for each value instead of n indices.
     drawn = np.random.default_rng(SEED).multinomial(n, np.asarray(counts) / n, size=RESAMPLES)
     return drawn @ np.asarray(values) / n
 
@@ -165,14 +158,7 @@ def mean_over_tasks(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def judge(ours: Interval | None, bound: Bound, paper: float, tolerance: float) -> Verdict:
-    """Return the verdict by :data:`RULES`.
-
-    Args:
-        ours: our number; ``None``: not measured.
-        bound: meaning of the paper's number.
-        paper: the paper's number.
-        tolerance: in the same unit.
-    """
+    """Return the verdict on our number by :data:`RULES`; the tolerance is in its unit."""
     if ours is None:
         return "not run yet"
     slack = tolerance + 1e-9 * max(1.0, abs(paper))  # rounding errors at the border do not count

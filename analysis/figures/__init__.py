@@ -1,7 +1,8 @@
 """Figures of saved results: ``python -m analysis.figures --list``.
 
 A figure is one module here, ``fig<number>.py``, with ``TITLE``, ``QUERY`` (the runs that it needs, and the command that
-makes one) and ``draw``. What several figures share is in :mod:`analysis.plotting`.
+makes one) and ``draw``, a function of :class:`analysis.results.runs.Results` that returns the matplotlib figure and the
+plotted data, one row for each point. Code of several figures is in :mod:`analysis.plotting`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Protocol, cast
-
-import pandas as pd
-from matplotlib.figure import Figure
-
-from analysis.results.runs import Results, RunQuery
-
-
-class FigureModule(Protocol):
-    """A module of this package."""
-
-    TITLE: str
-    QUERY: RunQuery
-
-    def draw(self, results: Results) -> tuple[Figure, pd.DataFrame]:
-        """Return the figure and the plotted data, one row for each point."""
+from types import ModuleType
 
 
 def names() -> list[str]:
@@ -33,6 +19,6 @@ def names() -> list[str]:
     return sorted((file.stem for file in files), key=lambda name: [int(n) for n in re.findall(r"\d+", name)] + [name])
 
 
-def load(name: str) -> FigureModule:
+def load(name: str) -> ModuleType:
     """Import a figure's module; only when needed, so that an error in one does not affect the others."""
-    return cast(FigureModule, importlib.import_module(f"{__name__}.{name}"))
+    return importlib.import_module(f"{__name__}.{name}")

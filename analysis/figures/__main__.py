@@ -51,11 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def produce(name: str, results: Results, out: Path, reported: set[Path]) -> int:
     """Draw one figure and save it; return the exit code.
 
-    Args:
-        name: name of the figure.
-        results: where to search for its runs.
-        out: folder for its files.
-        reported: skipped folders that have been reported already; added to.
+    Skipped folders are reported unless they are in ``reported``, and added there.
     """
     module = figures.load(name)
     try:

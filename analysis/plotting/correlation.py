@@ -87,13 +87,7 @@ def plotted(profile: Profile, correlation: NDArray[Any], layers: Sequence[int], 
 def draw_layers(results: Results, title: str, sample: int | None) -> tuple[Figure, pd.DataFrame]:
     """Draw heat maps of a few layers and, below, the mean correlation of two heads by layer.
 
-    Args:
-        results: where to search for the profile.
-        title: heading.
-        sample: number of a kept sample; ``None``: mean over all samples.
-
-    Raises:
-        MissingRun: there is no profile.
+    The correlation is that of one kept sample, or the mean over all samples without one.
     """
     profile = profiles.best(results)
     mean = profile["correlation"]

@@ -34,14 +34,11 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: Cla
     """Draw the figure of a phase.
 
     Args:
-        results: where to search for the run.
+        results: where to search for a run with a method beside its baselines.
         phase: ``prefill`` or ``decode``.
         title: name of the time, in the heading and on the axis.
         note: whether clustering is part of the time, for the footer.
         claim: the paper's, drawn if the run is of its model.
-
-    Raises:
-        MissingRun: no run has a method beside its baselines for this phase of the whole model.
     """
 
     def rows_of_model(run: Run) -> pd.DataFrame:

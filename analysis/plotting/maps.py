@@ -91,16 +91,7 @@ def plotted(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
 
 
 def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.DataFrame]:
-    """Draw every layer's map in a grid on one page.
-
-    Args:
-        results: where to search for the profile.
-        title: heading.
-        model: model of the paper's figure, preferred.
-
-    Raises:
-        MissingRun: there is no profile.
-    """
+    """Draw every layer's map in a grid on one page; ``model`` is that of the paper's figure, and preferred."""
     profile = profiles.best(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
     texts, layers = profile.tokens(SAMPLE), profile.layers
 

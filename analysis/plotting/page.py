@@ -25,13 +25,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of panels
 
 
 def new(heading: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
-    """Return an empty figure under a heading.
-
-    Args:
-        heading: title and description.
-        height: inches.
-        layout: ``None``: the panels are placed with :func:`place`.
-    """
+    """Return an empty figure under a heading; without a layout, its panels are placed with :func:`place`."""
     figure = Figure(figsize=(WIDTH, height), layout=layout)  # type: ignore[arg-type]
     # The constrained layout makes room for the heading unless its place is given.
     where: dict[str, Any] = {} if layout else {"y": 1 - 0.08 / height, "va": "top"}
@@ -52,13 +46,7 @@ def pair_of_panels(run: Run, title: str, widths: tuple[float, float] = (1, 1)) -
 
 
 def finish(figure: Figure, run: Run, notes: str) -> None:
-    """Add legends below the panels, and the footer.
-
-    Args:
-        figure: with everything drawn.
-        run: source of the numbers.
-        notes: one line on how to read the figure.
-    """
+    """Add legends below the panels, and the footer with one line of notes."""
     # Longer legends make the figure taller, so that the panels keep their size.
     rows = max(len(axes.get_legend_handles_labels()[0]) for axes in figure.axes)
     figure.set_size_inches(WIDTH, 3.2 + 0.15 * rows)
@@ -158,10 +146,7 @@ def log_span(ticks: Sequence[int]) -> float:
 def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
     """Make the x axis one of sequence length, log2, with the lengths as ticks.
 
-    Args:
-        axes: the panel.
-        lengths: tokens.
-        room: free space to the right of the last, as a share of the distance from the first to the last.
+    The room to the right of the last tick is a share of the distance from the first to the last.
     """
     ticks = sorted(set(lengths))
     axes.set_xscale("log", base=2)

@@ -23,14 +23,7 @@ def new(title: str, profile: Profile, height: float, layout: str | None = "const
 
 
 def finish(figure: Figure, profiles: Sequence[Profile], notes: str, paper: Sequence[str] = (LLAMA,)) -> None:
-    """Add the footer: how to read the figure, and the source of each profile.
-
-    Args:
-        figure: with everything drawn.
-        profiles: the profiles.
-        notes: how to read it.
-        paper: models of the paper's figure, named if others were drawn.
-    """
+    """Add the footer: notes, the models of the paper's figure if others are drawn, the source of each profile."""
     words = page.wrap(f"{notes} {other_model(profiles, paper)}".strip())
     page.footer(figure, [*words, *map(provenance, profiles)])
 

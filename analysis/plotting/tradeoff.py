@@ -161,13 +161,7 @@ def _point(row: Row, base: float) -> Point:
 
 
 def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
-    """Return a row for each point of a panel.
-
-    Args:
-        panel: name of the panel.
-        costs: points, each with its cost as a share of multi-head attention's.
-        unit: description of the costs.
-    """
+    """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
     frame = pd.DataFrame(
         {
             "panel": panel, "method": point.method, "label": point.label,
@@ -202,10 +196,7 @@ def series_line(rows: pd.DataFrame, points: Sequence[Point]) -> pd.DataFrame:
 def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
     """Draw accuracy against cost: a series for each method, and the Pareto front.
 
-    Args:
-        axes: the panel.
-        data: its rows of :func:`plotted`.
-        points: the points of the rows, in their order.
+    ``data`` has a row of :func:`plotted` for each of the points.
     """
     front = {"color": style.INK, "linestyle": "--", "linewidth": 0.8, "zorder": 1, "label": "Pareto front"}
     axes.step(*front_line(data), where="post", **front)
@@ -248,10 +239,8 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     }
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
     kinds: dict[str, list[str]] = {"real": [], "simulated": []}
-    for point in tradeoff.points:
-        name, kind = style.label(point.method), point.scores[0].saving
-        if kind in kinds and name not in kinds[kind]:
-            kinds[kind].append(name)
+    for method, kind in dict.fromkeys((point.method, point.scores[0].saving) for point in tradeoff.points):
+        kinds.get(kind, []).append(style.label(method))
     savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]
     letters = "".join(f"{point.row.label.split()[-1]} is {point.label}. " for point in lettered)

@@ -35,12 +35,7 @@ class Check:
 
 
 def checks(results: Results, table: Table) -> list[Check]:
-    """Return all checks.
-
-    Args:
-        results: narrowed to the embedded model.
-        table: its scores.
-    """
+    """Return all checks, of the embedded model's results and table."""
     return [_counts(results), _agreement(results), _bytes(results), _loss(table), _control(table)]
 
 

@@ -101,12 +101,8 @@ def collect(root: Path) -> Content:
     )
     judged = _judged(source, problems)
     known = checks(embedded, micro)
-    for skipped in (
-        *(one.skipped for part in drawn for one in part),
-        real.skipped,
-        embedded.skipped,
-        everything.skipped,
-    ):
+    drawn_skipped = [figure.skipped for figure in (*paper.figures, *own.figures)]
+    for skipped in (real.skipped, embedded.skipped, everything.skipped, *drawn_skipped):
         problems |= skipped
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Content(root, judged, known, paper, own, runs, dict(sorted(problems.items(), key=str)), made)

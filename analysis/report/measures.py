@@ -79,9 +79,6 @@ def _exact(run: Run, value: float, detail: str = "", baseline: str = "none", cer
     return Ours(Interval.exact(value), certainty, [run], detail, baseline)
 
 
-# Memory
-
-
 def kv_saved(source: Source, model: str) -> Ours:
     """Return the share of the KV cache that CHAI saves at the longest length, %."""
     run = _memory(source, model)
@@ -117,9 +114,6 @@ def cache_share(source: Source, model: str) -> Ours:
 def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
     with _made_by(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")):
         return chai_memory(source.of(model), MEMORY_AND_WEIGHTS, dtypes)
-
-
-# Latency
 
 
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
@@ -172,9 +166,6 @@ def _latency(source: Source, model: str) -> Run:
         return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
 
 
-# Accuracy
-
-
 def worst_loss(source: Source, model: str, tables: str) -> Ours:
     """Return CHAI's largest loss on any task of some tables, points."""
     cells: list[tuple[Table, Cell]] = []
@@ -220,9 +211,6 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
     detail = f"{task_name(cell.task)}, {label(table.model)}{part}"
     certainty, runs = f"paired bootstrap over {n:,} items", [score.run for score in scores]
     return Ours(worst, certainty, runs, detail, "MHA, same items", missing)
-
-
-# Profiles
 
 
 def cluster_correlation(source: Source, model: str) -> Ours:

@@ -33,13 +33,7 @@ class Line:
 
 
 def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
-    """Summarize one model.
-
-    Args:
-        table: its scores.
-        source: where to find other numbers.
-        runs: all finished runs.
-    """
+    """Summarize one model, given its table and all finished runs."""
     model, row = table.model, table.row_of("chai")
     changes = {cell.task: cell.change for cell in row.changes if cell.change} if row else {}
     worst = min(changes, key=lambda task: changes[task].difference, default=None)

@@ -66,13 +66,7 @@ COSTS = (
 
 
 def tradeoff(results: Results, name: str, scores: Sequence[Score]) -> list[Plot]:
-    """Return a plot of accuracy against each cost that runs have.
-
-    Args:
-        results: the results of the part.
-        name: prefix of the files.
-        scores: the runs of the part.
-    """
+    """Return a plot of accuracy against each cost that the runs have; ``name`` is the prefix of its file."""
     plots = []
     for cost in COSTS:
         own = replace(results, used=[])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 
 from analysis.results.runs import Results, Run, RunQuery
 
@@ -18,16 +16,6 @@ def all_runs(results: Results) -> list[Run]:
     names = sorted(path.name for path in results.root.glob("*") if path.is_dir() and path.name not in NOT_RUNS)
     runs = [run for name in names for run in results.runs(RunQuery(name))]
     return sorted(runs, key=lambda run: (-run.updated, str(run.folder)))
-
-
-def experiment(run: Run, root: Path) -> str:
-    """Return the experiment of a run."""
-    return run.folder.relative_to(root).parts[0]
-
-
-def finished(run: Run) -> str:
-    """Return the end of a run in UTC; empty if it is not recorded."""
-    return f"{datetime.fromtimestamp(run.updated, timezone.utc):%Y-%m-%d %H:%M}" if run.updated else ""
 
 
 def code(run: Run) -> str:

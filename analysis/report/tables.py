@@ -16,12 +16,7 @@ from analysis.tables.specs import PAPER, TABLES, TASKS, Spec, paper_rows
 
 
 def fill(scores: Sequence[Score], problems: dict[Path, str]) -> dict[str, Table]:
-    """Fill all tables that have a name; if the paper's numbers are corrupt, show ours alone.
-
-    Args:
-        scores: all runs.
-        problems: files that cannot be used, with the reason; added to.
-    """
+    """Fill all tables of :data:`TABLES`; if the paper's numbers are corrupt, show ours alone and add to ``problems``."""
     tables = {}
     for name, spec in TABLES.items():
         path = PAPER / f"{name}.csv"

@@ -25,12 +25,7 @@ LATENCY = RunQuery(
 
 
 def chai_memory(results: Results, query: RunQuery = MEMORY, dtypes: Sequence[str] = ()) -> Run:
-    """Return the newest memory run of CHAI that measured MHA as well.
-
-    Args:
-        results: where to search.
-        query: :data:`MEMORY`, possibly with more columns.
-        dtypes: acceptable dtypes; none: any.
+    """Return the newest memory run of CHAI that measured MHA as well; in one of the dtypes, if any are given.
 
     Raises:
         MissingRun: there is no such run.

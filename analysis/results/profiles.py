@@ -91,10 +91,6 @@ class Profile:
 def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
     """Return the newest profile, of a preferred model if there is one; add its run to ``results.used``.
 
-    Args:
-        results: where to search.
-        prefer: models, the most wanted first.
-
     Raises:
         MissingRun: there is no profile.
     """
@@ -102,12 +98,7 @@ def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
 
 
 def of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
-    """Return a profile of each requested model in their order; of any models, the best few.
-
-    Args:
-        results: where to search.
-        prefer: models that come first if none are requested.
-        most: number of profiles if none are requested; random weights count as the same model.
+    """Return a profile of each requested model; if none are requested, of up to ``most``, preferred models first.
 
     Raises:
         MissingRun: there is no profile, or none of a requested model.

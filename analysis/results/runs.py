@@ -29,15 +29,11 @@ RANDOM = "-random"  # ends the name of a model with random weights
 
 
 class MissingRun(Exception):
-    """Raised when no finished run matches a query; the message names what was searched and what is available.
-
-    Attributes:
-        model: the requested models, if any.
-    """
+    """Raised when no finished run matches a query; the message names what was searched and what is available."""
 
     def __init__(self, message: str, model: str | None = None):
         super().__init__(message)
-        self.model = model
+        self.model = model  # the requested models, if any
 
 
 @dataclass(frozen=True)
@@ -69,38 +65,22 @@ class Run:
 
     folder: Path
     result: dict[str, Any]  # result.json
-    updated: float  # end of the run, seconds since 1970
+    updated: float  # end of the run, seconds since 1970; 0 if it is not recorded
     table: pd.DataFrame  # measurements.parquet; empty if the query names no columns
+    experiment: str
+    model: str
+    method: str
+    device: str
+    dtype: str
 
     @property
-    def model(self) -> str:
-        """Name of the model's folder."""
-        return str(self.result["model"])
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return str(self.result["method"])
-
-    @property
-    def device(self) -> str:
-        """Name of the device."""
-        return str(self.result.get("device_name") or self.result.get("device") or "unknown device")
-
-    @property
-    def dtype(self) -> str:
-        """Number format of the weights."""
-        return str(self.result.get("dtype", "unknown dtype"))
+    def finished(self) -> str:
+        """End of the run in UTC."""
+        return f"{datetime.fromtimestamp(self.updated, timezone.utc):%Y-%m-%d %H:%M}"
 
     def __str__(self) -> str:
-        day = datetime.fromtimestamp(self.updated, timezone.utc)
         name = self.model if self.method == "none" else f"{self.method} on {self.model}"
-        return f"{self.folder} ({name}, {self.device}, {self.dtype}, finished {day:%Y-%m-%d %H:%M} UTC)"
-
-
-def any_run(run: Run) -> bool:
-    """Accept every run."""
-    return True
+        return f"{self.folder} ({name}, {self.device}, {self.dtype}, finished {self.finished} UTC)"
 
 
 @dataclass
@@ -144,14 +124,9 @@ class Results:
         return found
 
     def ranked(
-        self, query: RunQuery, usable: Callable[[Run], bool] = any_run, prefer: Sequence[str] = MAIN
+        self, query: RunQuery, usable: Callable[[Run], bool] | None = None, prefer: Sequence[str] = MAIN
     ) -> list[Run]:
-        """Return the usable runs, best first: of a preferred model, then of CHAI, then the newest.
-
-        Args:
-            query: required experiment, columns and fields.
-            usable: predicate that a run must satisfy.
-            prefer: models, the most wanted first; random weights rank the same.
+        """Return the usable runs, best first: of a preferred model (also with random weights), of CHAI, the newest.
 
         Raises:
             MissingRun: no run is usable.
@@ -161,12 +136,12 @@ class Results:
             places = [place for place, name in enumerate(prefer) if run.model.startswith(name)]
             return -min(places, default=len(prefer)), run.method == "chai", run.updated
 
-        runs = [run for run in self.runs(query) if usable(run)]
+        runs = [run for run in self.runs(query) if usable is None or usable(run)]
         if not runs:
             raise self.missing(query)
         return sorted(runs, key=rank, reverse=True)
 
-    def newest(self, query: RunQuery, usable: Callable[[Run], bool] = any_run) -> Run:
+    def newest(self, query: RunQuery, usable: Callable[[Run], bool] | None = None) -> Run:
         """Return the first of :meth:`ranked` and add it to ``used``."""
         best = self.ranked(query, usable)[0]
         self.used.append(best)
@@ -222,4 +197,9 @@ def _load(folder: Path, query: RunQuery) -> Run:
             if name in NUMERIC and not is_numeric_dtype(table[name]):
                 raise SkippedRun(f"measurements.parquet is corrupt: {name} isn't a number")
     updated = status.get("updated")
-    return Run(folder, result, updated if isinstance(updated, (int, float)) else 0.0, table)
+    return Run(
+        folder, result, updated if isinstance(updated, (int, float)) else 0.0, table, query.experiment,
+        result["model"], result["method"],
+        device=str(result.get("device_name") or result.get("device") or "unknown device"),
+        dtype=str(result.get("dtype", "unknown dtype")),
+    )  # fmt: skip

@@ -45,14 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(name: str, form: str, root: Path, model: str | None, reported: set[Path]) -> int:
-    """Print one table; return the exit code.
+    """Print one table of a model (``None``: the table's own); return the exit code.
 
-    Args:
-        name: name of the table.
-        form: output format.
-        root: the results folder.
-        model: model whose runs to show; ``None``: the table's own.
-        reported: skipped folders that have been reported already; added to.
+    Skipped folders are reported unless they are in ``reported``, and added there.
     """
     spec = TABLES[name]
     model = model or spec.model

@@ -84,7 +84,7 @@ def command(
         model: model of the row.
         like: a run with the wanted conditions; ``None``: the defaults.
         method: method of the row.
-        settings: its hyper-parameters that are not the defaults.
+        settings: hyper-parameters that are not the defaults.
         tasks: columns to fill.
     """
     whole = spec.whole is not None and set(tasks) == set(spec.tasks)

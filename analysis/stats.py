@@ -84,10 +84,7 @@ def compare(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Compari
     With few flipped items (about ten) the interval is narrower than it should be, and with none it has no width;
     McNemar's p is exact for any number.
 
-    Args:
-        baseline: samples of multi-head attention, with ``doc_id``, ``doc_hash`` and the metric.
-        other: samples of the method.
-        metric: column to compare, 1 for a right answer and 0 for a wrong one.
+    The metric is 1 for a right answer and 0 for a wrong one; ``baseline`` is of multi-head attention.
 
     Raises:
         Unpaired: the items differ, an item occurs twice, or an outcome is neither 0 nor 1.

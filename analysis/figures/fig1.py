@@ -22,7 +22,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     figure = page.new(compared.heading(TITLE), 3.9)
     axes = figure.subplots()
     tradeoff.draw_panel(axes, data, compared.points)
-    flops = compared.points[0].scores[0].run.result["flops"]
+    flops = compared.points[0].row.scores[0].run.result["flops"]
     scale, unit = next((scale, unit) for scale, unit in UNITS if flops["mha"] >= scale)
     axes.set_xlabel(
         f"operations of a prompt of {flops['tokens']:,} tokens (% of MHA's {flops['mha'] / scale:.3g} {unit})"
@@ -39,4 +39,4 @@ def has_operations(flops: object) -> bool:
 
 def operations(point: Point) -> int:
     """Return the operations of a prompt."""
-    return point.scores[0].run.result["flops"]["method"]
+    return point.row.scores[0].run.result["flops"]["method"]

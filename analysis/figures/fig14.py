@@ -9,16 +9,12 @@ from matplotlib.figure import Figure
 
 from analysis.plotting import page, tradeoff
 from analysis.plotting.tradeoff import Point, Tradeoff
-from analysis.results.runs import Results, Run, RunQuery, with_random
+from analysis.results.benchmarks import LATENCY
+from analysis.results.runs import Results, Run, with_random
 from analysis.results.scores import ACCURACY
 
 TITLE = "Accuracy against measured time (paper, Figure 14)"
 QUERY = ACCURACY
-LATENCY = RunQuery(
-    "latency",
-    columns=("part", "phase", "length", "implementation", "baseline", "speedup"),
-    fields=("heads_kept", "dtype"),
-)
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
@@ -28,7 +24,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     panels = [(points, tradeoff.plotted("scoring", points, "% of MHA's scoring time"))]
     labels = [f"time to score the tasks\n(% of MHA's {seconds(compared.points[0]):.3g} s)"]
     notes = "Scoring: each run timed once, with all that its implementation does, masks included. "
-    devices = sorted({score.run.device for point in compared.points for score in point.scores})
+    devices = sorted({score.run.device for point in compared.points for score in point.row.scores})
     if len(devices) > 1:
         notes += f"They ran on several devices ({', '.join(devices)}), so these times can't be compared. "
     first, length, where = first_token(results, compared)
@@ -48,7 +44,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
 
 def seconds(point: Point) -> float:
     """Return the time to score all tasks."""
-    return sum(score.run.result["seconds"] for score in point.scores)
+    return sum(score.run.result["seconds"] for score in point.row.scores)
 
 
 def first_token(results: Results, compared: Tradeoff) -> tuple[list[tuple[Point, float]], int, str]:
@@ -63,7 +59,7 @@ def first_token(results: Results, compared: Tradeoff) -> tuple[list[tuple[Point,
     for run in sorted(runs, key=lambda run: run.updated):  # newer runs replace older ones
         rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
         for place, point in enumerate(compared.points):
-            counts = point.scores[0].run.result["savings"]["heads_kept"]
+            counts = point.row.scores[0].run.result["savings"]["heads_kept"]
             if (run.method, run.result["heads_kept"]) == (point.method, counts) and len(rows):
                 row = rows.loc[rows.length.idxmax()]
                 found[run.device, run.dtype, int(row.length)][place] = (1 / row.speedup, run)

@@ -65,7 +65,7 @@ def legend_below(axes: Axes) -> None:
 
 def provenance(run: Run, *words: str) -> str:
     """Return device, dtype, further words, version of torch, and run id."""
-    torch = run.result["versions"].get("torch")
+    torch = run.versions.get("torch")
     parts = [run.device, run.dtype, *words, *([f"torch {torch}"] if torch else [])]
     return " · ".join([*parts, f"run {run.result['run_id']}"])
 

@@ -67,11 +67,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def clusters(counts: Sequence[int], most: int = 6) -> str:
-    """Describe clusters per layer: ``k = 4 in all 32 layers``, or runs ``k = 32x18, 4x14 (clusters x layers)``.
+    """Describe clusters per layer: ``k = 4 in all 32 layers``, or ``k = 32x18, 4x14 (clusters x layers)``.
 
-    Args:
-        counts: clusters of each layer.
-        most: runs of equal counts to list; if there are more, only the range and the mean are given.
+    If there are more than ``most`` runs of equal counts, only the range and the mean are given.
     """
     runs = [(k, len(list(same))) for k, same in groupby(counts)]
     if len(runs) == 1:

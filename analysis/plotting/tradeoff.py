@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from analysis.plotting import page, style
 from analysis.results.runs import Results
 from analysis.results.scores import ACCURACY, Score, load_scores
-from analysis.tables.cells import Row, Table, build
+from analysis.tables.cells import Row, build
 from analysis.tables.settings import assignments, row_name
 from analysis.tables.specs import TASKS, Spec, task_name
 
@@ -51,15 +51,10 @@ class Point:
         return row_name(self.method, self.row.settings)
 
     @property
-    def scores(self) -> list[Score]:
-        """The run of each task."""
-        return [cell.score for cell in self.row.cells if cell.score is not None]
-
-    @property
     def place(self) -> tuple[str, float] | None:
         """Setting and value by which the point belongs to its method's series; ``None``: it stands alone."""
         for name in SCHEDULES:
-            value = self.scores[0].settings.get(name)
+            value = self.row.scores[0].settings.get(name)
             if isinstance(value, (int, float)) and set(self.row.settings) <= {name}:
                 return name, float(value)
         return None
@@ -79,7 +74,7 @@ class Tradeoff:
         names = ", ".join(map(task_name, self.tasks))
         if all(task.startswith("micro_") for task in self.tasks):
             names = f"the micro tasks {names}"
-        n = sum(score.n for score in self.points[0].scores)
+        n = sum(score.n for score in self.points[0].row.scores)
         return f"{title}\n{style.label(self.model)}: mean of {names} ({n:,} items)"
 
     def shares(self, cost: Callable[[Point], float]) -> list[tuple[Point, float]]:
@@ -93,11 +88,8 @@ def compared(
 ) -> Tradeoff:
     """Choose what to compare: the main model if it has runs, and the conditions with the most runs.
 
-    Args:
-        results: where to search for runs.
-        field: field of ``result.json`` with a run's cost; runs without it are skipped.
-        usable: predicate that the field's value must satisfy.
-        scores: the runs of these results, if they have been read already.
+    Runs are skipped unless a field of their ``result.json``, of the cost, is usable. ``scores`` are the runs of these
+    results, if they have been read already.
 
     Raises:
         MissingRun: multi-head attention and another method have no task in common.
@@ -113,14 +105,15 @@ def compared(
     for model in dict.fromkeys(run.model for run in ranked):
         tradeoff = _of_model(model, [score for score in costed if score.run.model == model])
         if tradeoff is not None:
-            results.used += [score.run for point in tradeoff.points for score in point.scores]
+            results.used += [score.run for point in tradeoff.points for score in point.row.scores]
             return tradeoff
     raise results.missing(ACCURACY)
 
 
 def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
-    all_tasks = sorted({score.task for score in scores}, key=_task_order)
-    table = _table(model, all_tasks, scores)
+    all_tasks = tuple(sorted({score.task for score in scores}, key=_task_order))
+    spec = Spec("", model, all_tasks, None, mean=True)
+    table = build("", spec, model, scores, [])
     assert table.like is not None
     scores = [score for score in scores if score.conditions_id == table.like.conditions_id]
 
@@ -132,7 +125,7 @@ def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     tasks = tuple(task for task in all_tasks if task in best)
 
     # Compare the methods that have all these tasks.
-    rows = _table(model, tasks, scores).rows
+    rows = build("", replace(spec, tasks=tasks), model, scores, []).rows
     complete = [row for row in rows if row.cells[-1].state == "done"]
     if len({row.method for row in complete}) < 2:
         return None
@@ -140,11 +133,6 @@ def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     others = [row_name(row.method, row.settings) for row in rows if row not in complete]
     notes = f"Not shown, without these tasks beside MHA: {', '.join(others)}. " if others else ""
     return Tradeoff(model, tasks, [_point(row, base) for row in complete], notes)
-
-
-def _table(model: str, tasks: Sequence[str], scores: Sequence[Score]) -> Table:
-    """Return a table of tasks and their mean, without the paper's numbers."""
-    return build("", Spec("", model, tuple(tasks), None, mean=True), model, scores, [])
 
 
 def _task_order(task: str) -> tuple[int, str]:
@@ -167,8 +155,8 @@ def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.D
             "panel": panel, "method": point.method, "label": point.label,
             "settings": " ".join(assignments(point.row.settings)),
             "accuracy": point.accuracy, "low": point.low, "high": point.high,
-            "cost": 100 * share, "unit": unit, "saving": point.scores[0].saving,
-            "runs": " ".join(str(score.run.result["run_id"]) for score in point.scores),
+            "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
+            "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.scores),
         }
         for point, share in costs
     )  # fmt: skip
@@ -228,7 +216,7 @@ def _point_label(point: Point, alone: bool) -> str:
         return SCHEDULES[name](value)
     if point.row.settings:
         return point.row.label.partition(" ")[2]
-    counts = point.scores[0].run.result["savings"]["heads_kept"]
+    counts = point.row.scores[0].run.result["savings"]["heads_kept"]
     return "" if alone else f"k = {min(counts)} to {max(counts)}"
 
 
@@ -238,9 +226,8 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
-    kinds: dict[str, list[str]] = {"real": [], "simulated": []}
-    for method, kind in dict.fromkeys((point.method, point.scores[0].saving) for point in tradeoff.points):
-        kinds.get(kind, []).append(style.label(method))
+    methods = dict.fromkeys((point.row.scores[0].saving, style.label(point.method)) for point in tradeoff.points)
+    kinds = {kind: [name for saving, name in methods if saving == kind] for kind in ("real", "simulated")}
     savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]
     letters = "".join(f"{point.row.label.split()[-1]} is {point.label}. " for point in lettered)
@@ -248,8 +235,8 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
         "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
         f"{notes}Savings in this implementation are {savings}. {letters}{tradeoff.notes}"
     )
-    run = tradeoff.points[0].scores[0].run
-    torch = run.result["versions"].get("torch")
+    run = tradeoff.points[0].row.scores[0].run
+    torch = run.versions.get("torch")
     source = [str(run.result.get("device", "unknown device")), run.dtype, *([f"torch {torch}"] if torch else [])]
-    runs = sum(len(point.scores) for point in tradeoff.points)
+    runs = sum(len(point.row.scores) for point in tradeoff.points)
     page.footer(figure, [*words, " · ".join([*source, f"{runs} runs"])])

@@ -114,7 +114,7 @@ def _mean(table: Table, method: str) -> tuple[Comparison | None, tuple[Run, ...]
     row = table.row_of(method)
     if row is None or row.settings:
         return None, ()
-    return row.cells[-1].change, tuple(score.run for cell in row.cells for score in cell.runs)
+    return row.cells[-1].change, tuple(score.run for cell in row.cells for score in cell.scores)
 
 
 def _items(change: Comparison) -> str:

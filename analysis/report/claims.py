@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from analysis.report.measures import MEASURES, Missing, Ours, Source
-from analysis.results.files import SkippedRun, read_file
-from analysis.results.runs import Run
+from analysis.report.measures import MEASURES, Ours, Source
+from analysis.results.files import SkippedRun, read_csv, read_file
+from analysis.results.runs import MissingRun, Run
 from analysis.stats import BOUNDS, Bound, Verdict, judge
 
 COLUMNS = tuple("id claim statement model measure bound value unit tolerance source ours note".split())
@@ -55,12 +54,7 @@ def read(path: Path) -> list[Claim]:
     Raises:
         SkippedRun: the file is missing or corrupt.
     """
-
-    def parse(path: Path) -> list[dict[str, str]]:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file, strict=True))
-
-    lines = enumerate(read_file(path, parse), 2)  # line 1 is the header
+    lines = enumerate(read_file(path, read_csv), 2)  # line 1 is the header
     return [_claim(f"{path.name} is corrupt: line {number}", line) for number, line in lines]
 
 
@@ -84,7 +78,7 @@ def judged(claim: Claim, source: Source) -> Judged:
     """Find our number for a claim, and judge it."""
     try:
         ours = MEASURES[claim.measure](source, claim.model, **claim.options)
-    except Missing as missing:
+    except MissingRun as missing:
         return Judged(claim, "not run yet", None, missing.commands)
     verdict = judge(ours.interval, claim.bound, float(claim.value), float(claim.tolerance))
     # A number that is incomplete can break a limit already, but cannot keep it yet.

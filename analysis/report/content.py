@@ -63,7 +63,7 @@ def collect(root: Path) -> Content:
     """Collect the report from a results folder, which may be empty."""
     everything = Results(root)
     real, embedded = Results(root, without=(EMBEDDED,)), Results(root, EMBEDDED)
-    drawn = figures.draw_all([real, embedded])  # first, before other libraries start threads: it forks processes
+    drawn = figures.draw_all([real, embedded])  # first: it starts processes of its own
     runs = provenance.all_runs(everything)
     scores = load_scores(everything)
     problems: dict[Path, str] = {}
@@ -76,29 +76,20 @@ def collect(root: Path) -> Content:
     shown = [filled[name] for name in PAPER_TABLES]
     more = tables.others(real_scores, paper_models)
     by_model = {table.model: table for table in (*more, *reversed(shown))}  # the first of two tables of a model
+    lines = [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*paper_models, *by_model])]
     paper = Part(
-        "paper",
-        [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*paper_models, *by_model])],
-        [*shown, *more],
-        plots.tradeoff(real, "tradeoff", real_scores),
-        ACCURACY.command,
-        _layers(real, _models(runs)),
-        PROFILE.command,
-        drawn[0],
-    )
+        "paper", lines, [*shown, *more],
+        plots.tradeoff(real, "tradeoff", real_scores), ACCURACY.command,
+        _layers(real, _models(runs)), PROFILE.command, drawn[0],
+    )  # fmt: skip
 
     # The embedded model.
-    micro = filled["micro"]
+    micro, own_scores = filled["micro"], [score for score in scores if score.run.model == EMBEDDED]
     own = Part(
-        "embedded",
-        [overview.line(micro, Source(embedded, filled), runs)],
-        [micro],
-        plots.tradeoff(embedded, "tradeoff-embedded", [score for score in scores if score.run.model == EMBEDDED]),
-        "python run.py -m paper=micro",
-        _layers(embedded, [EMBEDDED]),
-        PROFILE.small_command,
-        drawn[1],
-    )
+        "embedded", [overview.line(micro, Source(embedded, filled), runs)], [micro],
+        plots.tradeoff(embedded, "tradeoff-embedded", own_scores), "python run.py -m paper=micro",
+        _layers(embedded, [EMBEDDED]), PROFILE.small_command, drawn[1],
+    )  # fmt: skip
     judged = _judged(source, problems)
     known = checks(embedded, micro)
     drawn_skipped = [figure.skipped for figure in (*paper.figures, *own.figures)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from analysis.plotting import correlation
 from analysis.results import profiles
 from analysis.results.benchmarks import MEMORY, chai_memory
 from analysis.results.profiles import PROFILE
-from analysis.results.runs import MissingRun, Results, Run, with_random
-
-T = TypeVar("T")
+from analysis.results.runs import Results, Run, optional, with_random
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ class Layers:
 
 def of_model(results: Results, model: str) -> Layers | None:
     """Return a model's layers from its newest profile and its newest memory run of CHAI; ``None`` without either."""
-    profile = _optional(lambda: profiles.best(results.of(model)))
-    memory = _optional(lambda: chai_memory(results.of(with_random(model))))
+    profile = optional(profiles.best, results.of(model))
+    memory = optional(chai_memory, results.of(with_random(model)))
     if memory is not None and profile is not None and len(memory.result["heads_kept"]) != profile.layers:
         memory = None  # another model of that name
     queries = ((profile, PROFILE.command), (memory, MEMORY.command))
@@ -75,13 +73,6 @@ def of_model(results: Results, model: str) -> Layers | None:
     ]
     runs = [run for run in (profile and profile.run, memory) if run]
     return Layers(model, heads, rows, length, runs, commands, note)
-
-
-def _optional(find: Callable[[], T]) -> T | None:
-    try:
-        return find()
-    except MissingRun:
-        return None
 
 
 def _command_for(model: str, command: str) -> str:

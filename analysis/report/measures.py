@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from analysis.plotting import correlation, maps
 from analysis.plotting.style import TIMES, clusters, label
 from analysis.results import profiles
 from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE
 from analysis.results.runs import RANDOM, MissingRun, Results, Run, with_random
 from analysis.stats import Interval
 from analysis.tables.cells import Cell, Table
@@ -26,14 +25,6 @@ MEMORY_AND_WEIGHTS = replace(MEMORY, columns=(*MEMORY.columns, "weights_bytes"))
 HALF = ("float16", "bfloat16")
 EXACT = "exact"
 PAPER_TABLES = tuple(name for name in TABLES if name != "micro")
-
-
-class Missing(Exception):
-    """Raised when runs are missing; ``commands`` produce them."""
-
-    def __init__(self, *commands: str):
-        super().__init__("; ".join(commands))
-        self.commands = commands
 
 
 @dataclass(frozen=True)
@@ -66,13 +57,8 @@ class Source:
         return self.results.of(with_random(model))
 
 
-@contextmanager
-def _made_by(command: str) -> Iterator[None]:
-    """Turn :class:`MissingRun` into :class:`Missing` with a command."""
-    try:
-        yield
-    except MissingRun:
-        raise Missing(command) from None
+def _missing(*commands: str) -> MissingRun:
+    return MissingRun("runs are missing", *commands)
 
 
 def _exact(run: Run, value: float, detail: str = "", baseline: str = "none", certainty: str = EXACT) -> Ours:
@@ -93,7 +79,7 @@ def cache_size(source: Source, model: str, length: str) -> Ours:
     run = _memory(source, model, HALF)
     at = run.table[(run.table.method == "mha") & (run.table.length == int(length))].cache_bytes
     if at.empty:
-        raise Missing(f"{MEMORY.command} 'experiment.lengths=[{length}]'")
+        raise _missing(f"{MEMORY.command} 'experiment.lengths=[{length}]'")
     return _exact(run, at.iloc[0] / 1e9, f"{int(length):,} tokens")
 
 
@@ -112,8 +98,10 @@ def cache_share(source: Source, model: str) -> Ours:
 
 
 def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
-    with _made_by(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")):
+    try:
         return chai_memory(source.of(model), MEMORY_AND_WEIGHTS, dtypes)
+    except MissingRun:
+        raise _missing(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
 
 
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
@@ -122,7 +110,7 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
     table = run.table
     rows = table[(table.part == "model") & (table.phase == phase) & (table.length == int(length))]
     if rows.baseline.all():
-        raise Missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
+        raise _missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
     row = rows[~rows.baseline].iloc[0]
     best = rows[rows.implementation == row.best_baseline].iloc[0]
     baseline = f"{label(row.best_baseline)}, limit by arithmetic {row.limit:.2f}{TIMES}"
@@ -142,7 +130,7 @@ def attention_share(source: Source, model: str) -> Ours:
             share = 100 * len(run.result["heads_kept"]) * attention.ms / whole.ms
             shares.append((ratio_interval(share, attention, whole), phase, whole))
     if not shares:
-        raise Missing(LATENCY.command)
+        raise _missing(LATENCY.command)
     interval, phase, whole = max(shares, key=lambda one: one[0].value)
     detail = f"{phase}, {whole.length:,} tokens, batch {run.result['batch_size']}"
     certainty = f"from the quartiles of {whole.rounds} rounds"
@@ -162,8 +150,7 @@ def ratio_interval(ratio: float, *times: pd.Series) -> Interval:
 
 
 def _latency(source: Source, model: str) -> Run:
-    with _made_by(LATENCY.command):
-        return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
+    return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
 
 
 def worst_loss(source: Source, model: str, tables: str) -> Ours:
@@ -178,7 +165,7 @@ def worst_loss(source: Source, model: str, tables: str) -> Ours:
         if row is None or len(changes) < len(row.cells):
             missing += _commands_of(table, "CHAI")
     if not cells:
-        raise Missing(*missing)
+        raise _missing(*missing)
     return _loss(cells, tuple(missing))
 
 
@@ -190,7 +177,7 @@ def loss(source: Source, model: str, table: str, row: str, task: str) -> Ours:
             for cell in one.changes:
                 if cell.task == task:
                     return _loss([(whole, cell)])
-    raise Missing(*_commands_of(whole, row))
+    raise _missing(*_commands_of(whole, row))
 
 
 def _commands_of(table: Table, row: str) -> list[str]:
@@ -204,7 +191,7 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
     losses = [-cell.change.points for _, cell in cells if cell.change]
     worst = Interval(*(max(getattr(one, end) for one in losses) for end in ("value", "low", "high")))
     table, cell = cells[int(np.argmax([one.value for one in losses]))]
-    scores = [score for _, cell in cells for score in cell.runs]
+    scores = [score for _, cell in cells for score in cell.scores]
     n = sum(cell.change.n for _, cell in cells if cell.change)
     limits = [limit for _, cell in cells if cell.score and (limit := cell.score.config.get("limit"))]
     part = f", first {max(limits):,} items only" if limits else ""
@@ -215,11 +202,11 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
 
 def cluster_correlation(source: Source, model: str) -> Ours:
     """Return the correlation of two heads of a cluster in one text, the greatest mean of any layer."""
-    profile = _profile(source, model)
+    profile = profiles.best(source.results.of(model))
     sample, layers = profile["sample_correlation"][maps.SAMPLE], profile.clustered_layers
     means = [correlation.within_and_between(sample[layer], profile["assignment"][layer])[0] for layer in layers]
     if not means or np.isnan(means).all():
-        raise Missing(PROFILE.command)
+        raise _missing(PROFILE.command)
     layer = layers[int(np.nanargmax(means))]
     detail = f"layer {layer}, {profile.clusters[layer]} clusters"
     return _exact(profile.run, float(np.nanmax(means)), detail, certainty="one text, as in the paper: no interval")
@@ -227,17 +214,12 @@ def cluster_correlation(source: Source, model: str) -> Ours:
 
 def settled_tokens(source: Source, model: str, changing: str) -> Ours:
     """Return the token from which on fewer than a share of the heads change clusters with the next token."""
-    profile = _profile(source, model)
+    profile = profiles.best(source.results.of(model))
     mean = profile["changes"][fig9.can_change(profile)].mean(axis=0)
     late = np.flatnonzero(mean >= float(changing))
     settled = int(late[-1]) + 2 if len(late) else 1  # entry n - 1 is the change from n to n + 1 tokens
     detail = f"of up to {profile['agreement'].shape[1]:,} tokens"
     return _exact(profile.run, settled, detail, certainty=f"mean over {profile.samples:,} texts: no interval")
-
-
-def _profile(source: Source, model: str) -> Profile:
-    with _made_by(PROFILE.command):
-        return profiles.best(source.results.of(model))
 
 
 Measure = Callable[..., Ours]

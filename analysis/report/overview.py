@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from analysis.report.measures import Measure, Missing, Ours, Source, kv_saved, speedup
+from analysis.report.measures import Source, kv_saved, speedup
 from analysis.results.benchmarks import LATENCY
-from analysis.results.runs import Results, Run, base_name
+from analysis.results.runs import Results, Run, base_name, optional
 from analysis.stats import Interval, mean_over_tasks
 from analysis.tables.cells import Table
 from analysis.tables.specs import task_name
@@ -37,36 +36,23 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     model, row = table.model, table.row_of("chai")
     changes = {cell.task: cell.change for cell in row.changes if cell.change} if row else {}
     worst = min(changes, key=lambda task: changes[task].difference, default=None)
-    memory = _optional(kv_saved, source, model)
+    memory = optional(kv_saved, source, model)
     saved = memory.interval.value if memory else None
     if saved is None and row is not None and row.saved is not None:
         saved = 100 * row.saved
     length = _longest(source.of(model))
     first, later = (
-        _optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
+        optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
     )
     own = [run for run in runs if base_name(run.model) == model]
     return Line(
         model,
         mean_over_tasks(list(changes.values())).points if changes else None,
-        changes[worst].points if worst else None,
-        task_name(worst) if worst else "",
-        (len(changes), len(table.spec.tasks)),
-        saved,
-        first.interval if first else None,
-        later.interval if later else None,
-        length,
-        len(own),
-        sum(float(run.result.get("seconds") or 0) for run in own),
-        sorted({run.device for run in own}),
-    )
-
-
-def _optional(measure: Measure, *arguments: Any) -> Ours | None:
-    try:
-        return measure(*arguments)
-    except Missing:
-        return None
+        changes[worst].points if worst else None, task_name(worst) if worst else "",
+        (len(changes), len(table.spec.tasks)), saved,
+        first.interval if first else None, later.interval if later else None, length,
+        len(own), sum(float(run.result.get("seconds") or 0) for run in own), sorted({run.device for run in own}),
+    )  # fmt: skip
 
 
 def _longest(results: Results) -> int | None:

@@ -55,7 +55,7 @@ def _has_bytes(savings: object) -> bool:
 
 
 def _cache_share(point: Point) -> float:
-    return sum(1 - score.saved for score in point.scores) / len(point.scores)
+    return sum(1 - score.saved for score in point.row.scores) / len(point.row.scores)
 
 
 COSTS = (

@@ -20,19 +20,14 @@ def all_runs(results: Results) -> list[Run]:
 
 def code(run: Run) -> str:
     """Return the short commit of the code, or its digest without git; empty if neither is recorded."""
-    return str(_versions(run).get("code", ""))
+    return str(run.versions.get("code", ""))
 
 
 def versions(run: Run) -> str:
     """Return the versions of the project and of the most important libraries."""
-    recorded = _versions(run)
-    return ", ".join(f"{name} {recorded[name]}" for name in PACKAGES if recorded.get(name))
+    return ", ".join(f"{name} {run.versions[name]}" for name in PACKAGES if run.versions.get(name))
 
 
 def all_versions(runs: Sequence[Run]) -> str:
     """Return every version that the runs have recorded."""
-    return ", ".join(sorted({f"{name} {number}" for run in runs for name, number in _versions(run).items()}))
-
-
-def _versions(run: Run) -> dict[str, str]:
-    return run.result.get("versions") or {}
+    return ", ".join(sorted({f"{name} {number}" for run in runs for name, number in run.versions.items()}))

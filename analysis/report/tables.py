@@ -16,7 +16,7 @@ from analysis.tables.specs import PAPER, TABLES, TASKS, Spec, paper_rows
 
 
 def fill(scores: Sequence[Score], problems: dict[Path, str]) -> dict[str, Table]:
-    """Fill all tables of :data:`TABLES`; if the paper's numbers are corrupt, show ours alone and add to ``problems``."""
+    """Fill all tables of :data:`TABLES`; if the paper's numbers are corrupt, show ours alone, add to ``problems``."""
     tables = {}
     for name, spec in TABLES.items():
         path = PAPER / f"{name}.csv"
@@ -62,5 +62,5 @@ def cell_ends(cell: Cell) -> str:
 
 def cell_title(cell: Cell) -> str:
     """Return the runs that a cell is computed from."""
-    runs = dict.fromkeys(score.run for score in cell.runs)
+    runs = dict.fromkeys(score.run for score in cell.scores)
     return "; ".join(f"run {run.result['run_id']} ({run.method})" for run in runs)

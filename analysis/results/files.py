@@ -48,14 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path, sections: Iterable[str]) -> dict[str, Any]:
     """Read a YAML mapping that must have mappings as sections; raises as :func:`read_file` does."""
-
-    def parse(path: Path) -> dict[str, Any]:
-        config = _mapping(yaml.load(path.read_text(), Loader))
-        for name in sections:
-            _mapping(config[name])
-        return config
-
-    return read_file(path, parse)
+    config = read_file(path, lambda path: _mapping(yaml.load(path.read_text(), Loader)))
+    if not all(isinstance(config.get(name), dict) for name in sections):
+        raise SkippedRun(f"{path.name} is corrupt")
+    return config
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -73,6 +69,12 @@ def read_table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
     table = read_file(path, pd.read_parquet)
     require(path.name, columns, table)
     return table
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Parse a CSV file with a header; for :func:`read_file`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, strict=True))
 
 
 def require(file: str, names: Iterable[str], available: Container[str]) -> None:

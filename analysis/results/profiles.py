@@ -115,10 +115,8 @@ def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list
         if model in profiles:
             continue
         # Load no more than needed: arrays are large.
-        try:
-            profiles[model] = load(run)
-        except SkippedRun as reason:
-            results.skipped[run.folder] = str(reason)
+        if profile := results.attempt(run.folder, load, run):
+            profiles[model] = profile
         if len(profiles) == most:
             break
     if not profiles:

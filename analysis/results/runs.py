@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from analysis.results.files import SkippedRun, read_json, read_table, require
 
+T = TypeVar("T")
 ALWAYS = ("model", "method", "run_id")  # fields of every result.json
 #: Types of the fields of result.json; an optional field may be null.
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -31,9 +32,18 @@ RANDOM = "-random"  # ends the name of a model with random weights
 class MissingRun(Exception):
     """Raised when no finished run matches a query; the message names what was searched and what is available."""
 
-    def __init__(self, message: str, model: str | None = None):
+    def __init__(self, message: str, *commands: str, model: str | None = None):
         super().__init__(message)
+        self.commands = commands  # make such a run
         self.model = model  # the requested models, if any
+
+
+def optional(find: Callable[..., T], *arguments: Any) -> T | None:
+    """Call a function; return ``None`` if it raises :class:`MissingRun`."""
+    try:
+        return find(*arguments)
+    except MissingRun:
+        return None
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class Run:
     method: str
     device: str
     dtype: str
+    versions: dict[str, str]  # of the project, its code and the libraries
 
     @property
     def finished(self) -> str:
@@ -114,14 +125,18 @@ class Results:
         for folder in sorted(folders):
             if not folder.is_dir() or base_name(folder.parents[2].name) in self.without:
                 continue
-            try:
-                run = _load(folder, query)
-            except SkippedRun as reason:
-                self.skipped[folder] = str(reason)
-                continue
-            if self.device is None or self.device.lower() in run.device.lower():
+            run = self.attempt(folder, _load, folder, query)
+            if run is not None and (self.device or "").lower() in run.device.lower():
                 found.append(run)
         return found
+
+    def attempt(self, folder: Path, load: Callable[..., T], *arguments: Any) -> T | None:
+        """Call a loader; if it raises :class:`SkippedRun`, add the folder to ``skipped`` and return ``None``."""
+        try:
+            return load(*arguments)
+        except SkippedRun as reason:
+            self.skipped[folder] = str(reason)
+            return None
 
     def ranked(
         self, query: RunQuery, usable: Callable[[Run], bool] | None = None, prefer: Sequence[str] = MAIN
@@ -154,7 +169,8 @@ class Results:
         runs = Results(self.root, without=self.without).runs(RunQuery(query.experiment))
         available = sorted({f"{run.method} on {run.model}, {run.device}" for run in runs})
         others = f" could be used (there are: {'; '.join(available)})" if available else ""
-        return MissingRun(f"no finished {query.experiment} run{wanted} in {self.root}{others}", self.model)
+        message = f"no finished {query.experiment} run{wanted} in {self.root}{others}"
+        return MissingRun(message, query.command, model=self.model)
 
 
 def split_models(names: str) -> tuple[str, ...]:
@@ -202,4 +218,5 @@ def _load(folder: Path, query: RunQuery) -> Run:
         result["model"], result["method"],
         device=str(result.get("device_name") or result.get("device") or "unknown device"),
         dtype=str(result.get("dtype", "unknown dtype")),
+        versions=result.get("versions") or {},
     )  # fmt: skip

@@ -56,13 +56,8 @@ class Score:
 
 def load_scores(results: Results) -> list[Score]:
     """Return all finished accuracy runs; add those that cannot be used to ``results.skipped``."""
-    scores = []
-    for run in results.runs(ACCURACY):
-        try:
-            scores.append(_load(run))
-        except SkippedRun as reason:
-            results.skipped[run.folder] = str(reason)
-    return scores
+    loaded = (results.attempt(run.folder, _load, run) for run in results.runs(ACCURACY))
+    return [score for score in loaded if score is not None]
 
 
 def _load(run: Run) -> Score:

@@ -62,7 +62,7 @@ class Cell:
         return None if self.paper is None else judge(self.interval, "equals", float(self.paper), CELL_TOLERANCE)
 
     @property
-    def runs(self) -> list[Score]:
+    def scores(self) -> list[Score]:
         """Our run and the run of MHA, as far as there are any."""
         return [score for score in (self.score, self.baseline) if score]
 
@@ -78,15 +78,19 @@ class Row:
     paper: PaperRow | None  # the paper's row beside it
 
     @property
+    def scores(self) -> list[Score]:
+        """The run of each task that has one."""
+        return [cell.score for cell in self.cells if cell.score]
+
+    @property
     def saving(self) -> str:
         """Kind of saving: ``real``, ``simulated`` or ``none``; empty without a run."""
-        return "/".join(sorted({cell.score.saving for cell in self.cells if cell.score}))
+        return "/".join(sorted({score.saving for score in self.scores}))
 
     @property
     def saved(self) -> float | None:
         """Share of the KV cache's bytes that is saved, mean of the tasks."""
-        shares = [cell.score.saved for cell in self.cells if cell.score]
-        return sum(shares) / len(shares) if shares else None
+        return sum(score.saved for score in self.scores) / len(self.scores) if self.scores else None
 
     @property
     def changes(self) -> list[Cell]:
@@ -123,12 +127,10 @@ def build(name: str, spec: Spec, model: str, scores: Sequence[Score], paper: Seq
         if score.run.model == model and score.task in spec.tasks:
             groups[score.conditions_id].append(score)
     columns = [*spec.tasks, *([MEAN] if spec.mean else [])]
-    if not groups:
-        rows = [Row(row.label, row.method, row.settings, _cells(spec, [], {}, row), row) for row in paper]
-        return Table(name, spec, model, columns, rows, None)
-    best = max(groups.values(), key=_rank)
+    best = max(groups.values(), key=_rank, default=[])
     others = [_difference(group, best) for group in groups.values() if group is not best]
-    return Table(name, spec, model, columns, _rows(spec, best, paper), best[0], sorted(others))
+    rows = _rows(spec, best, paper) if best or paper else []
+    return Table(name, spec, model, columns, rows, best[0] if best else None, sorted(others))
 
 
 def _rank(group: Sequence[Score]) -> tuple[int, int, float]:

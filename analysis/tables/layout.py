@@ -115,8 +115,7 @@ def _conditions(table: Table) -> str:
     like = table.like
     assert like is not None
     baseline = next((row for row in table.rows if row.method == "mha"), None)
-    scores = [cell.score for cell in baseline.cells if cell.score] if baseline else []
-    counts = {task_name(score.task): score.n for score in scores}
+    counts = {task_name(score.task): score.n for score in (baseline.scores if baseline else [])}
     items = "items: " + ", ".join(f"{name} {n}" for name, n in counts.items()) if counts else ""
     if len(set(counts.values())) == 1:
         items = f"{next(iter(counts.values()))} items a task"

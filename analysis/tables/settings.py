@@ -77,16 +77,7 @@ def text(value: Any) -> str:
 def command(
     spec: Spec, model: str, like: Score | None, method: str, settings: dict[str, Any], tasks: Sequence[str]
 ) -> str:
-    """Return the command that fills some cells of a row.
-
-    Args:
-        spec: the table.
-        model: model of the row.
-        like: a run with the wanted conditions; ``None``: the defaults.
-        method: method of the row.
-        settings: hyper-parameters that are not the defaults.
-        tasks: columns to fill.
-    """
+    """Return the command that fills some cells of a row, under the conditions of ``like`` (``None``: the defaults)."""
     whole = spec.whole is not None and set(tasks) == set(spec.tasks)
     words = ["python run.py", *(["-m"] if not whole and len(tasks) > 1 else []), f"method={method}"]
     words += placeholders(model, method, settings)
@@ -98,22 +89,17 @@ def command(
 def sweep(table: str, spec: Spec, model: str, like: Score | None) -> str:
     """Return the command that fills a whole table."""
     other = where(model, like) if model != spec.model or len(where(model, like)) > 1 else []
-    counts = placeholder("clusters", COUNTS, model, "chai", {})
-    return " ".join(["python run.py -m", f"paper={table}", *other, *counts, *conditions(like)])
+    return " ".join(["python run.py -m", f"paper={table}", *other, *placeholders(model, "chai", {}), *conditions(like)])
 
 
 def placeholders(model: str, method: str, settings: dict[str, Any]) -> list[str]:
-    """Return overrides for the user to complete: cluster counts and a profile that nothing else defines."""
+    """Return overrides for the user to complete: what the method takes from the model, which does not define it."""
+    wanted, defined = defaults(f"method/{method}"), defaults(f"model/{model}")
     return [
-        *placeholder("clusters", COUNTS, model, method, settings),
-        *placeholder("profile", PROFILE, model, method, settings),
+        f"method.{key}={word}"
+        for key, word in (("clusters", COUNTS), ("profile", PROFILE))
+        if wanted.get(key) == f"${{model.{key}}}" and key not in settings and defined.get(key) is None
     ]
-
-
-def placeholder(key: str, word: str, model: str, method: str, settings: dict[str, Any]) -> list[str]:
-    """Return an override with a placeholder if the method takes the key from the model, which does not define it."""
-    needed = defaults(f"method/{method}").get(key) == f"${{model.{key}}}" and key not in settings
-    return [f"method.{key}={word}"] if needed and defaults(f"model/{model}").get(key) is None else []
 
 
 def where(model: str, like: Score | None) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from analysis.results.files import read_csv
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAPER = REPOSITORY / "results" / "paper"
@@ -65,8 +66,7 @@ def paper_rows(name: str) -> list[PaperRow]:
     path = PAPER / f"{name}.csv"
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_csv(path)
     scores = {task: Decimal(text) for task, text in lines[0].items() if task in TASKS}
     rows = []
     for line in lines:

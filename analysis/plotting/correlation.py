@@ -107,9 +107,9 @@ def draw_layers(results: Results, title: str, sample: int | None) -> tuple[Figur
     # The depth panel: one sample and the mean, or the mean alone.
     axes = lower.subplots()
     looks = ({"color": style.LOOKS["chai"]["color"], "marker": "o"}, {"color": style.GREY, "linestyle": "--"})
+    depth = range(profile.layers)
     for (name, values), line in zip(curves.items(), looks, strict=False):
-        axes.plot(range(profile.layers), values, label=name, markersize=3, **line)
-        depth = range(profile.layers)
+        axes.plot(depth, values, label=name, markersize=3, **line)
         data.append(profile_page.rows(profile, panel="depth", series=name, layer=depth, correlation=values))
     axes.set_xlabel("layer")
     axes.set_ylabel("mean correlation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from analysis.plotting import page, style
 from analysis.results.runs import Results
 from analysis.results.scores import ACCURACY, Score, load_scores
+from analysis.stats import Interval
 from analysis.tables.cells import Row, build
 from analysis.tables.settings import assignments, row_name
 from analysis.tables.specs import TASKS, Spec, task_name
@@ -36,9 +38,7 @@ class Point:
     """A method with its settings."""
 
     row: Row
-    accuracy: float  # mean over the tasks, %
-    low: float | None  # ends of its 95 % interval, with MHA's accuracy taken as exact; None for MHA
-    high: float | None
+    accuracy: Interval  # mean over the tasks, %; the ends take MHA's accuracy as exact, and are NaN for MHA itself
 
     @property
     def method(self) -> str:
@@ -142,10 +142,8 @@ def _task_order(task: str) -> tuple[int, str]:
 
 def _point(row: Row, base: float) -> Point:
     change = row.cells[-1].change
-    if change is None:
-        return Point(row, base, None, None)
-    points = change.points
-    return Point(row, base + points.value, base + points.low, base + points.high)
+    points = change.points if change else Interval(0.0, math.nan, math.nan)
+    return Point(row, Interval(base + points.value, base + points.low, base + points.high))
 
 
 def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
@@ -154,13 +152,13 @@ def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.D
         {
             "panel": panel, "method": point.method, "label": point.label,
             "settings": " ".join(assignments(point.row.settings)),
-            "accuracy": point.accuracy, "low": point.low, "high": point.high,
+            "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
             "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.scores),
         }
         for point, share in costs
     )  # fmt: skip
-    return frame.assign(pareto=on_front(frame.cost, frame.accuracy)).astype({"low": float, "high": float})
+    return frame.assign(pareto=on_front(frame.cost, frame.accuracy))
 
 
 def on_front(cost: pd.Series, accuracy: pd.Series) -> list[bool]:

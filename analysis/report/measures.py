@@ -106,7 +106,7 @@ def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
 
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
     """Return how many times as fast as the best baseline the whole model is with CHAI."""
-    run = _latency(source, model)
+    run = latency_run(source, model)
     table = run.table
     rows = table[(table.part == "model") & (table.phase == phase) & (table.length == int(length))]
     if rows.baseline.all():
@@ -120,7 +120,7 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
 
 def attention_share(source: Source, model: str) -> Ours:
     """Return the share of MHA's attention in the whole model's time, %, of the phase where it is greater."""
-    run = _latency(source, model)
+    run = latency_run(source, model)
     rows = run.table[run.table.baseline & (run.table.length == run.table.length.max())]
     shares = []
     for phase in ("prefill", "decode"):
@@ -149,7 +149,8 @@ def ratio_interval(ratio: float, *times: pd.Series) -> Interval:
     return Interval(ratio, ratio / spread, ratio * spread)
 
 
-def _latency(source: Source, model: str) -> Run:
+def latency_run(source: Source, model: str) -> Run:
+    """Return the newest latency run of CHAI."""
     return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.report.measures import Source, kv_saved, speedup
-from analysis.results.benchmarks import LATENCY
-from analysis.results.runs import Results, Run, base_name, optional
+from analysis.report.measures import Source, kv_saved, latency_run, speedup
+from analysis.results.runs import Run, base_name, optional
 from analysis.stats import Interval, mean_over_tasks
 from analysis.tables.cells import Table
 from analysis.tables.specs import task_name
@@ -40,7 +39,7 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     saved = memory.interval.value if memory else None
     if saved is None and row is not None and row.saved is not None:
         saved = 100 * row.saved
-    length = _longest(source.of(model))
+    length = _longest(source, model)
     first, later = (
         optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
     )
@@ -55,9 +54,8 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     )  # fmt: skip
 
 
-def _longest(results: Results) -> int | None:
-    """Return the longest length of the newest latency run of CHAI, which :func:`speedup` takes."""
-    runs = [run for run in results.runs(LATENCY) if run.method == "chai"]
-    newest = max(runs, key=lambda run: run.updated, default=None)
-    lengths = [] if newest is None else newest.table[newest.table.part == "model"].length
+def _longest(source: Source, model: str) -> int | None:
+    """Return the longest length of the latency run that :func:`speedup` takes."""
+    run = optional(latency_run, source, model)
+    lengths = [] if run is None else run.table[run.table.part == "model"].length
     return int(max(lengths)) if len(lengths) else None

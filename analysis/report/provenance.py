@@ -18,11 +18,6 @@ def all_runs(results: Results) -> list[Run]:
     return sorted(runs, key=lambda run: (-run.updated, str(run.folder)))
 
 
-def code(run: Run) -> str:
-    """Return the short commit of the code, or its digest without git; empty if neither is recorded."""
-    return str(run.versions.get("code", ""))
-
-
 def versions(run: Run) -> str:
     """Return the versions of the project and of the most important libraries."""
     return ", ".join(f"{name} {run.versions[name]}" for name in PACKAGES if run.versions.get(name))

@@ -32,9 +32,9 @@ RULES = (
     "A limit (at most, at least, up to) is reproduced if the whole interval keeps it, give or take the tolerance, and "
     'not if the whole interval breaks it. An interval with an end on either side is undecided. "Up to" is '
     "reproduced if we reach it.",
-    "Not reproduced means: not found under these conditions, which stand beside the number.",
+    "Not reproduced means: not found under these conditions, which are shown beside the number.",
     f"Cells of the tables are numbers with a tolerance of {CELL_TOLERANCE:g} points. Of a limit over several models, "
-    "one that breaks it is enough; to keep it takes all of them.",
+    "one that breaks it is enough; all of them must keep it.",
 )
 
 
@@ -103,7 +103,7 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
         if samples.doc_id.duplicated().any():
             raise Unpaired(f"item {samples.doc_id[samples.doc_id.duplicated()].iloc[0]} occurs twice under {name}")
         if not samples[metric].isin([0, 1]).all():
-            raise Unpaired(f"{metric} under {name} isn't 0 or 1 for each item")
+            raise Unpaired(f"{metric} under {name} is not 0 or 1 for every item")
 
     # Pair the items; every item must be in both runs, with the same content.
     both = baseline.merge(other, on="doc_id", suffixes=("", "_other"))
@@ -116,7 +116,7 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
     differing = both.doc_hash != both.doc_hash_other
     if differing.any():
         example = both.doc_id[differing].iloc[0]
-        raise Unpaired(f"{differing.sum()} of {len(both)} items have another content (doc_hash), item {example} first")
+        raise Unpaired(f"{differing.sum()} of {len(both)} items differ in content (doc_hash), item {example} first")
     before, after = both[metric], both[f"{metric}_other"]
     return int((before > after).sum()), int((before < after).sum()), len(both)
 

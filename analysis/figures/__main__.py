@@ -66,7 +66,7 @@ def produce(name: str, results: Results, out: Path, reported: set[Path]) -> int:
         command = module.QUERY.command_for(error.model or results.model)
         return cli.fail(f"{name}: {error}; make one with: {command}", code=1)
     except OSError as error:
-        return cli.fail(f"{name}: can't write to {out}: {error.strerror or error}", code=1)
+        return cli.fail(f"{name}: cannot write to {out}: {error.strerror or error}", code=1)
     finally:
         cli.report_skipped(results.skipped, reported)
     runs = "; ".join(map(str, results.used))

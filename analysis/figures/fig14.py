@@ -26,7 +26,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     notes = "Scoring: each run timed once, with all that its implementation does, masks included. "
     devices = sorted({score.run.device for point in compared.points for score in point.row.scores})
     if len(devices) > 1:
-        notes += f"They ran on several devices ({', '.join(devices)}), so these times can't be compared. "
+        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be compared. "
     first, length, where = first_token(results, compared)
     if first:
         panels.append((first, tradeoff.plotted("first token", first, "% of the best baseline's time to first token")))

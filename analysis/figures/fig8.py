@@ -63,7 +63,7 @@ def notes(profile: Profile) -> str:
     return (
         "Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
         f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
-        "A logarithmic axis has no place for no error at all, which a cluster for each head has. "
+        "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
         f"{profile_page.COUNTED}"
     )
 

@@ -99,7 +99,7 @@ def compared(
         if usable(score.run.result.get(field)):
             costed.append(score)
         else:
-            results.skipped[score.run.folder] = f"result.json has no {field} (force=true does the run again)"
+            results.skipped[score.run.folder] = f"result.json has no {field} (rerun with force=true)"
     folders = {score.run.folder for score in costed}
     ranked = results.ranked(ACCURACY, lambda run: run.folder in folders)
     for model in dict.fromkeys(run.model for run in ranked):

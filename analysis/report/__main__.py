@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(page.write(content, out))
     except OSError as error:
-        return cli.fail(f"can't write to {out}: {error.strerror or error}", code=1)
+        return cli.fail(f"cannot write to {out}: {error.strerror or error}", code=1)
     return 0
 
 

@@ -70,7 +70,7 @@ def _agreement(results: Results) -> Check:
 
 
 def _bytes(results: Results) -> Check:
-    statement = "The cache holds as many bytes as arithmetic says, at every length, under MHA and CHAI"
+    statement = "The cache holds as many bytes as the formula gives, at every length, under MHA and CHAI"
     try:
         run = chai_memory(results)
     except MissingRun:
@@ -96,7 +96,7 @@ def _loss(table: Table) -> Check:
 
 
 def _control(table: Table) -> Check:
-    statement = "Heads combined at random, at the same counts, lose more than by their attention"
+    statement = "Combining heads at random, with the same counts, loses more than combining them by attention"
     known = "CHAI above random"
     (chai, chai_runs), (control, control_runs) = _mean(table, "chai"), _mean(table, "random")
     if chai is None or control is None:

@@ -60,14 +60,14 @@ def read(path: Path) -> list[Claim]:
 
 def _claim(place: str, line: dict[str, str]) -> Claim:
     if set(line) != set(COLUMNS) or None in line.values():
-        raise SkippedRun(f"{place} hasn't the columns {', '.join(COLUMNS)}")
+        raise SkippedRun(f"{place} does not have the columns {', '.join(COLUMNS)}")
     measure, *options = line["measure"].split()
     if line["bound"] not in BOUNDS or measure not in MEASURES or not all("=" in pair for pair in options):
-        raise SkippedRun(f"{place} has no known bound or measure")
+        raise SkippedRun(f"{place} has an unknown bound or measure")
     try:
         value, tolerance = Decimal(line["value"]), Decimal(line["tolerance"])
     except InvalidOperation:
-        raise SkippedRun(f"{place} has no number") from None
+        raise SkippedRun(f"{place} has a value or tolerance that is not a number") from None
     return Claim(
         line["id"], line["statement"], line["model"], measure, dict(pair.split("=", 1) for pair in options),
         line["bound"], value, line["unit"], tolerance, line["source"], line["ours"], line["note"],

@@ -58,7 +58,7 @@ def of_model(results: Results, model: str) -> Layers | None:
         sizes = _bytes(memory, length)
         columns |= sizes
         if not sizes:
-            note = "Query heads share keys here, so the bytes of a layer don't follow from its clusters."
+            note = "Query heads share KV heads here, so the bytes of a layer do not follow from its clusters."
     if profile is not None:
         heads = profile.heads
         columns["k_offline"] = profile.clusters
@@ -77,7 +77,7 @@ def of_model(results: Results, model: str) -> Layers | None:
 
 def _command_for(model: str, command: str) -> str:
     words = [f"model={model}" if word.startswith("model=") else word for word in command.split()]
-    if model == "tiny":  # it needs no corpus from the hub, and has weights of its own
+    if model == "tiny":  # the embedded model needs neither a corpus from the hub nor random weights
         words = [word for word in words if not word.startswith(("corpus=", "model.random_init="))]
     return " ".join(words)
 

@@ -23,7 +23,7 @@ PROFILE = RunQuery(
     small_command="python run.py experiment=profile model=tiny",
 )
 FORMAT = 1
-KINDS = {"i": "whole numbers", "f": "floating-point numbers"}
+KINDS = {"i": "integers", "f": "floating-point numbers"}
 #: Kind of number and axes of each array: L layers, H query heads, S kept samples, N tokens of history (n: one less),
 #: M tokens of a map, K the most clusters of any layer.
 TENSORS = {
@@ -133,16 +133,16 @@ def load(run: Run) -> Profile:
     """
     about = read_json(run.folder / "profile.json")
     if about.get("format") != FORMAT:
-        raise SkippedRun(f"profile.json has format {about.get('format')}, not {FORMAT}")
+        raise SkippedRun(f"profile.json has format {about.get('format')}, expected {FORMAT}")
     try:
         sizes = {"L": about["model"]["layers"], "H": about["model"]["heads"], "S": len(about["kept"])}
         valid = all(type(size) is int and size > 0 for size in sizes.values()) and _is_complete(about)
     except (KeyError, TypeError):
         valid = False
     if not valid:
-        raise SkippedRun("profile.json lacks what a profile has")
+        raise SkippedRun("profile.json is incomplete")
     if (sizes["L"], sizes["H"]) != (run.result["layers"], run.result["heads"]):
-        raise SkippedRun("profile.json and result.json are of different models")
+        raise SkippedRun("profile.json and result.json describe different models")
     arrays = read_file(run.folder / "profile.safetensors", lambda path: _load_arrays(path, about["sha256"]))
     _check_arrays(arrays, sizes)
     if arrays["clusters"].tolist() != run.result["heads_kept"]:
@@ -181,11 +181,11 @@ def _check_arrays(arrays: dict[str, NDArray[Any]], sizes: dict[str, int]) -> Non
     for name, (kind, *axes) in TENSORS.items():
         array, shape = arrays[name], tuple(sizes[axis] for axis in axes)
         if array.dtype.kind != kind:
-            raise SkippedRun(f"profile.safetensors: {name} is of {array.dtype}, not {KINDS[kind]}")
+            raise SkippedRun(f"profile.safetensors: {name} has dtype {array.dtype}, expected {KINDS[kind]}")
         if array.shape != shape or 0 in shape:
-            raise SkippedRun(f"profile.safetensors: {name} is {array.shape}, not {shape}")
+            raise SkippedRun(f"profile.safetensors: {name} has shape {array.shape}, expected {shape}")
     clusters, assignment = arrays["clusters"], arrays["assignment"]
     if not (clusters.min() >= 1 and clusters.max() <= sizes["H"]):
-        raise SkippedRun("profile.safetensors: clusters are not between 1 and the heads")
+        raise SkippedRun("profile.safetensors: clusters are not between 1 and the number of heads")
     if assignment.min() < 0 or (assignment >= clusters[:, None]).any():
-        raise SkippedRun("profile.safetensors: heads are in clusters that there are not")
+        raise SkippedRun("profile.safetensors: assignment has clusters that do not exist")

@@ -168,7 +168,7 @@ class Results:
         wanted += f" on a device named '{self.device}'" if self.device else ""
         runs = Results(self.root, without=self.without).runs(RunQuery(query.experiment))
         available = sorted({f"{run.method} on {run.model}, {run.device}" for run in runs})
-        others = f" could be used (there are: {'; '.join(available)})" if available else ""
+        others = f" could be used (available: {'; '.join(available)})" if available else ""
         message = f"no finished {query.experiment} run{wanted} in {self.root}{others}"
         return MissingRun(message, query.command, model=self.model)
 
@@ -203,7 +203,7 @@ def _load(folder: Path, query: RunQuery) -> Run:
         if name in result and not isinstance(result[name], kind) and (name in fields or result[name] is not None):
             raise SkippedRun(f"result.json is corrupt: {name} is {json.dumps(result[name])[:40]}")
     if not all(type(k) is int and k > 0 for k in result.get("heads_kept") or []):
-        raise SkippedRun("result.json is corrupt: heads_kept aren't whole numbers")
+        raise SkippedRun("result.json is corrupt: heads_kept are not positive integers")
 
     # Read the measurements only where they are needed: it takes the most time.
     table = pd.DataFrame()
@@ -211,7 +211,7 @@ def _load(folder: Path, query: RunQuery) -> Run:
         table = read_table(folder / "measurements.parquet", query.columns)
         for name in query.columns:
             if name in NUMERIC and not is_numeric_dtype(table[name]):
-                raise SkippedRun(f"measurements.parquet is corrupt: {name} isn't a number")
+                raise SkippedRun(f"measurements.parquet is corrupt: {name} is not numeric")
     updated = status.get("updated")
     return Run(
         folder, result, updated if isinstance(updated, (int, float)) else 0.0, table, query.experiment,

@@ -18,7 +18,7 @@ ACCURACY = RunQuery(
     command="python run.py -m paper=figure1",
     small_command="python run.py -m paper=micro model=tiny",
 )
-#: Keys of the model's section that are no conditions: where it is stored, and what its name and fingerprint imply.
+#: Keys of the model's section that do not affect results, or follow from its name and fingerprint.
 NO_SETTING = ("path", "device_map", "architecture")
 
 
@@ -71,11 +71,11 @@ def _load(run: Run) -> Score:
         saved = 1 - float(result["savings"]["kv_bytes"]) / float(result["savings"]["kv_bytes_mha"])
         saving = str(result["savings"]["kind"])
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise SkippedRun("result.json lacks a score or savings that are numbers") from None
+        raise SkippedRun("result.json has no numeric score or savings") from None
     if not 0 <= value <= 1 or saved > 1:
-        raise SkippedRun(f"result.json is impossible: a score of {value}, {saved:.3g} of the KV bytes saved")
+        raise SkippedRun(f"result.json is impossible: a score of {value}, {saved:.3g} of the KV cache saved")
     if len(samples) != n or abs(samples[metric].mean() - value) > 1e-6:
-        raise SkippedRun("samples.parquet doesn't give the score in result.json")
+        raise SkippedRun("samples.parquet does not match the score in result.json")
     settings = {key: value for key, value in config["method"].items() if key != "name"}
     settings_id, task = str(result["settings_id"]), str(result["task"])
     return Score(run, config, samples, run.method, settings, settings_id, task, n, metric, value, stderr, saved, saving)

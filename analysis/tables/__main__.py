@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.results.is_dir():
         return cli.fail(f"--results: there is no folder {options.results}")
     if options.format == "csv" and len(names) > 1:
-        return cli.fail(f"one table at a time as csv, {len(names)} are named")
+        return cli.fail(f"csv takes one table at a time, got {len(names)}")
     reported: set[Path] = set()
     return max(show(name, options.format, options.results, options.model, reported) for name in names)
 

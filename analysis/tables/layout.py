@@ -88,9 +88,9 @@ def notes(table: Table) -> list[str]:
             "interval by paired bootstrap; * p < 0.05, ** p < 0.01 (McNemar, exact, each cell by itself)."
         )
         if table.spec.mean:
-            lines.append("Mean: each task counts the same; its p is that of all items' flips.")
+            lines.append("Mean: each task counts the same; its p is computed from the flips of all items.")
     if any(row.paper for row in table.rows):
-        lines.append("paper: its numbers" + ("; gap: ours less the paper's." if table.like else "."))
+        lines.append("paper: its numbers" + ("; gap: ours minus the paper's." if table.like else "."))
     if table.like is not None:
         lines.append(
             "KV saved: share of the cache's live bytes, mean of the tasks; real: less is stored and computed, "
@@ -101,7 +101,7 @@ def notes(table: Table) -> list[str]:
         if row.settings and "(" in row.label:
             lines.append(f"{row.label}: {', '.join(assignments(row.settings))}.")
     if table.others:
-        lines.append(f"Not shown, for runs are compared under the same settings only: {'; '.join(table.others)}.")
+        lines.append(f"Not shown, because runs are compared under the same settings only: {'; '.join(table.others)}.")
     for row in table.rows:
         refused = [cell for cell in row.cells if cell.state == "refused"]
         lines += [f"Refused: {row.label} on {cell.task}: {cell.reason}." for cell in refused]

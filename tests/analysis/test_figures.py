@@ -248,7 +248,7 @@ def test_missing_input_is_one_line_with_the_command_and_the_others_are_drawn(tmp
 def test_command_is_for_the_wanted_model(root, capsys):
     assert run_main(root, "fig11", "--model", "opt66b-random") == 1
     said = capsys.readouterr().err
-    assert "of model 'opt66b-random'" in said and "there are: chai on llama7b, NVIDIA H200" in said
+    assert "of model 'opt66b-random'" in said and "available: chai on llama7b, NVIDIA H200" in said
     assert said.endswith("python run.py experiment=memory method=chai model=opt66b model.random_init=true\n")
     assert run_main(root, "fig11", "--model", "tiny") == 1
     assert capsys.readouterr().err.endswith("python run.py experiment=memory method=chai model=tiny\n")
@@ -268,7 +268,7 @@ def test_files_that_cannot_be_written(root, capsys):
     (root / "figures").write_text("in the way")
     assert run_main(root, "fig11") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: fig11: can't write to {root / 'figures'}: ")
+    assert line.startswith(f"error: fig11: cannot write to {root / 'figures'}: ")
 
 
 def cut_parquet(folder):

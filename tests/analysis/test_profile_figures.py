@@ -156,7 +156,7 @@ def test_every_figure_of_every_shape_is_legible(model, number, both):
 
 
 def test_grouped_queries_and_odd_shapes(tmp_path):
-    """Fewer key heads than heads change nothing; layers that don't fill the grid, one kept sample."""
+    """Fewer KV heads than heads change nothing; layers that don't fill the grid, one kept sample."""
     synthetic.save_profile(tmp_path, *synthetic.profile(6, 8, samples=1), "g", model="llama3_8b", key_heads=2)
     for module in (fig2, fig4, fig6, fig13, fig16):
         figure, _, _ = drawn(module, tmp_path)
@@ -447,35 +447,38 @@ def cut(folder, right_digest=False):
         (lambda folder: (folder / "profile.safetensors").unlink(), "no profile.safetensors"),
         (lambda folder: (folder / "profile.json").unlink(), "no profile.json"),
         (lambda folder: (folder / "profile.json").write_text('{"form'), "profile.json is corrupt"),
-        (lambda folder: (folder / "profile.json").write_text('{"a": 1}'), "profile.json has format None, not 1"),
-        (lambda folder: describe(folder, format=2), "profile.json has format 2, not 1"),
-        (lambda folder: describe(folder, kept=None), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, kept=[1, 2]), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, kept=[]), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, model={"layers": "4"}), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, rule="knee"), "profile.json lacks what a profile has"),
+        (lambda folder: (folder / "profile.json").write_text('{"a": 1}'), "profile.json has format None, expected 1"),
+        (lambda folder: describe(folder, format=2), "profile.json has format 2, expected 1"),
+        (lambda folder: describe(folder, kept=None), "profile.json is incomplete"),
+        (lambda folder: describe(folder, kept=[1, 2]), "profile.json is incomplete"),
+        (lambda folder: describe(folder, kept=[]), "profile.json is incomplete"),
+        (lambda folder: describe(folder, model={"layers": "4"}), "profile.json is incomplete"),
+        (lambda folder: describe(folder, rule="knee"), "profile.json is incomplete"),
         (
             lambda folder: describe(folder, model={"layers": 4, "heads": 8}),
-            "profile.json and result.json are of different models",
+            "profile.json and result.json describe different models",
         ),
         (lambda folder: rewrite(folder, error=None, maps=None), "profile.safetensors has no error, maps"),
         (
             lambda folder: rewrite(folder, error=np.zeros((4, 15))),
-            "profile.safetensors: error is (4, 15), not (4, 16)",
+            "profile.safetensors: error has shape (4, 15), expected (4, 16)",
         ),
         (
             lambda folder: rewrite(folder, changes=np.zeros((4, 24))),
-            "profile.safetensors: changes is (4, 24), not (4, 23)",
+            "profile.safetensors: changes has shape (4, 24), expected (4, 23)",
         ),
         (
             lambda folder: rewrite(folder, clusters=np.full(4, 3.0)),
-            "profile.safetensors: clusters is of float64, not whole numbers",
+            "profile.safetensors: clusters has dtype float64, expected integers",
         ),
         (
             lambda folder: rewrite(folder, assignment=np.full((4, 16), 16)),
-            "profile.safetensors: heads are in clusters that there are not",
+            "profile.safetensors: assignment has clusters that do not exist",
         ),
-        (lambda folder: rewrite(folder, maps=np.float32(1)), "profile.safetensors: maps is (), not (2, 4, 16, 0)"),
+        (
+            lambda folder: rewrite(folder, maps=np.float32(1)),
+            "profile.safetensors: maps has shape (), expected (2, 4, 16, 0)",
+        ),
         (
             lambda folder: rewrite(
                 folder,
@@ -501,7 +504,7 @@ def test_no_sound_profile_is_missing_input(small, capsys):
     cut(folder)
     assert run_main(small, "fig8") == 1
     error, left_out = capsys.readouterr().err.splitlines()
-    assert "could be used (there are: none on tiny, cpu)" in error and fig8.QUERY.command in error
+    assert "could be used (available: none on tiny, cpu)" in error and fig8.QUERY.command in error
     assert left_out == f"left out: {folder}: profile.safetensors is corrupt, or not the one that profile.json describes"
 
 

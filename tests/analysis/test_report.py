@@ -115,9 +115,9 @@ def test_every_claim_of_the_paper_is_typed():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("id,statement\na,b\n", "line 2 hasn't the columns"),
-        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,magic,equals,1,x,1,s,o,n\n", "no known bound or measure"),
-        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,kv_saved,equals,one,x,1,s,o,n\n", "has no number"),
+        ("id,statement\na,b\n", "line 2 does not have the columns"),
+        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,magic,equals,1,x,1,s,o,n\n", "an unknown bound or measure"),
+        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,kv_saved,equals,one,x,1,s,o,n\n", "that is not a number"),
     ],
 )
 def test_a_corrupt_line_of_the_claims_is_named(tmp_path, text, reason):
@@ -253,7 +253,7 @@ def test_corrupt_numbers_of_the_paper_are_left_out(root, tmp_path, capsys, monke
     page, _, said = built(root, tmp_path, capsys)
     assert f"left out: {tmp_path / 'table2.csv'}: table2.csv is corrupt" in said
     assert f"left out: {tmp_path / 'claims.csv'}: no claims.csv" in said
-    assert "claims can" in page
+    assert "claims cannot be read" in page
 
 
 def test_a_mistake_in_one_figure_is_no_others(root, tmp_path, capsys, monkeypatch):
@@ -296,4 +296,4 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: --results: there is no folder {tmp_path / 'x'}\n"
     (tmp_path / "file").write_text("")
     assert main(["--results", str(tmp_path), "--out", str(tmp_path / "file" / "out")]) == 1
-    assert "can't write to" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write to" in capsys.readouterr().err.splitlines()[-1]

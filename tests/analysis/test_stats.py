@@ -96,12 +96,12 @@ def test_the_metric_that_is_asked_for_counts():
     [
         (samples([1, 0, 1]), samples([1, 0]), "not the same items: 3 under MHA, 2 under the method, 2 both"),
         (samples([1, 0]), samples([1, 0], ids=[0, 2]), "not the same items: 2 under MHA, 2 under the method, 1 both"),
-        (samples([1, 0]), samples([1, 0], hashes=["hash 0", "x"]), "1 of 2 items have another content .* item 1 first"),
+        (samples([1, 0]), samples([1, 0], hashes=["hash 0", "x"]), "1 of 2 items differ in content .* item 1 first"),
         (samples([1, 0]), samples([1, 0], ids=[1, 1]), "item 1 occurs twice under the method"),
         (samples([1, 0]).drop(columns="doc_hash"), samples([1, 0]), "the samples of MHA have no doc_hash"),
         (samples([1, 0]), samples([1, 0], "acc_norm"), "the samples of the method have no acc"),
-        (samples([1, 0]), samples([1, math.nan]), "acc under the method isn't 0 or 1"),
-        (samples([1, 0.5]), samples([1, 0]), "acc under MHA isn't 0 or 1"),
+        (samples([1, 0]), samples([1, math.nan]), "acc under the method is not 0 or 1"),
+        (samples([1, 0.5]), samples([1, 0]), "acc under MHA is not 0 or 1"),
         (samples([]), samples([]), "no items"),
     ],
 )

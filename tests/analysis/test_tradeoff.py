@@ -163,5 +163,5 @@ def test_runs_that_count_no_operations_are_none(tmp_path):
     results = Results(tmp_path)
     with pytest.raises(MissingRun, match="could be used"):
         fig1.draw(results)
-    assert set(results.skipped.values()) == {"result.json has no flops (force=true does the run again)"}
+    assert set(results.skipped.values()) == {"result.json has no flops (rerun with force=true)"}
     assert len(fig14.draw(Results(tmp_path))[1]) == 2

@@ -60,7 +60,7 @@ def first_token(results: Results, compared: Tradeoff) -> tuple[list[tuple[Point,
         rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
         for place, point in enumerate(compared.points):
             counts = point.row.scores[0].run.result["savings"]["heads_kept"]
-            if (run.method, run.result["heads_kept"]) == (point.method, counts) and len(rows):
+            if (run.method, run.result["heads_kept"]) == (point.row.method, counts) and len(rows):
                 row = rows.loc[rows.length.idxmax()]
                 found[run.device, run.dtype, int(row.length)][place] = (1 / row.speedup, run)
     if not found:
@@ -70,6 +70,6 @@ def first_token(results: Results, compared: Tradeoff) -> tuple[list[tuple[Point,
     device, dtype, length = max(found, key=lambda key: (len(found[key]), key[2], key))
     measured = found[device, dtype, length]
     results.used += [run for _, run in measured.values()]
-    times = {place: 1.0 for place, point in enumerate(compared.points) if point.method == "mha"}
+    times = {place: 1.0 for place, point in enumerate(compared.points) if point.row.method == "mha"}
     times |= {place: share for place, (share, _) in measured.items()}
     return [(compared.points[place], times[place]) for place in sorted(times)], length, f"{device}, {dtype}"

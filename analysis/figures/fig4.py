@@ -32,6 +32,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         maps.show(axes, profile.map(layer), norm)
         maps.label_tokens(axes, profile.tokens(maps.SAMPLE), 6.0 / len(drawn) - 0.3)
         maps.label_heads(axes, range(profile.heads), 3.2)
+        # Count the heads of nearly uniform attention in this layer and in all.
         axes.set_title(
             f"({letter}) {style.label(profile.run.model)}, layer {layer}\n"
             f"nearly uniform: {uniform[layer].sum()} of {profile.heads} heads;{gap}"

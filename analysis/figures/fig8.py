@@ -28,6 +28,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     positive = data.relative_error > ZERO
     draw_curves(left, data.assign(value=data.error.where(positive)), profile)
     draw_curves(right, data.assign(value=data.relative_error), profile)
+    # The logarithmic axis ends above rounding errors, but shows every chosen number.
     left.set_yscale("log")
     seen = data.error[positive & ((data.relative_error > LOWEST) | data.chosen)]
     if len(seen):

@@ -66,6 +66,7 @@ def draw_panel(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
     for layer in range(profile.layers):
         points, shade = data[data.layer == layer], shades(layer / max(profile.layers - 1, 1))
         axes.plot(points.tokens, points.value, color=shade, linewidth=0.6, alpha=0.7)
+    # The mean over layers whose membership can change, and the token at which CHAI clusters.
     mean, words = data[data.layer == MEAN], f"mean of {style.plural(len(can_change(profile)), 'layer')}"
     axes.plot(mean.tokens, mean.value, color=style.INK, linewidth=2, label=words)
     decide = profile.about["decide_tokens"]

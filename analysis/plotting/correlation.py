@@ -36,6 +36,7 @@ def show(axes: Axes, correlation: NDArray[Any], groups: Sequence[NDArray[Any]]) 
     colours = colormaps[COLOURS].with_extremes(bad="#bbbbbb")  # a head without variation has no correlation
     axes.imshow(correlation[np.ix_(order, order)], norm=NORM, cmap=colours, aspect="equal", interpolation="nearest")
     page.no_grid(axes)
+    # Cells are centred at integers, so the first frame starts half a cell before 0.
     start = -0.5
     for size in map(len, groups):
         if size > 1:

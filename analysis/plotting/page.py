@@ -161,6 +161,7 @@ def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
 def ratio_axis(axes: Axes, values: Iterable[float]) -> None:
     """Make the y axis one of ratios, log, with a line at 1."""
     low, high = min(*values, 1.0) / 1.15, max(*values, 1.0) * 1.15
+    # Choose ticks in every power of ten: fewer for a wider range.
     if high / low > 12:
         steps: tuple[float, ...] = (1, 2, 5)
     elif high / low > 2.6:

@@ -41,14 +41,9 @@ class Point:
     accuracy: Interval  # mean over the tasks, %; the ends take MHA's accuracy as exact, and are NaN for MHA itself
 
     @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.row.method
-
-    @property
     def label(self) -> str:
         """Printed name with all settings that are not the defaults; ``row.label`` is shorter."""
-        return row_name(self.method, self.row.settings)
+        return row_name(self.row.method, self.row.settings)
 
     @property
     def place(self) -> tuple[str, float] | None:
@@ -79,7 +74,7 @@ class Tradeoff:
 
     def shares(self, cost: Callable[[Point], float]) -> list[tuple[Point, float]]:
         """Return each point with its cost as a share of multi-head attention's."""
-        whole = mean(cost(point) for point in self.points if point.method == "mha")
+        whole = mean(cost(point) for point in self.points if point.row.method == "mha")
         return [(point, cost(point) / whole) for point in self.points]
 
 
@@ -150,7 +145,7 @@ def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.D
     """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
     frame = pd.DataFrame(
         {
-            "panel": panel, "method": point.method, "label": point.label,
+            "panel": panel, "method": point.row.method, "label": point.label,
             "settings": " ".join(assignments(point.row.settings)),
             "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
@@ -220,11 +215,13 @@ def _point_label(point: Point, alone: bool) -> str:
 
 def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     """Add one legend for all panels at the right, and the footer."""
+    # A method that is in several panels has one entry.
     entries = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(entries.values(), entries.keys(), loc="outside right center")
-    methods = dict.fromkeys((point.row.scores[0].saving, style.label(point.method)) for point in tradeoff.points)
+    # The footer: methods by kind of saving, and the settings that letters stand for.
+    methods = dict.fromkeys((point.row.scores[0].saving, style.label(point.row.method)) for point in tradeoff.points)
     kinds = {kind: [name for saving, name in methods if saving == kind] for kind in ("real", "simulated")}
     savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]

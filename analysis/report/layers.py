@@ -48,10 +48,12 @@ def of_model(results: Results, model: str) -> Layers | None:
     memory = optional(chai_memory, results.of(with_random(model)))
     if memory is not None and profile is not None and len(memory.result["heads_kept"]) != profile.layers:
         memory = None  # another model of that name
+    # Name the commands of what is missing.
     queries = ((profile, PROFILE.command), (memory, MEMORY.command))
     commands = [_command_for(model, command) for found, command in queries if found is None]
     columns: dict[str, Sequence[Any]] = {}
     heads, length, note = 0, None, ""
+    # From memory runs: CHAI's own counts, and bytes.
     if memory is not None:
         heads, length = int(memory.result["heads"]), int(memory.table.length.max())
         columns["k"] = memory.result["heads_kept"]
@@ -59,6 +61,7 @@ def of_model(results: Results, model: str) -> Layers | None:
         columns |= sizes
         if not sizes:
             note = "Query heads share KV heads here, so the bytes of a layer do not follow from its clusters."
+    # From the profile: the offline phase's counts, and correlations.
     if profile is not None:
         heads = profile.heads
         columns["k_offline"] = profile.clusters

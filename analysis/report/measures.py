@@ -124,6 +124,7 @@ def attention_share(source: Source, model: str) -> Ours:
     rows = run.table[run.table.baseline & (run.table.length == run.table.length.max())]
     shares = []
     for phase in ("prefill", "decode"):
+        # The fastest baseline of one layer's attention, and of the whole model.
         parts = [rows[(rows.part == part) & (rows.phase == phase)].sort_values("ms") for part in ("attention", "model")]
         if all(len(part) for part in parts):
             attention, whole = (part.iloc[0] for part in parts)
@@ -217,6 +218,7 @@ def settled_tokens(source: Source, model: str, changing: str) -> Ours:
     """Return the token from which on fewer than a share of the heads change clusters with the next token."""
     profile = profiles.best(source.results.of(model))
     mean = profile["changes"][fig9.can_change(profile)].mean(axis=0)
+    # The last token at which too many heads still change.
     late = np.flatnonzero(mean >= float(changing))
     settled = int(late[-1]) + 2 if len(late) else 1  # entry n - 1 is the change from n to n + 1 tokens
     detail = f"of up to {profile['agreement'].shape[1]:,} tokens"

@@ -35,6 +35,7 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     model, row = table.model, table.row_of("chai")
     changes = {cell.task: cell.change for cell in row.changes if cell.change} if row else {}
     worst = min(changes, key=lambda task: changes[task].difference, default=None)
+    # The KV cache's saving from a memory run, else from the accuracy runs.
     memory = optional(kv_saved, source, model)
     saved = memory.interval.value if memory else None
     if saved is None and row is not None and row.saved is not None:

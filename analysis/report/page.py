@@ -19,7 +19,6 @@ from analysis.report.content import Content, Part
 from analysis.report.figures import uri
 from analysis.report.interval_plot import interval_plot
 from analysis.stats import RULES, VERDICTS, Interval
-from analysis.tables.cells import Table
 from analysis.tables.formats import comma_separated
 from analysis.tables.layout import commands, notes, paper_text
 from analysis.tables.settings import COUNTS, PROFILE
@@ -43,9 +42,9 @@ def write(content: Content, out: Path) -> Path:
         OSError: the folder cannot be written to.
     """
     out.mkdir(parents=True, exist_ok=True)
-    environment = _environment()
+    environment, scripts = _environment(), _scripts(content)
     for template, name in (("report.md.j2", "report.md"), ("index.html.j2", "index.html")):
-        text = environment.get_template(template).render(content=content, scripts=_scripts(content))
+        text = environment.get_template(template).render(content=content, scripts=scripts)
         part = out / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, out / name)
@@ -66,8 +65,9 @@ def _environment() -> Environment:
         "paper": paper, "ours": ours, "our_ends": our_ends, "interval_plot": lambda one: Markup(interval_plot(one)),
         # Tables.
         "columns": lambda table: list(map(task_name, table.columns)), "notes": notes, "commands": commands,
-        "csv": table_csv, "verdict_counts": tables.verdict_counts, "cell_words": tables.cell_words,
-        "cell_ends": tables.cell_ends, "cell_title": tables.cell_title,
+        "csv": lambda table: uri("text/csv", comma_separated(table).encode()),
+        "verdict_counts": tables.verdict_counts, "cell_words": tables.cell_words, "cell_ends": tables.cell_ends,
+        "cell_title": tables.cell_title,
     }  # fmt: skip
     environment.globals |= {
         "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
@@ -139,11 +139,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
     return f"{count:,.0f} B"
-
-
-def table_csv(table: Table) -> str:
-    """Return a table's CSV as a data URI; empty without rows."""
-    return uri("text/csv", comma_separated(table).encode()) if table.rows else ""
 
 
 def command_uses(part: Part, placeholder: str) -> bool:

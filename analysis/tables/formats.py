@@ -69,6 +69,7 @@ def _escape(words: str) -> str:
     special = {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
     special |= {"<": "$<$", "…": ", "} | {char: f"\\{char}" for char in "&%$#_{}"}
     escaped = "".join(special.get(char, char) for char in words)
+    # Stars of significance become superscripts; signs of numbers become minus and plus of mathematics.
     escaped = re.sub(r"(?<=\d)(\*+)$", r"$^{\1}$", escaped)
     return re.sub(r"(?<![\w.-])([-+])(?=\d)", r"$\1$", escaped)
 

@@ -31,6 +31,7 @@ def block(table: Table, row: Row) -> list[list[str]]:
         lines.append(["paper", *(paper_text(row, cell) for cell in row.cells)])
         if any(cell.gap is not None for cell in row.cells):
             lines.append(["gap", *("" if cell.gap is None else signed(cell.gap) for cell in row.cells)])
+    # The share saved goes on a line of its own if there is one.
     saving = [row.saving] if row.saved is None or row.saving == "none" else [row.saving, f"{100 * row.saved:.1f} %"]
     if len(lines) < len(saving):
         saving = [" ".join(saving)]

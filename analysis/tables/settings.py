@@ -126,6 +126,7 @@ def conditions(like: Score | None) -> list[str]:
     known = {"limit", "seed", "batch_size", *DEFAULTS}
     changed = {key: value for key, value in like.conditions.items() if key in known and value != usual.get(key)}
     words = assignments(changed)
+    # Local data, if the run had it elsewhere than the configuration.
     folder = like.config["task"].get("data_dir")
     if _is_elsewhere(folder, defaults(f"task/{like.task}").get("data_dir")):
         words.append(f"task.data_dir={folder}")

@@ -17,18 +17,18 @@ UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw one panel."""
-    compared = tradeoff.compared(results, "flops", has_operations)
-    data = tradeoff.plotted("operations", compared.shares(operations), "% of MHA's operations")
-    figure = page.new(compared.heading(TITLE), 3.9)
+    comparison = tradeoff.compare_methods(results, "flops", has_operations)
+    data = tradeoff.plot_data("operations", comparison.shares(operations), "% of MHA's operations")
+    figure = page.new(comparison.heading(TITLE), 3.9)
     axes = figure.subplots()
-    tradeoff.draw_panel(axes, data, compared.points)
-    flops = compared.points[0].row.scores[0].run.result["flops"]
+    tradeoff.draw_panel(axes, data, comparison.points)
+    flops = comparison.points[0].row.scores[0].run.result["flops"]
     scale, unit = next((scale, unit) for scale, unit in UNITS if flops["mha"] >= scale)
     axes.set_xlabel(
         f"operations of a prompt of {flops['tokens']:,} tokens (% of MHA's {flops['mha'] / scale:.3g} {unit})"
     )
     notes = "Operations are each algorithm's own, whether skipped here or not (docs/performance.md). "
-    tradeoff.finish(figure, compared, notes)
+    tradeoff.finish(figure, comparison, notes)
     return figure, data
 
 

@@ -22,7 +22,7 @@ LIVE, FORMULA, PAPER = "live tensors", "arithmetic", "paper"
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bytes on the left, the share saved on the right."""
     run = results.newest(MEMORY, usable=lambda run: {"mha"} < {"mha", run.method} <= set(run.table.method))
-    data = plotted(run)
+    data = plot_data(run)
     figure, (left, right) = page.pair_of_panels(run, NAME, widths=(1.35, 1))
     draw_cache(left, data[data.panel == "cache"])
     draw_saved(right, data[data.panel == "saved"])
@@ -30,7 +30,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     return figure, data
 
 
-def plotted(run: Run) -> pd.DataFrame:
+def plot_data(run: Run) -> pd.DataFrame:
     """Return a row for each point: panel, method, source, length_tokens, value, unit, run."""
     sizes = run.table.pivot(index="length", columns="method", values=["cache_bytes", "formula_bytes"])
     scale, unit = (1e9, "GB") if run.table.cache_bytes.max() >= 1e9 else (1e6, "MB")

@@ -26,7 +26,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bars of one layer on the left, all layers on the right."""
     profile = profiles.best(results)
     layer = the_layer(profile.layers)
-    data = plotted(profile, layer)
+    data = plot_data(profile, layer)
     figure = profile_page.new(TITLE, profile, 4.1)
     left, right = figure.subplots(1, 2)
     draw_sizes(left, data[data.panel == "sizes"], profile, layer)
@@ -71,7 +71,7 @@ def draw_shares(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) ->
     page.legend_below(axes)
 
 
-def plotted(profile: Profile, layer: int) -> pd.DataFrame:
+def plot_data(profile: Profile, layer: int) -> pd.DataFrame:
     """Return a row for each cluster of the layer, and for each layer and series."""
     k, counts = profile.clusters[layer], profile["clusters"]
     sizes = profile_page.rows(
@@ -80,11 +80,11 @@ def plotted(profile: Profile, layer: int) -> pd.DataFrame:
         heads=profile["cluster_sizes"][layer, k - 1, :k], sd=profile["cluster_sizes_sd"][layer, k - 1, :k],
     )  # fmt: skip
     layers = np.arange(profile.layers)
-    chosen = profile["cluster_sizes"][layers, counts - 1]
+    sizes_at_k = profile["cluster_sizes"][layers, counts - 1]
     shares = [
         profile_page.rows(
             profile, panel="shares", layer=layers, clusters=counts, series=series,
-            share=100 * chosen[:, :many].sum(axis=1) / profile.heads,
+            share=100 * sizes_at_k[:, :many].sum(axis=1) / profile.heads,
         )
         for series, many in ((LARGEST, 1), (BOTH, 2))
     ]  # fmt: skip

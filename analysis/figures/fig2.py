@@ -51,9 +51,9 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
             f"at {within:.2f}, of different clusters at {between:.2f}. {notes}"
         )
     profile_page.finish(figure, [profile], notes)
-    attention = maps.plotted(profile, [layer]).assign(panel="attention")
+    attention = maps.plot_data(profile, [layer]).assign(panel="attention")
     attention = attention.set_index("head").loc[order].reset_index()  # rows as they are drawn
-    pairs = correlation.plotted(profile, values, [layer], "correlation")
+    pairs = correlation.plot_data(profile, values, [layer], "correlation")
     return figure, pd.concat([attention, pairs], ignore_index=True)
 
 

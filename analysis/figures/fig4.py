@@ -39,7 +39,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
             f"all layers: {100 * uniform.mean():.1f} %",
             fontsize=8,
         )
-        rows = maps.plotted(profile, [layer])
+        rows = maps.plot_data(profile, [layer])
         entropy = profile["entropy"][layer][rows["head"]]
         data.append(rows.assign(entropy=entropy, nearly_uniform=entropy > UNIFORM))
     maps.bar(figure, norm, ax=panels, fraction=0.035, pad=0.015, aspect=32)

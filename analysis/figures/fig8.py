@@ -22,7 +22,7 @@ DOT = {"linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor":
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the error on a logarithmic axis on the left, relative to that of one cluster on the right."""
     profile = profiles.best(results)
-    data = plotted(profile)
+    data = plot_data(profile)
     figure = profile_page.new(TITLE, profile, 3.75)
     left, right = figure.subplots(1, 2)
     positive = data.relative_error > ZERO
@@ -69,7 +69,7 @@ def notes(profile: Profile) -> str:
     )
 
 
-def plotted(profile: Profile) -> pd.DataFrame:
+def plot_data(profile: Profile) -> pd.DataFrame:
     """Return a row for each layer and k."""
     layer, k = (place.ravel() for place in np.indices(profile["error"].shape))
     error = profile["error"]

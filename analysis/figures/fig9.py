@@ -23,7 +23,7 @@ MOST_LINEAR = 40  # tokens; more are drawn on a logarithmic axis, which shows th
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw changes on the left, agreement on the right."""
     profile = profiles.best(results)
-    data = plotted(profile)
+    data = plot_data(profile)
     figure = profile_page.new(TITLE, profile, 4.0)
     left, right = figure.subplots(1, 2)
     draw_panel(left, data[data.panel == CHANGES], profile)
@@ -48,7 +48,7 @@ def can_change(profile: Profile) -> list[int]:
     return profile.clustered_layers or list(range(profile.layers))
 
 
-def plotted(profile: Profile) -> pd.DataFrame:
+def plot_data(profile: Profile) -> pd.DataFrame:
     """Return a row for each layer and number of tokens, and for the mean over layers."""
     parts = []
     changing = can_change(profile)

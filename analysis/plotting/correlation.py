@@ -68,7 +68,7 @@ def _mean(values: NDArray[Any]) -> float:
     return float(values.mean(dtype=np.float64)) if values.size else float("nan")
 
 
-def plotted(profile: Profile, correlation: NDArray[Any], layers: Sequence[int], panel: str) -> pd.DataFrame:
+def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int], panel: str) -> pd.DataFrame:
     """Return a row for each cell of some layers' heat maps as drawn: top to bottom, left to right."""
     parts = []
     for layer in layers:
@@ -103,7 +103,7 @@ def draw_layers(results: Results, title: str, sample: int | None) -> tuple[Figur
     upper, lower = (figure.add_subfigure(half) for half in halves)
     layers = sorted({round(place) for place in np.linspace(0, profile.layers - 1, 4)})
     draw_heat_maps(upper, profile, correlation, layers)
-    data = [plotted(profile, correlation, layers, "heat map")]
+    data = [plot_data(profile, correlation, layers, "heat map")]
 
     # The depth panel: one sample and the mean, or the mean alone.
     axes = lower.subplots()

@@ -36,7 +36,7 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
         return run.table[(run.table.part == "model") & (run.table.phase == phase)]
 
     run = results.newest(LATENCY, lambda run: set(rows_of_model(run).baseline) == {True, False})
-    data = plotted(run, phase, claim)
+    data = plot_data(run, phase, claim)
     figure, (left, right) = page.pair_of_panels(run, f"{title} against sequence length")
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
@@ -45,7 +45,7 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
     return figure, data
 
 
-def plotted(run: Run, phase: str, claim: float) -> pd.DataFrame:
+def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
     """Return a row for each point: panel, series, source, implementation, k, length_tokens, value, unit, quartiles."""
     table = run.table[run.table.phase == phase].sort_values("length")
     model = table[table.part == "model"]

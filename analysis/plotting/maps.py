@@ -78,7 +78,7 @@ def _axis_label(name: str, count: int, places: Sequence[int]) -> str:
     return f"{name} (one in {places[1]} labelled)" if 1 < len(places) < count else name
 
 
-def plotted(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
+def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
     """Return a row for each cell of some layers' maps: layer, head, position, token, attention, model, run."""
     attention = np.stack([profile.map(layer, SAMPLE) for layer in layers])
     layer, head, position = (place.ravel() for place in np.indices(attention.shape))
@@ -131,7 +131,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
     tall = min(cell * lines - title_height, 4.0)
     bar(figure, norm, cax=page.place(figure, page.WIDTH - right + 0.08, top + title_height, 0.11, tall))
     page.footer(figure, [*notes, profile_page.provenance(profile)])
-    return figure, plotted(profile, range(layers))
+    return figure, plot_data(profile, range(layers))
 
 
 def _round_ticks(count: int, inches: float) -> list[int]:

@@ -78,7 +78,7 @@ class Tradeoff:
         return [(point, cost(point) / whole) for point in self.points]
 
 
-def compared(
+def compare_methods(
     results: Results, field: str, usable: Callable[[Any], bool], scores: Sequence[Score] | None = None
 ) -> Tradeoff:
     """Choose what to compare: the main model if it has runs, and the conditions with the most runs.
@@ -141,7 +141,7 @@ def _point(row: Row, base: float) -> Point:
     return Point(row, Interval(base + points.value, base + points.low, base + points.high))
 
 
-def plotted(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
+def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
     """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
     frame = pd.DataFrame(
         {
@@ -177,7 +177,7 @@ def series_line(rows: pd.DataFrame, points: Sequence[Point]) -> pd.DataFrame:
 def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
     """Draw accuracy against cost: a series for each method, and the Pareto front.
 
-    ``data`` has a row of :func:`plotted` for each of the points.
+    ``data`` has a row of :func:`plot_data` for each of the points.
     """
     front = {"color": style.INK, "linestyle": "--", "linewidth": 0.8, "zorder": 1, "label": "Pareto front"}
     axes.step(*front_line(data), where="post", **front)

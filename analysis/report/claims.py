@@ -74,7 +74,7 @@ def _claim(place: str, line: dict[str, str]) -> Claim:
     )  # fmt: skip
 
 
-def judged(claim: Claim, source: Source) -> Judged:
+def judge_claim(claim: Claim, source: Source) -> Judged:
     """Find our number for a claim, and judge it."""
     try:
         ours = MEASURES[claim.measure](source, claim.model, **claim.options)

@@ -67,42 +67,42 @@ def collect(root: Path) -> Content:
     runs = provenance.all_runs(everything)
     scores = load_scores(everything)
     problems: dict[Path, str] = {}
-    filled = tables.fill(scores, problems)
+    by_name = tables.fill(scores, problems)
 
     # The real models: those of the paper's tables first, then others.
-    source = Source(real, filled)
+    source = Source(real, by_name)
     real_scores = [score for score in scores if base_name(score.run.model) != EMBEDDED]
     paper_models = [TABLES[name].model for name in PAPER_TABLES]
-    shown = [filled[name] for name in PAPER_TABLES]
+    paper_tables = [by_name[name] for name in PAPER_TABLES]
     more = tables.others(real_scores, paper_models)
-    by_model = {table.model: table for table in (*more, *reversed(shown))}  # the first of two tables of a model
+    by_model = {table.model: table for table in (*more, *reversed(paper_tables))}  # the first of two tables of a model
     lines = [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*paper_models, *by_model])]
     paper = Part(
-        "paper", lines, [*shown, *more],
+        "paper", lines, [*paper_tables, *more],
         plots.tradeoff(real, "tradeoff", real_scores), ACCURACY.command,
         _layers(real, _models(runs)), PROFILE.command, drawn[0],
     )  # fmt: skip
 
     # The embedded model.
-    micro, own_scores = filled["micro"], [score for score in scores if score.run.model == EMBEDDED]
-    own = Part(
-        "embedded", [overview.line(micro, Source(embedded, filled), runs)], [micro],
-        plots.tradeoff(embedded, "tradeoff-embedded", own_scores), "python run.py -m paper=micro",
+    micro, embedded_scores = by_name["micro"], [score for score in scores if score.run.model == EMBEDDED]
+    embedded_part = Part(
+        "embedded", [overview.line(micro, Source(embedded, by_name), runs)], [micro],
+        plots.tradeoff(embedded, "tradeoff-embedded", embedded_scores), "python run.py -m paper=micro",
         _layers(embedded, [EMBEDDED]), PROFILE.small_command, drawn[1],
     )  # fmt: skip
-    judged = _judged(source, problems)
+    judgements = _judgements(source, problems)
     known = checks(embedded, micro)
-    drawn_skipped = [figure.skipped for figure in (*paper.figures, *own.figures)]
+    drawn_skipped = [figure.skipped for figure in (*paper.figures, *embedded_part.figures)]
     for skipped in (real.skipped, embedded.skipped, everything.skipped, *drawn_skipped):
         problems |= skipped
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    return Content(root, judged, known, paper, own, runs, dict(sorted(problems.items(), key=str)), made)
+    return Content(root, judgements, known, paper, embedded_part, runs, dict(sorted(problems.items(), key=str)), made)
 
 
-def _judged(source: Source, problems: dict[Path, str]) -> list[Judged]:
+def _judgements(source: Source, problems: dict[Path, str]) -> list[Judged]:
     path = PAPER / "claims.csv"
     try:
-        return [claims.judged(claim, source) for claim in claims.read(path)]
+        return [claims.judge_claim(claim, source) for claim in claims.read(path)]
     except SkippedRun as reason:
         problems[path] = str(reason)
         return []

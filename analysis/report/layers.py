@@ -50,7 +50,7 @@ def of_model(results: Results, model: str) -> Layers | None:
         memory = None  # another model of that name
     # Name the commands of what is missing.
     queries = ((profile, PROFILE.command), (memory, MEMORY.command))
-    commands = [_command_for(model, command) for found, command in queries if found is None]
+    commands = [_command_for(model, command) for source, command in queries if source is None]
     columns: dict[str, Sequence[Any]] = {}
     heads, length, note = 0, None, ""
     # From memory runs: CHAI's own counts, and bytes.

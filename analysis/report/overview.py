@@ -44,14 +44,15 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     first, later = (
         optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
     )
-    own = [run for run in runs if base_name(run.model) == model]
+    model_runs = [run for run in runs if base_name(run.model) == model]
+    seconds = sum(float(run.result.get("seconds") or 0) for run in model_runs)
     return Line(
         model,
         mean_over_tasks(list(changes.values())).points if changes else None,
         changes[worst].points if worst else None, task_name(worst) if worst else "",
         (len(changes), len(table.spec.tasks)), saved,
         first.interval if first else None, later.interval if later else None, length,
-        len(own), sum(float(run.result.get("seconds") or 0) for run in own), sorted({run.device for run in own}),
+        len(model_runs), seconds, sorted({run.device for run in model_runs}),
     )  # fmt: skip
 
 

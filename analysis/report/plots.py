@@ -69,19 +69,21 @@ def tradeoff(results: Results, name: str, scores: Sequence[Score]) -> list[Plot]
     """Return a plot of accuracy against each cost that the runs have; ``name`` is the prefix of its file."""
     plots = []
     for cost in COSTS:
-        own = replace(results, used=[])
+        narrowed = replace(results, used=[])
         try:
-            compared = tradeoffs.compared(own, cost.field, cost.usable, scores)
+            comparison = tradeoffs.compare_methods(narrowed, cost.field, cost.usable, scores)
         except MissingRun:
             continue
-        data = tradeoffs.plotted(cost.label, compared.shares(cost.value), cost.title)
+        data = tradeoffs.plot_data(cost.label, comparison.shares(cost.value), cost.title)
         file = f"{name}-{cost.label.lower().replace(' ', '-')}"
-        note = compared.heading("").strip() + ". " + compared.notes
-        plots.append(Plot(cost.label, _tradeoff_spec(data, compared, cost), *csv_uri(file, data), note, own.used))
+        note = comparison.heading("").strip() + ". " + comparison.notes
+        plots.append(
+            Plot(cost.label, _tradeoff_spec(data, comparison, cost), *csv_uri(file, data), note, narrowed.used)
+        )
     return plots
 
 
-def _tradeoff_spec(data: pd.DataFrame, compared: Tradeoff, cost: Cost) -> str:
+def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
     figure = go.Figure()
     front_costs, front_accuracies = tradeoffs.front_line(data)
     figure.add_scatter(
@@ -91,7 +93,7 @@ def _tradeoff_spec(data: pd.DataFrame, compared: Tradeoff, cost: Cost) -> str:
     for name, rows in data.groupby("method", sort=False):
         method, style = str(name), look(str(name))
         color = style["color"]
-        line = tradeoffs.series_line(rows, compared.points)
+        line = tradeoffs.series_line(rows, comparison.points)
         if len(line) > 1:
             figure.add_scatter(
                 x=line.cost.tolist(), y=line.accuracy.tolist(), mode="lines", line={"color": color, "width": 1},

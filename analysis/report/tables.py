@@ -29,11 +29,11 @@ def fill(scores: Sequence[Score], problems: dict[Path, str]) -> dict[str, Table]
     return tables
 
 
-def others(scores: Sequence[Score], shown: Sequence[str]) -> list[Table]:
-    """Return tables of the models that have runs of the paper's tasks, except those shown in a table already."""
+def others(scores: Sequence[Score], excluded: Sequence[str]) -> list[Table]:
+    """Return tables of the models that have runs of the paper's tasks, except the excluded ones."""
     tasks_of: dict[str, set[str]] = {}
     for score in scores:
-        if score.run.model not in shown and score.task in TASKS:
+        if score.run.model not in excluded and score.task in TASKS:
             tasks_of.setdefault(score.run.model, set()).add(score.task)
     tables = []
     for model, tasks in sorted(tasks_of.items()):

@@ -116,7 +116,7 @@ class Results:
 
     def runs(self, query: RunQuery) -> list[Run]:
         """Return the finished runs that match, by folder; add those that cannot be used to ``skipped``."""
-        found = []
+        runs = []
         folders = {
             folder
             for model in self.models or ("*",)
@@ -127,8 +127,8 @@ class Results:
                 continue
             run = self.attempt(folder, _load, folder, query)
             if run is not None and (self.device or "").lower() in run.device.lower():
-                found.append(run)
-        return found
+                runs.append(run)
+        return runs
 
     def attempt(self, folder: Path, load: Callable[..., T], *arguments: Any) -> T | None:
         """Call a loader; if it raises :class:`SkippedRun`, add the folder to ``skipped`` and return ``None``."""

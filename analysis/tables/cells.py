@@ -141,8 +141,8 @@ def _rank(group: Sequence[Score]) -> tuple[int, int, float]:
 
 def _difference(group: Sequence[Score], best: Sequence[Score]) -> str:
     """Describe runs under other conditions: ``5 runs with limit=100``."""
-    other, shown = group[0].conditions, best[0].conditions
-    words = [f"{key}={'null' if value is None else value}" for key, value in other.items() if value != shown.get(key)]
+    other, common = group[0].conditions, best[0].conditions
+    words = [f"{key}={'null' if value is None else value}" for key, value in other.items() if value != common.get(key)]
     return f"{len(group)} run{'s' if len(group) > 1 else ''} with {', '.join(words)}"
 
 

@@ -31,11 +31,11 @@ def markdown(table: Table) -> str:
     parts = [f"### {_title(table)}", "\n".join(drawn), "\n".join(bullets)]
     if missing := commands(table):
         width = max(len(name) for name, _ in missing)
-        shown = "\n".join(f"    {name:<{width}}  {line}" for name, line in missing)
-        parts.append(f"Missing cells are filled by:\n\n{shown}")
-        if COUNTS in shown:
+        listing = "\n".join(f"    {name:<{width}}  {line}" for name, line in missing)
+        parts.append(f"Missing cells are filled by:\n\n{listing}")
+        if COUNTS in listing:
             parts.append(f"{COUNTS}: clusters, one number or a list ('[8,6,4,4]'); none are published for this model.")
-        if PROFILE in shown:
+        if PROFILE in listing:
             parts.append(f"{PROFILE}: folder of a profile of the model; experiment=profile makes one.")
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,20 +1,11 @@
-"""Time to first token against sequence length, beside every baseline, what arithmetic allows, and the paper's claim."""
+"""Time to first token against sequence length: every baseline, the limit by arithmetic, and the paper's claim."""
 
-from __future__ import annotations
+from functools import partial
 
-import pandas as pd
-from matplotlib.figure import Figure
+from analysis.plotting.latency import draw_latency
+from analysis.results.benchmarks import LATENCY
 
-from analysis.figures import _latency
-from analysis.figures._look import TIMES
-from analysis.saved import Results
-
-TITLE = "Time to first token against sequence length (paper, Figure 12a)"
-EXPERIMENT = _latency.EXPERIMENT
-COMMAND = _latency.COMMAND
-CLAIM = _latency.Claim(1.73, 2048, f"paper: 1.73{TIMES} (LLaMA-7B, V100)")
-
-
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """The prefill phase."""
-    return _latency.draw_latency(results, "prefill", "Time to first token", "clustering is part of the time", CLAIM)
+NAME = "Time to first token"
+TITLE = f"{NAME} against sequence length (paper, Figure 12a)"
+QUERY = LATENCY
+draw = partial(draw_latency, phase="prefill", title=NAME, note="clustering is part of the time", claim=1.73)

@@ -1,4 +1,4 @@
-"""Accuracy against measured time, for every method there is."""
+"""Accuracy against measured time, for every method that has runs."""
 
 from __future__ import annotations
 
@@ -7,68 +7,69 @@ from collections import defaultdict
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.figures import _tradeoff
-from analysis.figures._tradeoff import Comparison, Point
-from analysis.saved import Results, Run
+from analysis.plotting import page, tradeoff
+from analysis.plotting.tradeoff import Point, Tradeoff
+from analysis.results.benchmarks import LATENCY
+from analysis.results.runs import Results, Run, with_random
+from analysis.results.scores import ACCURACY
 
 TITLE = "Accuracy against measured time (paper, Figure 14)"
-EXPERIMENT = _tradeoff.EXPERIMENT
-COMMAND = _tradeoff.COMMAND
-COLUMNS = ("part", "phase", "length", "implementation", "baseline", "speedup")
-FIELDS = ("heads_kept", "dtype")
+QUERY = ACCURACY
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """Time to score the tasks; and time to first token, where latency runs measured a method of those shown."""
-    comparison = _tradeoff.compared(results, "seconds", lambda value: isinstance(value, (int, float)))
-    points = _tradeoff.shares(comparison.points, seconds)
-    panels = [_tradeoff.plotted("scoring", points, "% of MHA's scoring time")]
+    """Draw time to score the tasks; and time to first token, if latency runs measured one of the methods."""
+    comparison = tradeoff.compare_methods(results, "seconds", lambda value: isinstance(value, (int, float)))
+    points = comparison.shares(seconds)
+    panels = [(points, tradeoff.plot_data("scoring", points, "% of MHA's scoring time"))]
     labels = [f"time to score the tasks\n(% of MHA's {seconds(comparison.points[0]):.3g} s)"]
     notes = "Scoring: each run timed once, with all that its implementation does, masks included. "
-    devices = sorted({score.run.device for point in comparison.points for score in point.scores})
+    devices = sorted({score.run.device for point in comparison.points for score in point.row.scores})
     if len(devices) > 1:
-        notes += f"They ran on several devices ({', '.join(devices)}), so these times can't be compared. "
+        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be comparison. "
     first, length, where = first_token(results, comparison)
     if first:
-        panels.append(_tradeoff.plotted("first token", first, "% of the best baseline's time to first token"))
+        panels.append((first, tradeoff.plot_data("first token", first, "% of the best baseline's time to first token")))
         notes += f"First token: {where}. "
         labels.append(f"time to first token, {length:,} tokens\n(% of MHA's, the best baseline)")
-    figure = Figure(layout="constrained")
-    for axes, data, label, own in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels, labels, (points, first), strict=False
-    ):
-        _tradeoff.draw_panel(axes, data, [point for point, _ in own])
+
+    figure = page.new(comparison.heading(TITLE), 3.9)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (points, data), label in zip(grid.flat, panels, labels, strict=True):
+        tradeoff.draw_panel(axes, data, [point for point, _ in points])
         axes.set_xlabel(label)
-    _tradeoff.finish(figure, comparison, TITLE, notes)
-    return figure, pd.concat(panels, ignore_index=True)
+    tradeoff.finish(figure, comparison, notes)
+    return figure, pd.concat([data for _, data in panels], ignore_index=True)
 
 
 def seconds(point: Point) -> float:
-    """To score all tasks."""
-    return sum(score.run.result["seconds"] for score in point.scores)
+    """Return the time to score all tasks."""
+    return sum(score.run.result["seconds"] for score in point.row.scores)
 
 
-def first_token(results: Results, comparison: Comparison) -> tuple[list[tuple[Point, float]], int, str]:
-    """Points that latency runs of the same model, method and heads measured, at the longest length on one device.
+def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Point, float]], int, str]:
+    """Return points whose time to first token latency runs of the same model, method and heads have measured.
 
     Returns:
-        Each with its time as a share of the best baseline's in the same run, none if there are no such runs; the
-        length; the device and dtype.
+        The points, each with its time as a share of the best baseline's in the same run, at the longest length on one
+        device (empty without such runs); the length; the device and dtype.
     """
-    found: dict[tuple[str, str, int], dict[int, tuple[float, Run]]] = defaultdict(dict)
-    runs = results.of(f"{comparison.model},{comparison.model}-random").runs("latency", COLUMNS, FIELDS)
-    for run in sorted(runs, key=lambda run: run.updated):  # the newest last
+    times_of: dict[tuple[str, str, int], dict[int, tuple[float, Run]]] = defaultdict(dict)
+    runs = results.of(with_random(comparison.model)).runs(LATENCY)
+    for run in sorted(runs, key=lambda run: run.updated):  # newer runs replace older ones
         rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
         for place, point in enumerate(comparison.points):
-            kept = point.scores[0].run.result["savings"]["heads_kept"]
-            if (run.method, run.result["heads_kept"]) == (point.method, kept) and len(rows):
+            counts = point.row.scores[0].run.result["savings"]["heads_kept"]
+            if (run.method, run.result["heads_kept"]) == (point.row.method, counts) and len(rows):
                 row = rows.loc[rows.length.idxmax()]
-                found[run.device, run.result["dtype"], int(row.length)][place] = (1 / row.speedup, run)
-    if not found:
+                times_of[run.device, run.dtype, int(row.length)][place] = (1 / row.speedup, run)
+    if not times_of:
         return [], 0, ""
-    chosen = max(found, key=lambda key: (len(found[key]), key[2], key))
-    results.used += [run for _, run in found[chosen].values()]
-    measured = {place: share for place, (share, _) in found[chosen].items()}
-    baseline = {place: 1.0 for place, point in enumerate(comparison.points) if point.method == "mha"}
-    times = baseline | measured
-    return [(comparison.points[place], times[place]) for place in sorted(times)], chosen[2], f"{chosen[0]}, {chosen[1]}"
+
+    # Choose the device, dtype and length with the most methods; the best baseline stands for MHA.
+    device, dtype, length = max(times_of, key=lambda key: (len(times_of[key]), key[2], key))
+    measured = times_of[device, dtype, length]
+    results.used += [run for _, run in measured.values()]
+    times = {place: 1.0 for place, point in enumerate(comparison.points) if point.row.method == "mha"}
+    times |= {place: share for place, (share, _) in measured.items()}
+    return [(comparison.points[place], times[place]) for place in sorted(times)], length, f"{device}, {dtype}"

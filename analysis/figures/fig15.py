@@ -1,18 +1,12 @@
 """Attention of the heads in every layer; the paper's is of OPT-66B."""
 
-from __future__ import annotations
+from dataclasses import replace
+from functools import partial
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from analysis.figures import _maps, _profile
-from analysis.saved import Results
+from analysis.plotting.maps import draw_layers
+from analysis.plotting.profile_page import OPT
+from analysis.results.profiles import PROFILE
 
 TITLE = "Attention of all layers (paper, Figure 15)"
-EXPERIMENT = _profile.EXPERIMENT
-COMMAND = _profile.COMMAND_OPT
-
-
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """A small map for each layer."""
-    return _maps.draw_layers(results, TITLE, _profile.OPT)
+QUERY = replace(PROFILE, command=f"python run.py experiment=profile model={OPT} corpus=c4")
+draw = partial(draw_layers, title=TITLE, model=OPT)

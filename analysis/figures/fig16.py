@@ -1,18 +1,11 @@
 """Attention of the heads in every layer; the paper's is of LLaMA-7B."""
 
-from __future__ import annotations
+from functools import partial
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from analysis.figures import _maps, _profile
-from analysis.saved import Results
+from analysis.plotting.maps import draw_layers
+from analysis.plotting.profile_page import LLAMA
+from analysis.results.profiles import PROFILE
 
 TITLE = "Attention of all layers (paper, Figure 16)"
-EXPERIMENT = _profile.EXPERIMENT
-COMMAND = _profile.COMMAND
-
-
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """A small map for each layer."""
-    return _maps.draw_layers(results, TITLE, _profile.LLAMA)
+QUERY = PROFILE
+draw = partial(draw_layers, title=TITLE, model=LLAMA)

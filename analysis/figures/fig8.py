@@ -4,48 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import profiles
-from analysis.figures import _look, _profile
-from analysis.profiles import Profile
-from analysis.saved import Results
+from analysis.plotting import page, profile_page, style
+from analysis.results import profiles
+from analysis.results.profiles import PROFILE, Profile
+from analysis.results.runs import Results
 
 TITLE = "Clustering error against the number of clusters (paper, Figure 8)"
-EXPERIMENT = _profile.EXPERIMENT
-COMMAND = _profile.COMMAND
-LOWEST = 1e-3  # of the error with one cluster: below, the logarithmic axis ends, unless a chosen number is there
-ZERO = 1e-9  # likewise: below, there is no error but rounding, as with a cluster for each head
+QUERY = PROFILE
+LOWEST = 1e-3  # relative error at which the logarithmic axis ends, unless a chosen number is below
+ZERO = 1e-9  # relative error below which there are only rounding errors, as with a cluster for each head
+DOT = {"linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """The error on a logarithmic axis on the left, relative to one cluster's on the right."""
+    """Draw the error on a logarithmic axis on the left, relative to that of one cluster on the right."""
     profile = profiles.best(results)
-    data = plotted(profile)
-    figure = _profile.page(TITLE, profile, 3.75)
+    data = plot_data(profile)
+    figure = profile_page.new(TITLE, profile, 3.75)
     left, right = figure.subplots(1, 2)
-    width = 0.8 if profile.layers <= 40 else 0.5  # points
-    shades, _ = _profile.depth(profile.layers)
     positive = data.relative_error > ZERO
-    shown = {"error": data.error.where(positive), "relative_error": data.relative_error}
-    for axes, column in ((left, "error"), (right, "relative_error")):
-        for layer in range(profile.layers):
-            points = data[data.layer == layer]
-            shade = shades(layer / max(profile.layers - 1, 1))
-            axes.plot(points.k, shown[column][points.index], color=shade, linewidth=width, zorder=2)
-            chosen = points[points.chosen]
-            axes.plot(
-                chosen.k,
-                shown[column][chosen.index],
-                "o",
-                markersize=4.5,
-                color=shade,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                zorder=3,
-            )
-        axes.set_xlabel("number of clusters k")
-        _profile.count_ticks(axes, profile.heads)
+    draw_curves(left, data.assign(value=data.error.where(positive)), profile)
+    draw_curves(right, data.assign(value=data.relative_error), profile)
+    # The logarithmic axis ends above rounding errors, but shows every chosen number.
     left.set_yscale("log")
     seen = data.error[positive & ((data.relative_error > LOWEST) | data.chosen)]
     if len(seen):
@@ -53,31 +36,46 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     left.set_ylabel("clustering error (squared distance)")
     right.set_ylim(-0.03, 1.03)
     right.set_ylabel("error relative to one cluster's")
-    right.plot([], [], "o", color=_look.GREY, label="chosen number of clusters")
-    _look.legend_below(right)
-    _profile.depth_bar(figure, [left, right], profile.layers)
-    _profile.sign(figure, [profile], notes(profile))
+    right.plot([], [], "o", color=style.GREY, label="chosen number of clusters")
+    page.legend_below(right)
+    page.depth_bar(figure, [left, right], profile.layers)
+    profile_page.finish(figure, [profile], notes(profile))
     return figure, data
 
 
+def draw_curves(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
+    """Draw a curve of the column ``value`` for each layer, with a dot at the chosen number of clusters."""
+    width = 0.8 if profile.layers <= 40 else 0.5  # points
+    shades, _ = page.depth(profile.layers)
+    for layer in range(profile.layers):
+        points = data[data.layer == layer]
+        chosen = points[points.chosen]
+        shade = shades(layer / max(profile.layers - 1, 1))
+        axes.plot(points.k, points.value, color=shade, linewidth=width, zorder=2)
+        axes.plot(chosen.k, chosen.value, color=shade, zorder=3, **DOT)
+    axes.set_xlabel("number of clusters k")
+    page.count_ticks(axes, profile.heads)
+
+
 def notes(profile: Profile) -> str:
-    """What is drawn, and the rule that chose."""
+    """Return how to read the figure, with the rule that chose the numbers of clusters."""
     rule = profile.about["rule"]
     parameters = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "name")
     return (
         "Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
         f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
-        f"A logarithmic axis has no place for no error at all, which a cluster for each head has. {_profile.COUNTED}"
+        "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
+        f"{profile_page.COUNTED}"
     )
 
 
-def plotted(profile: Profile) -> pd.DataFrame:
-    """One row for each layer and k."""
+def plot_data(profile: Profile) -> pd.DataFrame:
+    """Return a row for each layer and k."""
     layer, k = (place.ravel() for place in np.indices(profile["error"].shape))
     error = profile["error"]
-    with np.errstate(invalid="ignore"):  # a layer of identical heads has no error at all
+    with np.errstate(invalid="ignore"):  # the error of a layer of identical heads is 0
         relative = error / error[:, :1]
-    return _profile.rows(
+    return profile_page.rows(
         profile,
         layer=layer, k=k + 1, error=error.ravel(), error_sd=profile["error_sd"].ravel(),
         error_static=profile["error_static"].ravel(), relative_error=relative.ravel(),

@@ -1,4 +1,4 @@
-"""How soon the membership settles: heads that change clusters with each token, and agreement with all tokens."""
+"""Cluster membership against tokens seen: heads that change clusters with each token, and agreement with all tokens."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from analysis import profiles
-from analysis.figures import _look, _profile
-from analysis.profiles import Profile
-from analysis.saved import Results
+from analysis.plotting import page, profile_page, style
+from analysis.results import profiles
+from analysis.results.profiles import PROFILE, Profile
+from analysis.results.runs import Results
 
 TITLE = "Cluster membership against tokens seen (paper, Figure 9)"
-EXPERIMENT = _profile.EXPERIMENT
-COMMAND = _profile.COMMAND
+QUERY = PROFILE
 CHANGES, AGREEMENT = "changes", "agreement"
-MEAN = "mean"  # in the place of the layer
-MOST_LINEAR = 40  # tokens; more go on a logarithmic axis, for what happens early to be seen
+MEAN = "mean"  # in the column of layers
+MOST_LINEAR = 40  # tokens; more are drawn on a logarithmic axis, which shows the first ones
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """Changes on the left, agreement on the right."""
+    """Draw changes on the left, agreement on the right."""
     profile = profiles.best(results)
-    data = plotted(profile)
-    figure = _profile.page(TITLE, profile, 4.0)
+    data = plot_data(profile)
+    figure = profile_page.new(TITLE, profile, 4.0)
     left, right = figure.subplots(1, 2)
     draw_panel(left, data[data.panel == CHANGES], profile)
     draw_panel(right, data[data.panel == AGREEMENT], profile)
@@ -33,51 +32,46 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     left.set_xlabel("tokens seen, n (change from n to n + 1)")
     right.set_ylabel("agreement with whole sequence\n(adjusted Rand index)")
     right.set_xlabel("tokens seen, n")
-    _look.legend_below(right)
-    _profile.depth_bar(figure, [left, right], profile.layers)
+    page.legend_below(right)
+    page.depth_bar(figure, [left, right], profile.layers)
     notes = (
         "Means over samples. Left: membership found from n + 1 tokens against that from n, labels matched. Right: "
         "adjusted Rand index, 1: the same membership. The bold mean is over the layers whose membership can change: of "
-        f"more than one cluster and fewer than heads. {_profile.COUNTED}"
+        f"more than one cluster and fewer than heads. {profile_page.COUNTED}"
     )
-    _profile.sign(figure, [profile], notes)
+    profile_page.finish(figure, [profile], notes)
     return figure, data
 
 
 def can_change(profile: Profile) -> list[int]:
-    """Layers of more than one cluster and fewer than heads; all layers, if there are none."""
-    layers = [layer for layer, k in enumerate(profile.clusters) if 1 < k < profile.heads]
-    return layers or list(range(profile.layers))
+    """Return the layers whose membership can change; all layers, if there are none."""
+    return profile.clustered_layers or list(range(profile.layers))
 
 
-def plotted(profile: Profile) -> pd.DataFrame:
-    """One row for each layer and number of tokens, and for the mean over layers."""
+def plot_data(profile: Profile) -> pd.DataFrame:
+    """Return a row for each layer and number of tokens, and for the mean over layers."""
     parts = []
     changing = can_change(profile)
     for panel, values, unit in ((CHANGES, 100 * profile["changes"], "%"), (AGREEMENT, profile["agreement"], "")):
         curves = dict(enumerate(values)) | {MEAN: values[changing].mean(axis=0)}
         for layer, curve in curves.items():
             tokens = np.arange(1, len(curve) + 1)
-            parts.append(_profile.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
+            parts.append(profile_page.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
     return pd.concat(parts, ignore_index=True)
 
 
 def draw_panel(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
-    """A thin curve for each layer, their mean on top, and when CHAI decides."""
-    shades, _ = _profile.depth(profile.layers)
+    """Draw a thin curve for each layer, their mean on top, and the token at which CHAI clusters."""
+    shades, _ = page.depth(profile.layers)
     for layer in range(profile.layers):
-        points = data[data.layer == layer]
-        axes.plot(
-            points.tokens, points.value, color=shades(layer / max(profile.layers - 1, 1)), linewidth=0.6, alpha=0.7
-        )
-    changing = can_change(profile)
-    mean = data[data.layer == MEAN]
-    many = f"{len(changing)} layer{'s' if len(changing) != 1 else ''}"
-    axes.plot(mean.tokens, mean.value, color=_look.INK, linewidth=2, label=f"mean of {many}")
+        points, shade = data[data.layer == layer], shades(layer / max(profile.layers - 1, 1))
+        axes.plot(points.tokens, points.value, color=shade, linewidth=0.6, alpha=0.7)
+    # The mean over layers whose membership can change, and the token at which CHAI clusters.
+    mean, words = data[data.layer == MEAN], f"mean of {style.plural(len(can_change(profile)), 'layer')}"
+    axes.plot(mean.tokens, mean.value, color=style.INK, linewidth=2, label=words)
     decide = profile.about["decide_tokens"]
-    axes.axvline(
-        decide, color=_look.LOOKS["chai"]["color"], linestyle="--", linewidth=1.1, label=f"CHAI decides: n = {decide}"
-    )
+    line = {"color": style.LOOKS["chai"]["color"], "linestyle": "--", "linewidth": 1.1}
+    axes.axvline(decide, label=f"CHAI decides: n = {decide}", **line)
     axes.set_ylim(min(0.0, data.value.min()), data.value.max() * 1.03 or 1)
     last = int(data.tokens.max())
     if last > MOST_LINEAR:
@@ -87,4 +81,4 @@ def draw_panel(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     else:
-        axes.xaxis.set_major_locator(_profile.whole_numbers())
+        axes.xaxis.set_major_locator(page.whole_numbers())

@@ -1,6 +1,5 @@
-"""The reproduction report: one page of what the paper says, what was measured, how surely, and at what cost.
+"""The reproduction report: the paper's claims and tables beside our numbers, with intervals, verdicts and commands.
 
-``_claims`` reads the paper's claims, ``_measures`` finds our number for each, and ``_verdict`` compares the two.
-``_checks`` are the embedded model's known answers. ``_overview``, ``_tables``, ``_figures``, ``_plots``, ``_layers``
-and ``_provenance`` make what is shown, ``_content`` collects it, and ``_page`` writes it.
+:mod:`.claims` reads the paper's claims and judges our number for each, which :mod:`.measures` finds. :mod:`.checks` are
+the embedded model's known answers. :mod:`.content` collects these and everything else that :mod:`.page` writes.
 """

@@ -1,22 +1,23 @@
-"""``python -m analysis.report``: results/ as one page, results/report/index.html, and as Markdown beside it.
+"""``python -m analysis.report``: write the report as a page, results/report/index.html, and as Markdown.
 
-Exit codes: 0 written, whatever is missing or left out, 1 it can't be written, 2 a mistake in the command line.
+Exit codes: 0 written, also if runs are missing or left out; 1 it cannot be written; 2 usage error.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import Parser, complain, run, tell_left_out
-from analysis.report import _figures, _page
-from analysis.report._content import collect
+from analysis import cli
+from analysis.report import page
+from analysis.report.content import collect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = Parser(
+    """Run the command line; return the exit code."""
+    parser = cli.Parser(
         prog="python -m analysis.report", description="The reproduction report of saved results, as a page.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -24,21 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it is written (report/ in the results folder)")
     options = parser.parse_args(arguments)
     if not options.results.is_dir():
-        complain(f"--results: there is no folder {options.results}")
-        return 2
+        return cli.fail(f"--results: there is no folder {options.results}")
     content = collect(options.results)
-    tell_left_out(content.problems, set())
-    for part in (content.paper, content.embedded):
-        _figures.tell(part.figures)
+    cli.report_skipped(content.problems, set())
+    for figure in (*content.paper.figures, *content.embedded.figures):
+        if figure.error:
+            print(f"not drawn: {figure.name}: {figure.error}", file=sys.stderr)
     out = options.out or options.results / "report"
     try:
-        page = _page.write(content, out)
+        print(page.write(content, out))
     except OSError as error:
-        complain(f"can't write to {out}: {error.strerror or error}")
-        return 1
-    print(page)
+        return cli.fail(f"cannot write to {out}: {error.strerror or error}", code=1)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

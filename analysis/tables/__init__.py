@@ -1,6 +1,6 @@
 """Tables of saved results, beside the paper's numbers: ``python -m analysis.tables --list``.
 
-:mod:`._specs` says what each table holds, :mod:`._cells` finds the runs and compares them, :mod:`._layout` lays the
-cells out, :mod:`._formats` writes them. A table of the paper is its numbers in ``results/paper/<name>.csv`` and an
-entry in :data:`._specs.TABLES`.
+:mod:`.specs` defines the tables, :mod:`.cells` finds the runs and compares them, :mod:`.layout` makes text of cells,
+:mod:`.formats` writes the table. To add a table of the paper, write its numbers to ``results/paper/<name>.csv`` and add
+an entry to :data:`.specs.TABLES`.
 """

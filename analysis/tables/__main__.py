@@ -1,6 +1,6 @@
-"""``python -m analysis.tables table2``: a table of saved results beside the paper's numbers, to standard output.
+"""``python -m analysis.tables table2``: print a table of saved results beside the paper's numbers.
 
-Exit codes: 0 printed, missing cells included, 1 nothing to print, 2 a mistake in the command line.
+Exit codes: 0 printed, also with missing cells; 1 nothing to print; 2 usage error.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command_line import Parser, complain, run, tell_left_out, unknown
-from analysis.saved import Results
-from analysis.scores import EXPERIMENT, load_scores
-from analysis.tables._cells import build
-from analysis.tables._formats import FORMATS
-from analysis.tables._settings import sweep
-from analysis.tables._specs import REPOSITORY, TABLES, paper_rows
+from analysis import cli
+from analysis.results.runs import Results
+from analysis.results.scores import ACCURACY, load_scores
+from analysis.tables.cells import build
+from analysis.tables.formats import FORMATS
+from analysis.tables.settings import sweep
+from analysis.tables.specs import REPOSITORY, TABLES, paper_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = Parser(prog="python -m analysis.tables", description="Tables of saved results.")
+    """Run the command line; return the exit code."""
+    parser = cli.Parser(prog="python -m analysis.tables", description="Tables of saved results.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--list", action="store_true", help="name every table and the command that fills it")
     parser.add_argument("--format", choices=list(FORMATS), default="md", help="(md)")
@@ -30,58 +30,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, spec in TABLES.items():
             print(f"{name:<6}  {spec.title}\n{'':<6}  filled by: {sweep(name, spec, spec.model, None)}")
         return 0
-    if not options.tables:
-        complain(f"no table named; valid: {', '.join(TABLES)}")
-        return 2
-    for name in options.tables:
+    names = list(dict.fromkeys(options.tables))
+    if not names:
+        return cli.fail(f"no table named; valid: {', '.join(TABLES)}")
+    for name in names:
         if name not in TABLES:
-            complain(unknown("table", name, list(TABLES)))
-            return 2
+            return cli.fail(cli.unknown("table", name, list(TABLES)))
     if not options.results.is_dir():
-        complain(f"--results: there is no folder {options.results}")
-        return 2
-    told: set[Path] = set()
-    wanted = list(dict.fromkeys(options.tables))
-    if options.format == "csv" and len(wanted) > 1:
-        complain(f"one table at a time as csv, {len(wanted)} are named")
-        return 2
-    return max(show(name, options.format, options.results, options.model, told) for name in wanted)
+        return cli.fail(f"--results: there is no folder {options.results}")
+    if options.format == "csv" and len(names) > 1:
+        return cli.fail(f"csv takes one table at a time, got {len(names)}")
+    reported: set[Path] = set()
+    return max(show(name, options.format, options.results, options.model, reported) for name in names)
 
 
-def show(name: str, form: str, root: Path, model: str | None, told: set[Path]) -> int:
-    """Print one table; returns its exit code.
+def show(name: str, form: str, root: Path, model: str | None, reported: set[Path]) -> int:
+    """Print one table of a model (``None``: the table's own); return the exit code.
 
-    Args:
-        name: of the table.
-        form: how it is written.
-        root: the results folder.
-        model: whose runs; ``None``: the table's own.
-        told: folders of which was said already that they are left out; added to.
+    Skipped folders are reported unless they are in ``reported``, and added there.
     """
     spec = TABLES[name]
     model = model or spec.model
     known = models(root)
     if model not in known:
-        complain(unknown("model", model, known))
-        return 2
+        return cli.fail(cli.unknown("model", model, known))
     results = Results(root, model)
     table = build(name, spec, model, load_scores(results), paper_rows(name))
-    tell_left_out(results.left_out, told)
+    cli.report_skipped(results.skipped, reported)
     if not table.rows:
-        complain(
-            f"{name}: no finished accuracy run of model '{model}' on its tasks in {root}; "
-            f"make some with: {sweep(name, spec, model, None)}"
-        )
-        return 1
+        message = f"{name}: no finished accuracy run of model '{model}' on its tasks in {root}"
+        return cli.fail(f"{message}; make some with: {sweep(name, spec, model, None)}", code=1)
     print(FORMATS[form](table), flush=True)
     return 0
 
 
 def models(root: Path) -> list[str]:
-    """Models that a run could be of: those with a file in ``conf/`` and those with results."""
-    named = {path.stem for path in (REPOSITORY / "conf" / "model").glob("*.yaml")}
-    return sorted(named | {path.name for path in (root / EXPERIMENT).glob("*") if path.is_dir()})
+    """Return the models with a file in ``conf/`` or with results."""
+    configured = {path.stem for path in (REPOSITORY / "conf" / "model").glob("*.yaml")}
+    return sorted(configured | {path.name for path in (root / ACCURACY.experiment).glob("*") if path.is_dir()})
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -13,9 +13,12 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from analysis.figures import _catalogue, _latency, _look, fig11, fig12a, fig12b
+from analysis import figures
+from analysis.figures import fig11, fig12a, fig12b
 from analysis.figures.__main__ import main
-from analysis.saved import MissingRun, Results
+from analysis.plotting import style
+from analysis.results.benchmarks import LATENCY
+from analysis.results.runs import MissingRun, Results
 from tests.analysis import synthetic
 
 PATCH_7B = [28] * 3 + [18] * 12 + [8] * 2 + [4] * 15
@@ -106,7 +109,7 @@ def test_fig11_live_bytes_arithmetic_and_claim(root):
     crosses = [line for line in cache.lines if line.get_marker() == "+"]
     assert points(crosses[1]) == [(n, table.formula_bytes["chai", n] / 1e9) for n in synthetic.LENGTHS]
     assert points(crosses[1]) != points(live)
-    assert set(data.unit) == {"GB", "%"} and cache.get_ylabel() == "K,V cache (GB)"
+    assert set(data.unit) == {"GB", "%"} and cache.get_ylabel() == "KV cache (GB)"
     assert [text.get_text() for text in cache.texts if text.get_text()] == ["19.1 %\nsaved"]
     assert lines(saved)["CHAI, live tensors"].get_ydata()[-1] == pytest.approx(19.14, abs=0.01)
     assert "32 layers of 32 heads; k = 32×18, 4×14" in figure.get_suptitle()  # noqa: RUF001
@@ -206,30 +209,30 @@ def test_a_best_baseline_that_changes_is_named(tmp_path):
     ],
 )
 def test_clusters_in_words(counts, text):
-    assert _look.clusters(counts) == text
+    assert style.clusters(counts) == text
 
 
 def test_list_names_figure_experiment_and_command(capsys):
     assert main(["--list"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 * len(_catalogue.names())
+    assert len(said) == 2 * len(figures.names())
     for name, experiment in zip(ALL, ("memory", "latency", "latency"), strict=True):
         (place,) = [place for place, line in enumerate(said) if line.split()[:1] == [name]]
-        assert _catalogue.load(name).TITLE in said[place]
-        assert f"needs experiment={experiment}: {_catalogue.load(name).COMMAND}" in said[place + 1]
+        assert figures.load(name).TITLE in said[place]
+        assert f"needs experiment={experiment}: {figures.load(name).QUERY.command}" in said[place + 1]
 
 
-def test_every_file_without_underscore_is_a_figure():
-    names = _catalogue.names()
+def test_every_figure_names_its_input():
+    names = figures.names()
     assert [name for name in names if name in ALL] == list(ALL)
     for name in names:
-        figure = _catalogue.load(name)
+        figure = figures.load(name)
         assert figure.TITLE and callable(figure.draw)
-        sweep = re.search(r" paper=(\w+)$", figure.COMMAND)
+        sweep = re.search(r" paper=(\w+)$", figure.QUERY.command)
         if sweep:
-            assert figure.EXPERIMENT == "accuracy" and Path(f"conf/paper/{sweep[1]}.yaml").exists()
+            assert figure.QUERY.experiment == "accuracy" and Path(f"conf/paper/{sweep[1]}.yaml").exists()
         else:
-            assert f"experiment={figure.EXPERIMENT} " in figure.COMMAND
+            assert f"experiment={figure.QUERY.experiment} " in figure.QUERY.command
 
 
 def test_missing_input_is_one_line_with_the_command_and_the_others_are_drawn(tmp_path, capsys):
@@ -237,7 +240,7 @@ def test_missing_input_is_one_line_with_the_command_and_the_others_are_drawn(tmp
     assert run_main(tmp_path, "fig11", "fig12a") == 1
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"error: fig11: no finished memory run in {tmp_path}; make one with: {fig11.COMMAND}"
+        f"error: fig11: no finished memory run in {tmp_path}; make one with: {fig11.QUERY.command}"
     ]
     assert (tmp_path / "figures" / "fig12a.csv").exists() and not (tmp_path / "figures" / "fig11.png").exists()
 
@@ -245,7 +248,7 @@ def test_missing_input_is_one_line_with_the_command_and_the_others_are_drawn(tmp
 def test_command_is_for_the_wanted_model(root, capsys):
     assert run_main(root, "fig11", "--model", "opt66b-random") == 1
     said = capsys.readouterr().err
-    assert "of model 'opt66b-random'" in said and "there are: chai on llama7b, NVIDIA H200" in said
+    assert "of model 'opt66b-random'" in said and "available: chai on llama7b, NVIDIA H200" in said
     assert said.endswith("python run.py experiment=memory method=chai model=opt66b model.random_init=true\n")
     assert run_main(root, "fig11", "--model", "tiny") == 1
     assert capsys.readouterr().err.endswith("python run.py experiment=memory method=chai model=tiny\n")
@@ -255,7 +258,7 @@ def test_unknown_figure(root, capsys):
     assert run_main(root, "fig11", "fig12") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unknown figure 'fig12' (did you mean 'fig12")
-    assert line.endswith(f"valid: {', '.join(_catalogue.names())}")
+    assert line.endswith(f"valid: {', '.join(figures.names())}")
     assert not (root / "figures").exists()
     assert run_main(root) == 2
     assert capsys.readouterr().err.startswith("error: no figure named; valid: ")
@@ -265,7 +268,7 @@ def test_files_that_cannot_be_written(root, capsys):
     (root / "figures").write_text("in the way")
     assert run_main(root, "fig11") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: fig11: can't write to {root / 'figures'}: ")
+    assert line.startswith(f"error: fig11: cannot write to {root / 'figures'}: ")
 
 
 def cut_parquet(folder):
@@ -310,8 +313,8 @@ def test_a_folder_that_does_not_count_is_left_out(root, damage, reason):
     assert chosen(root) == "cccccccccccc"
     damage(newer)
     results = Results(root)
-    assert results.newest("latency", _latency.COLUMNS, _latency.FIELDS).folder.name == "bbbbbbbbbbbb"
-    assert results.left_out == {newer: reason}
+    assert results.newest(LATENCY).folder.name == "bbbbbbbbbbbb"
+    assert results.skipped == {newer: reason}
 
 
 def test_what_is_left_out_is_named_once(root, capsys):
@@ -327,11 +330,11 @@ def test_all_folders_corrupt_is_missing_input(root, capsys):
     (root / "memory/llama7b/chai/none/aaaaaaaaaaaa/result.json").write_text("{")
     assert run_main(root, "fig11") == 1
     error, left_out = capsys.readouterr().err.splitlines()
-    assert error.endswith(fig11.COMMAND) and left_out.endswith("aaaaaaaaaaaa: result.json is corrupt")
+    assert error.endswith(fig11.QUERY.command) and left_out.endswith("aaaaaaaaaaaa: result.json is corrupt")
 
 
 def chosen(root, **wanted):
-    return Results(root, **wanted).newest("latency", _latency.COLUMNS, _latency.FIELDS).folder.name
+    return Results(root, **wanted).newest(LATENCY).folder.name
 
 
 def test_the_newest_run_of_the_main_model_is_drawn(tmp_path):

@@ -16,13 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from analysis import profiles
+from analysis import figures
 from analysis.figures import (
-    _catalogue,
-    _correlation,
-    _look,
-    _maps,
-    _tokens,
     fig2,
     fig4,
     fig6,
@@ -34,7 +29,12 @@ from analysis.figures import (
     fig16,
 )
 from analysis.figures.__main__ import main
-from analysis.saved import LeftOut, MissingRun, Results
+from analysis.plotting import correlation as correlations
+from analysis.plotting import maps, style, tokens
+from analysis.results import profiles
+from analysis.results.files import SkippedRun
+from analysis.results.profiles import PROFILE
+from analysis.results.runs import MissingRun, Results
 from tests.analysis import synthetic
 
 MODULES = {2: fig2, 4: fig4, 6: fig6, 7: fig7, 8: fig8, 9: fig9, 13: fig13, 15: fig15, 16: fig16}
@@ -70,7 +70,7 @@ def run_main(root, *arguments):
 def drawn(module, root, model=None):
     """The figure as it is printed, laid out, and its data; a warning about a glyph or the layout is an error."""
     results = Results(root, model)
-    with rc_context(_look.STYLE), warnings.catch_warnings():
+    with rc_context(style.STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
         figure, data = module.draw(results)
         FigureCanvasAgg(figure)
@@ -146,7 +146,7 @@ def test_command_line(small, capsys):
 def test_every_figure_of_every_shape_is_legible(model, number, both):
     figure, data, results = drawn(MODULES[number], both, model)
     assert_legible(figure)
-    name = _look.label(model)
+    name = style.label(model)
     assert name in figure.get_suptitle() and f"(paper, Figure {number})" in figure.get_suptitle()
     assert set(data.model) == {model} and [run.model for run in results.used] == [model]
     shown = "micro" if model == "tiny" else "c4"
@@ -156,7 +156,7 @@ def test_every_figure_of_every_shape_is_legible(model, number, both):
 
 
 def test_grouped_queries_and_odd_shapes(tmp_path):
-    """Fewer key heads than heads change nothing; layers that don't fill the grid, one kept sample."""
+    """Fewer KV heads than heads change nothing; layers that don't fill the grid, one kept sample."""
     synthetic.save_profile(tmp_path, *synthetic.profile(6, 8, samples=1), "g", model="llama3_8b", key_heads=2)
     for module in (fig2, fig4, fig6, fig13, fig16):
         figure, _, _ = drawn(module, tmp_path)
@@ -332,7 +332,7 @@ def test_fig13_sizes_at_the_chosen_k(both):
 def test_fig15_and_16_show_every_layer_of_their_model(module, model, profile, both):
     figure, data, results = drawn(module, both)
     assert_legible(figure)
-    assert [run.model for run in results.used] == [model] and _look.label(model) in figure.get_suptitle()
+    assert [run.model for run in results.used] == [model] and style.label(model) in figure.get_suptitle()
     panels = [axes for axes in figure.axes if axes.images]
     arrays = profile[0]
     assert len(panels) == len(arrays["clusters"])
@@ -352,16 +352,16 @@ def test_maps_end_with_the_sample(tmp_path):
     assert data.position.max() == 8 and len(data) == 4 * 16 * 9
 
 
-@pytest.mark.parametrize("tokens", [synthetic.SENTENCE, synthetic.BYTES])
-def test_tokens_in_print(tokens):
-    labels = _tokens.labels(tokens)
+@pytest.mark.parametrize("sentence", [synthetic.SENTENCE, synthetic.BYTES])
+def test_tokens_in_print(sentence):
+    labels = tokens.labels(sentence)
     assert labels[1:9] == ["The", "quick", "brown", "fox", "jumps", "over", "$", "5"]
     assert labels[14] == "\\n" and labels[24] == "extraordina…" and labels[27] == "—"
     assert labels[31] == "?"  # a glyph that the font lacks
 
 
 def test_odd_tokens_in_print():
-    assert _tokens.labels(["▁▁", "\t", "a\nb", "", "<0xE4>", "é", "$x$"]) == [
+    assert tokens.labels(["▁▁", "\t", "a\nb", "", "<0xE4>", "é", "$x$"]) == [
         "␣",
         "\\t",
         "a\\nb",
@@ -370,21 +370,21 @@ def test_odd_tokens_in_print():
         "é",
         "$x$",
     ]
-    assert _tokens.labels(["Ġ", "<|endoftext|>", "Ã©"]) == ["␣", "<|endoftext…", "é"]
+    assert tokens.labels(["Ġ", "<|endoftext|>", "Ã©"]) == ["␣", "<|endoftext…", "é"]
 
 
 def test_labels_are_thinned_where_they_would_touch():
-    assert _maps.thin(32, 2.62)[0] == list(range(32))
-    shown, size = _maps.thin(72, 2.62)
-    assert shown == list(range(0, 72, 3)) and size >= _maps.SMALLEST
+    assert maps.thin(32, 2.62)[0] == list(range(32))
+    shown, size = maps.thin(72, 2.62)
+    assert shown == list(range(0, 72, 3)) and size >= maps.SMALLEST
 
 
 def test_correlation_within_and_between():
     correlation = np.array([[1, 0.8, 0.1], [0.8, 1, 0.3], [0.1, 0.3, 1]])
-    within, between = _correlation.within_and_between(correlation, np.array([0, 0, 1]))
+    within, between = correlations.within_and_between(correlation, np.array([0, 0, 1]))
     assert within == pytest.approx(0.8) and between == pytest.approx(0.2)
-    assert np.isnan(_correlation.within_and_between(correlation, np.array([0, 1, 2]))[0])
-    assert _correlation.between_heads(correlation[None]) == pytest.approx([0.4])
+    assert np.isnan(correlations.within_and_between(correlation, np.array([0, 1, 2]))[0])
+    assert correlations.between_heads(correlation[None]) == pytest.approx([0.4])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -405,13 +405,13 @@ def test_list_has_all_nine(capsys):
     said = capsys.readouterr().out.splitlines()
     for name, module in zip(NAMES, MODULES.values(), strict=True):
         (place,) = [place for place, line in enumerate(said) if line.split()[:1] == [name]]
-        assert module.TITLE in said[place] and f"needs experiment=profile: {module.COMMAND}" in said[place + 1]
+        assert module.TITLE in said[place] and f"needs experiment=profile: {module.QUERY.command}" in said[place + 1]
         assert "model=tiny" in said[place + 1]
-    assert [name for name in _catalogue.names() if name in NAMES] == NAMES
+    assert [name for name in figures.names() if name in NAMES] == NAMES
 
 
 def test_command_for_several_models():
-    assert _catalogue.command(fig4, "opt66b-random,tiny") == (
+    assert fig4.QUERY.command_for("opt66b-random,tiny") == (
         "python run.py experiment=profile corpus=c4 model=opt66b model.random_init=true; "
         "python run.py experiment=profile model=tiny"
     )
@@ -447,35 +447,38 @@ def cut(folder, right_digest=False):
         (lambda folder: (folder / "profile.safetensors").unlink(), "no profile.safetensors"),
         (lambda folder: (folder / "profile.json").unlink(), "no profile.json"),
         (lambda folder: (folder / "profile.json").write_text('{"form'), "profile.json is corrupt"),
-        (lambda folder: (folder / "profile.json").write_text('{"a": 1}'), "profile.json has format None, not 1"),
-        (lambda folder: describe(folder, format=2), "profile.json has format 2, not 1"),
-        (lambda folder: describe(folder, kept=None), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, kept=[1, 2]), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, kept=[]), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, model={"layers": "4"}), "profile.json lacks what a profile has"),
-        (lambda folder: describe(folder, rule="knee"), "profile.json lacks what a profile has"),
+        (lambda folder: (folder / "profile.json").write_text('{"a": 1}'), "profile.json has format None, expected 1"),
+        (lambda folder: describe(folder, format=2), "profile.json has format 2, expected 1"),
+        (lambda folder: describe(folder, kept=None), "profile.json is incomplete"),
+        (lambda folder: describe(folder, kept=[1, 2]), "profile.json is incomplete"),
+        (lambda folder: describe(folder, kept=[]), "profile.json is incomplete"),
+        (lambda folder: describe(folder, model={"layers": "4"}), "profile.json is incomplete"),
+        (lambda folder: describe(folder, rule="knee"), "profile.json is incomplete"),
         (
             lambda folder: describe(folder, model={"layers": 4, "heads": 8}),
-            "profile.json and result.json are of different models",
+            "profile.json and result.json describe different models",
         ),
         (lambda folder: rewrite(folder, error=None, maps=None), "profile.safetensors has no error, maps"),
         (
             lambda folder: rewrite(folder, error=np.zeros((4, 15))),
-            "profile.safetensors: error is (4, 15), not (4, 16)",
+            "profile.safetensors: error has shape (4, 15), expected (4, 16)",
         ),
         (
             lambda folder: rewrite(folder, changes=np.zeros((4, 24))),
-            "profile.safetensors: changes is (4, 24), not (4, 23)",
+            "profile.safetensors: changes has shape (4, 24), expected (4, 23)",
         ),
         (
             lambda folder: rewrite(folder, clusters=np.full(4, 3.0)),
-            "profile.safetensors: clusters is of float64, not whole numbers",
+            "profile.safetensors: clusters has dtype float64, expected integers",
         ),
         (
             lambda folder: rewrite(folder, assignment=np.full((4, 16), 16)),
-            "profile.safetensors: heads are in clusters that there are not",
+            "profile.safetensors: assignment has clusters that do not exist",
         ),
-        (lambda folder: rewrite(folder, maps=np.float32(1)), "profile.safetensors: maps is (), not (2, 4, 16, 0)"),
+        (
+            lambda folder: rewrite(folder, maps=np.float32(1)),
+            "profile.safetensors: maps has shape (), expected (2, 4, 16, 0)",
+        ),
         (
             lambda folder: rewrite(
                 folder,
@@ -493,7 +496,7 @@ def test_a_profile_that_does_not_count_is_left_out(damage, reason, small, capsys
     damage(newer)
     results = Results(small)
     assert profiles.best(results).run.folder.name == "cccccccccccc"
-    assert results.left_out == {newer: reason}
+    assert results.skipped == {newer: reason}
 
 
 def test_no_sound_profile_is_missing_input(small, capsys):
@@ -501,7 +504,7 @@ def test_no_sound_profile_is_missing_input(small, capsys):
     cut(folder)
     assert run_main(small, "fig8") == 1
     error, left_out = capsys.readouterr().err.splitlines()
-    assert "could be used (there are: none on tiny, cpu)" in error and fig8.COMMAND in error
+    assert "could be used (available: none on tiny, cpu)" in error and fig8.QUERY.command in error
     assert left_out == f"left out: {folder}: profile.safetensors is corrupt, or not the one that profile.json describes"
 
 
@@ -521,7 +524,7 @@ def test_the_preferred_model_then_the_newest(tmp_path):
 
 
 def test_an_unknown_file_is_named_when_loaded(small):
-    run = Results(small).ranked("profile")[0]
+    run = Results(small).ranked(PROFILE)[0]
     (run.folder / "profile.json").write_text("[]")
-    with pytest.raises(LeftOut, match="profile.json is corrupt"):
+    with pytest.raises(SkippedRun, match="profile.json is corrupt"):
         profiles.load(run)

@@ -11,14 +11,16 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from analysis.figures import _catalogue
-from analysis.report import _claims, _content, _page, _tables
+from analysis import figures
+from analysis.report import claims, tables
+from analysis.report import content as contents
+from analysis.report import page as pages
 from analysis.report.__main__ import main
-from analysis.report._content import collect
-from analysis.report._measures import MEASURES
-from analysis.report._verdict import Interval, judge
-from analysis.saved import LeftOut
-from analysis.tables._specs import PAPER
+from analysis.report.content import collect
+from analysis.report.measures import MEASURES
+from analysis.results.files import SkippedRun
+from analysis.stats import Interval, judge
+from analysis.tables.specs import PAPER
 from tests.analysis import reported, scored, synthetic
 
 FIGURES = ["fig8", "fig11"]
@@ -46,7 +48,7 @@ class Links(HTMLParser):
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """They have tests of their own, and take the most time."""
-    monkeypatch.setattr(_catalogue, "names", list)
+    monkeypatch.setattr(figures, "names", list)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +59,14 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def content(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_catalogue, "names", lambda: FIGURES)
+        patch.setattr(figures, "names", lambda: FIGURES)
         return collect(root)
 
 
 @pytest.fixture(scope="module")
 def page(content, tmp_path_factory):
     """The page of everything as text, and what is in it."""
-    text = _page.write(content, tmp_path_factory.mktemp("report")).read_text()
+    text = pages.write(content, tmp_path_factory.mktemp("report")).read_text()
     links = Links()
     links.feed(text)
     return text, links
@@ -104,24 +106,24 @@ def test_verdicts(ends, bound, verdict):
 
 
 def test_every_claim_of_the_paper_is_typed():
-    claims = _claims.read(PAPER / "claims.csv")
-    assert len({one.id for one in claims}) == len(claims) >= 14
-    assert {one.measure for one in claims} <= set(MEASURES)
-    assert all(one.source and one.how and one.statement for one in claims)
+    typed = claims.read(PAPER / "claims.csv")
+    assert len({one.id for one in typed}) == len(typed) >= 14
+    assert {one.measure for one in typed} <= set(MEASURES)
+    assert all(one.source and one.how and one.statement for one in typed)
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("id,statement\na,b\n", "line 2 hasn't the columns"),
-        (",".join(_claims.COLUMNS) + "\n" + "a,b,c,,magic,equals,1,x,1,s,o,n\n", "no known bound or measure"),
-        (",".join(_claims.COLUMNS) + "\n" + "a,b,c,,kv_saved,equals,one,x,1,s,o,n\n", "has no number"),
+        ("id,statement\na,b\n", "line 2 does not have the columns"),
+        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,magic,equals,1,x,1,s,o,n\n", "an unknown bound or measure"),
+        (",".join(claims.COLUMNS) + "\n" + "a,b,c,,kv_saved,equals,one,x,1,s,o,n\n", "that is not a number"),
     ],
 )
 def test_a_corrupt_line_of_the_claims_is_named(tmp_path, text, reason):
     (tmp_path / "claims.csv").write_text(text)
-    with pytest.raises(LeftOut, match=reason):
-        _claims.read(tmp_path / "claims.csv")
+    with pytest.raises(SkippedRun, match=reason):
+        claims.read(tmp_path / "claims.csv")
 
 
 def test_ours_is_what_the_runs_say(content):
@@ -159,12 +161,12 @@ def test_a_claim_about_three_models_isnt_kept_by_one_but_is_broken_by_one(conten
 
 
 def test_the_embedded_model_says_nothing_about_the_paper(tmp_path, monkeypatch):
-    monkeypatch.setattr(_catalogue, "names", lambda: ["fig11"])
+    monkeypatch.setattr(figures, "names", lambda: ["fig11"])
     reported.scores(tmp_path, scored.TINY, "micro_", lost=1)
     reported.probes(tmp_path, "tiny", reported.GROUPS, 16)
     content = collect(tmp_path)
     assert content.counts == {"reproduced": 0, "not reproduced": 0, "undecided": 0, "not run yet": len(content.claims)}
-    assert all(cell.state == "missing" for sheet in content.paper.tables for row in sheet.rows for cell in row[1])
+    assert all(cell.state == "missing" for table in content.paper.tables for row in table.rows for cell in row.cells)
     assert not content.paper.tradeoff and not content.paper.layers
     assert [one.picture == "" for one in (*content.paper.figures, *content.embedded.figures)] == [True, False]
     assert {check.state for check in content.checks} == {"holds"}
@@ -205,8 +207,8 @@ def test_removing_a_result_empties_its_cells_alone(root, tmp_path, capsys):
     shutil.rmtree(copy / "accuracy" / "llama7b" / "chai" / "piqa")
     shutil.rmtree(copy / "memory" / "llama7b")
     content = collect(copy)
-    (table2,) = [sheet for sheet in content.paper.tables if sheet.name == "table2"]
-    states = {label: [cell.state for cell in cells] for label, cells, _, _ in table2.rows}
+    (table2,) = [table for table in content.paper.tables if table.name == "table2"]
+    states = {row.label: [cell.state for cell in row.cells] for row in table2.rows}
     assert states["CHAI"] == ["missing", "done", "done", "done", "done"] and set(states["MHA"]) == {"done"}
     assert claim(content, "kv-saved").verdict == "not run yet"
     assert claim(content, "accuracy-7b").verdict == "not run yet"
@@ -228,7 +230,7 @@ CORRUPT = {
 
 
 def test_corrupt_results_are_named_and_left_out(root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_catalogue, "names", lambda: FIGURES)
+    monkeypatch.setattr(figures, "names", lambda: FIGURES)
     copy = tmp_path / "results"
     shutil.copytree(root, copy)
     folders = set()
@@ -244,22 +246,22 @@ def test_corrupt_results_are_named_and_left_out(root, tmp_path, capsys, monkeypa
 
 
 def test_corrupt_numbers_of_the_paper_are_left_out(root, tmp_path, capsys, monkeypatch):
-    for module in (_content, _tables):
+    for module in (contents, tables):
         monkeypatch.setattr(module, "PAPER", tmp_path)
-    monkeypatch.setattr("analysis.tables._specs.PAPER", tmp_path)
+    monkeypatch.setattr("analysis.tables.specs.PAPER", tmp_path)
     (tmp_path / "table2.csv").write_text("label,method\nMHA,mha\n")
     page, _, said = built(root, tmp_path, capsys)
     assert f"left out: {tmp_path / 'table2.csv'}: table2.csv is corrupt" in said
     assert f"left out: {tmp_path / 'claims.csv'}: no claims.csv" in said
-    assert "claims can" in page
+    assert "claims cannot be read" in page
 
 
 def test_a_mistake_in_one_figure_is_no_others(root, tmp_path, capsys, monkeypatch):
     def broken(results):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(_catalogue, "names", lambda: FIGURES)
-    monkeypatch.setattr(_catalogue.load("fig8"), "draw", broken)
+    monkeypatch.setattr(figures, "names", lambda: FIGURES)
+    monkeypatch.setattr(figures.load("fig8"), "draw", broken)
     page, _, said = built(root, tmp_path, capsys)
     assert said.count("not drawn: fig8: RuntimeError: no ink") == 2 and page.count("<figure") == 2
 
@@ -294,4 +296,4 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: --results: there is no folder {tmp_path / 'x'}\n"
     (tmp_path / "file").write_text("")
     assert main(["--results", str(tmp_path), "--out", str(tmp_path / "file" / "out")]) == 1
-    assert "can't write to" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write to" in capsys.readouterr().err.splitlines()[-1]

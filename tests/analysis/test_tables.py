@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import paired
-from analysis.saved import Results
-from analysis.scores import load_scores
+from analysis import stats
+from analysis.results.runs import Results
+from analysis.results.scores import load_scores
 from analysis.tables.__main__ import main
-from analysis.tables._cells import build
-from analysis.tables._specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
+from analysis.tables.cells import build
+from analysis.tables.specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
 from experiments.config.compose import choices, compose_config
 from experiments.config.validate import check_overrides
 from experiments.runs.identity import settings_id
@@ -167,7 +167,7 @@ def test_numbers_intervals_gaps_and_savings(tmp_path, capsys):
         assert float(chai.gap) == pytest.approx(-4.0 - float(paper))
         assert Decimal(chai.paper) == paper and chai.paper_source == "Table 2"
         assert (int(chai.lost), int(chai.gained), int(chai.n)) == (10, 2, 200)
-        assert float(chai.p) == pytest.approx(paired.mcnemar(10, 2), abs=1e-6)
+        assert float(chai.p) == pytest.approx(stats.mcnemar(10, 2), abs=1e-6)
         assert float(chai.low) == pytest.approx(-7.5, abs=0.5) and float(chai.high) == pytest.approx(-0.7, abs=0.4)
         assert (chai.saving, float(chai.kv_saved), mha.saving) == ("real", pytest.approx(19.1), "none")
         assert chai.metric == ("acc" if task == "boolq" else "acc_norm")
@@ -284,7 +284,7 @@ def test_pairs_on_other_items_are_refused_with_the_reason(tmp_path, capsys):
     frame = pd.read_parquet(folder / "samples.parquet")
     frame.loc[3, "doc_hash"] = "another question"
     frame.to_parquet(folder / "samples.parquet")
-    reason = "1 of 200 items have another content (doc_hash), item 3 first"
+    reason = "1 of 200 items differ in content (doc_hash), item 3 first"
     said = printed(capsys, "table2", "--results", tmp_path)
     assert f"- Refused: CHAI on piqa: {reason}." in said.out
     rows = as_csv(capsys, tmp_path)
@@ -308,12 +308,12 @@ def test_runs_on_other_data_are_refused(tmp_path):
         (lambda folder: (folder / "config.yaml").write_text("method: chai"), "config.yaml is corrupt"),
         (lambda folder: (folder / "config.yaml").unlink(), "no config.yaml"),
         (lambda folder: (folder / "result.json").write_text("{"), "result.json is corrupt"),
-        (lambda folder: change(folder, n=199), "samples.parquet doesn't give the score in result.json"),
-        (lambda folder: change(folder, metrics={"acc_norm": 0.9}), "samples.parquet doesn't give the score"),
+        (lambda folder: change(folder, n=199), "samples.parquet does not match the score in result.json"),
+        (lambda folder: change(folder, metrics={"acc_norm": 0.9}), "samples.parquet does not match the score"),
         (lambda folder: change(folder, metrics={"acc_norm": 1.9}), "result.json is impossible: a score of 1.9"),
-        (lambda folder: change(folder, metrics={"acc_norm": "x"}), "lacks a score or savings that are numbers"),
+        (lambda folder: change(folder, metrics={"acc_norm": "x"}), "result.json has no numeric score or savings"),
         (lambda folder: change(folder, metrics=[]), "result.json is corrupt: metrics is []"),
-        (lambda folder: change(folder, savings={"kind": "real"}), "lacks a score or savings that are numbers"),
+        (lambda folder: change(folder, savings={"kind": "real"}), "result.json has no numeric score or savings"),
         (lambda folder: change(folder, metric="f1"), "samples.parquet has no f1"),
     ],
 )
@@ -444,7 +444,7 @@ def test_markdown_rows_have_the_same_width(tmp_path, capsys):
     [
         (["tabel2"], "unknown table 'tabel2' (did you mean 'table2'?); valid: table1, table2, table3, table4, micro"),
         ([], "no table named; valid: table1"),
-        (["table1", "table2", "--format", "csv"], "one table at a time as csv, 2 are named"),
+        (["table1", "table2", "--format", "csv"], "csv takes one table at a time, got 2"),
         (["table2", "--model", "lama7b"], "unknown model 'lama7b' (did you mean 'llama7b'?); valid: llama2_7b"),
     ],
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from analysis.figures import _look, fig1, fig14
+from analysis.figures import fig1, fig14
 from analysis.figures.__main__ import main
-from analysis.figures._tradeoff import on_front
-from analysis.paired import compare
-from analysis.saved import MissingRun, Results
+from analysis.plotting import style
+from analysis.plotting.tradeoff import on_front
+from analysis.results.runs import MissingRun, Results
+from analysis.stats import compare
 from tests.analysis import scored, synthetic
 from tests.analysis.scored import CHAI, MODEL, outcomes
 
@@ -71,7 +72,7 @@ def test_every_method_at_its_operations(root):
 
 def test_series_connect_fixed_numbers_in_their_order(root):
     figure, data = fig1.draw(Results(root))
-    colour = _look.look("random")["color"]
+    colour = style.look("random")["color"]
     (line,) = [
         one for one in figure.axes[0].lines
         if one.get_color() == colour and one.get_linestyle() == "-" and len(one.get_xdata()) == 4
@@ -162,5 +163,5 @@ def test_runs_that_count_no_operations_are_none(tmp_path):
     results = Results(tmp_path)
     with pytest.raises(MissingRun, match="could be used"):
         fig1.draw(results)
-    assert set(results.left_out.values()) == {"result.json has no flops (force=true does the run again)"}
+    assert set(results.skipped.values()) == {"result.json has no flops (rerun with force=true)"}
     assert len(fig14.draw(Results(tmp_path))[1]) == 2

@@ -3,7 +3,7 @@ const root = document.documentElement;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
 
-// Sorting: numbers by data-sort, else words; what has neither stays last in both directions.
+// Sorting: numbers by data-sort, else words; cells with neither stay last in both directions.
 const collator = new Intl.Collator("en", { numeric: true });
 for (const table of document.querySelectorAll("table.sortable")) {
   [...table.tHead.rows[0].cells].forEach((head, column) => {
@@ -47,14 +47,14 @@ for (const button of document.querySelectorAll(".copy")) {
   });
 }
 
-// A link to what is folded away opens it.
+// Open the details that a link points into.
 const unfold = () => {
   const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
 };
 addEventListener("hashchange", unfold); unfold();
 
-// Plots: the library is unpacked once, and only here.
+// Plots: unpack the library, then draw all of them.
 const plots = [...document.querySelectorAll(".plot")];
 const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const draw = (plot) => {
@@ -93,13 +93,13 @@ const load = async () => {
   root.dataset.plots = "ready";
 };
 load().catch((error) => {
-  for (const plot of plots) plot.textContent = "This browser can't draw the plot; its data is in the CSV below.";
+  for (const plot of plots) plot.textContent = "This browser cannot draw the plot; its data is in the CSV below.";
   console.error(error);
 });
 const redraw = () => { if (window.Plotly) plots.forEach(draw); };
 document.getElementById("theme").addEventListener("click", () => {
   root.dataset.theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("theme", root.dataset.theme); } catch { /* a private window keeps nothing */ }
+  try { localStorage.setItem("theme", root.dataset.theme); } catch { /* not available in private windows */ }
   redraw();
 });
 dark.addEventListener("change", redraw);

@@ -1,0 +1,237 @@
+"""Accuracy of every method against a cost (Figures 1 and 14, and the report), relative to multi-head attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.plotting import page, style
+from analysis.results.runs import Results
+from analysis.results.scores import ACCURACY, Score, load_scores
+from analysis.stats import Interval
+from analysis.tables.cells import Row, build
+from analysis.tables.settings import assignments, row_name
+from analysis.tables.specs import TASKS, Spec, task_name
+
+#: Settings that make a series of points, and how their values are printed.
+SCHEDULES: dict[str, Callable[[float], str]] = {
+    "clusters": lambda value: f"k = {value:g}",
+    "sparsity": lambda value: f"{100 * value:g} %",
+}
+#: Side and offset of the points' labels, so that those of neighbouring series keep apart.
+SIDES: dict[str, tuple[Literal["left", "right"], tuple[int, int]]] = {
+    "static": ("right", (-5, 4)),
+    "random": ("left", (5, -8)),
+    "dejavu": ("left", (5, -8)),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method with its settings."""
+
+    row: Row
+    accuracy: Interval  # mean over the tasks, %; the ends take MHA's accuracy as exact, and are NaN for MHA itself
+
+    @property
+    def label(self) -> str:
+        """Printed name with all settings that are not the defaults; ``row.label`` is shorter."""
+        return row_name(self.row.method, self.row.settings)
+
+    @property
+    def place(self) -> tuple[str, float] | None:
+        """Setting and value by which the point belongs to its method's series; ``None``: it stands alone."""
+        for name in SCHEDULES:
+            value = self.row.scores[0].settings.get(name)
+            if isinstance(value, (int, float)) and set(self.row.settings) <= {name}:
+                return name, float(value)
+        return None
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """The methods of one model under the same conditions on the same tasks."""
+
+    model: str
+    tasks: tuple[str, ...]  # tasks that all the methods have
+    points: list[Point]  # multi-head attention first
+    notes: str  # methods that are not shown
+
+    def heading(self, title: str) -> str:
+        """Return the title, the model, and the tasks that the mean is over."""
+        names = ", ".join(map(task_name, self.tasks))
+        if all(task.startswith("micro_") for task in self.tasks):
+            names = f"the micro tasks {names}"
+        n = sum(score.n for score in self.points[0].row.scores)
+        return f"{title}\n{style.label(self.model)}: mean of {names} ({n:,} items)"
+
+    def shares(self, cost: Callable[[Point], float]) -> list[tuple[Point, float]]:
+        """Return each point with its cost as a share of multi-head attention's."""
+        whole = mean(cost(point) for point in self.points if point.row.method == "mha")
+        return [(point, cost(point) / whole) for point in self.points]
+
+
+def compare_methods(
+    results: Results, field: str, usable: Callable[[Any], bool], scores: Sequence[Score] | None = None
+) -> Tradeoff:
+    """Choose what to compare: the main model if it has runs, and the conditions with the most runs.
+
+    Runs are skipped unless a field of their ``result.json``, of the cost, is usable. ``scores`` are the runs of these
+    results, if they have been read already.
+
+    Raises:
+        MissingRun: multi-head attention and another method have no task in common.
+    """
+    costed = []
+    for score in load_scores(results) if scores is None else scores:
+        if usable(score.run.result.get(field)):
+            costed.append(score)
+        else:
+            results.skipped[score.run.folder] = f"result.json has no {field} (rerun with force=true)"
+    folders = {score.run.folder for score in costed}
+    ranked = results.ranked(ACCURACY, lambda run: run.folder in folders)
+    for model in dict.fromkeys(run.model for run in ranked):
+        tradeoff = _of_model(model, [score for score in costed if score.run.model == model])
+        if tradeoff is not None:
+            results.used += [score.run for point in tradeoff.points for score in point.row.scores]
+            return tradeoff
+    raise results.missing(ACCURACY)
+
+
+def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
+    all_tasks = tuple(sorted({score.task for score in scores}, key=_task_order))
+    spec = Spec("", model, all_tasks, None, mean=True)
+    table = build("", spec, model, scores, [])
+    assert table.like is not None
+    scores = [score for score in scores if score.conditions_id == table.like.conditions_id]
+
+    # Choose the tasks that leave the most to compare: tasks times methods that have all of them.
+    sets = [done for row in table.rows if (done := frozenset(row.tasks("done")))]
+    if not sets:
+        return None
+    best = max(sets, key=lambda done: (len(done) * sum(done <= other for other in sets), sorted(done)))
+    tasks = tuple(task for task in all_tasks if task in best)
+
+    # Compare the methods that have all these tasks.
+    rows = build("", replace(spec, tasks=tasks), model, scores, []).rows
+    complete = [row for row in rows if row.cells[-1].state == "done"]
+    if len({row.method for row in complete}) < 2:
+        return None
+    base = next(100 * row.cells[-1].value for row in complete if row.cells[-1].value is not None)
+    others = [row_name(row.method, row.settings) for row in rows if row not in complete]
+    notes = f"Not shown, without these tasks beside MHA: {', '.join(others)}. " if others else ""
+    return Tradeoff(model, tasks, [_point(row, base) for row in complete], notes)
+
+
+def _task_order(task: str) -> tuple[int, str]:
+    name = task.removeprefix("micro_")
+    return TASKS.index(name) if name in TASKS else len(TASKS), task
+
+
+def _point(row: Row, base: float) -> Point:
+    change = row.cells[-1].change
+    points = change.points if change else Interval(0.0, math.nan, math.nan)
+    return Point(row, Interval(base + points.value, base + points.low, base + points.high))
+
+
+def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
+    """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
+    frame = pd.DataFrame(
+        {
+            "panel": panel, "method": point.row.method, "label": point.label,
+            "settings": " ".join(assignments(point.row.settings)),
+            "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
+            "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
+            "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.scores),
+        }
+        for point, share in costs
+    )  # fmt: skip
+    return frame.assign(pareto=on_front(frame.cost, frame.accuracy))
+
+
+def on_front(cost: pd.Series, accuracy: pd.Series) -> list[bool]:
+    """Return for each point whether it is on the Pareto front: no other is as good in both and better in one."""
+    pairs = list(zip(cost, accuracy, strict=True))
+    return [not any(c <= x and a >= y and (c, a) != (x, y) for c, a in pairs) for x, y in pairs]
+
+
+def front_line(data: pd.DataFrame) -> tuple[list[float], list[float]]:
+    """Return costs and accuracies of the Pareto front, extended to the greatest cost."""
+    front = data[data.pareto].sort_values("cost")
+    return [*front.cost.tolist(), float(data.cost.max())], [*front.accuracy.tolist(), float(front.accuracy.iloc[-1])]
+
+
+def series_line(rows: pd.DataFrame, points: Sequence[Point]) -> pd.DataFrame:
+    """Return the rows of a method's series in its order; other settings of the method stand alone."""
+    series = sorted((points[index].place, index) for index in rows.index if points[index].place)
+    return rows.loc[[index for _, index in series]]
+
+
+def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
+    """Draw accuracy against cost: a series for each method, and the Pareto front.
+
+    ``data`` has a row of :func:`plot_data` for each of the points.
+    """
+    front = {"color": style.INK, "linestyle": "--", "linewidth": 0.8, "zorder": 1, "label": "Pareto front"}
+    axes.step(*front_line(data), where="post", **front)
+    for name, rows in data.groupby("method", sort=False):
+        method, look = str(name), style.look(str(name))
+        line = series_line(rows, points)
+        axes.plot(line.cost, line.accuracy, color=look["color"], linewidth=1, zorder=2)
+        ends = [rows.accuracy - rows.low, rows.high - rows.accuracy]
+        whiskers = [side.clip(lower=0).fillna(0) for side in ends]
+        marks = look | {"linestyle": "none", "elinewidth": 0.8, "label": style.label(method), "zorder": 3}
+        axes.errorbar(rows.cost, rows.accuracy, whiskers, **marks)
+        for index, row in rows.iterrows():
+            if words := _point_label(points[index], alone=line.empty):
+                side, offset = SIDES.get(method, ("left", (5, 4)))
+                note = axes.annotate(
+                    words, (row.cost, row.accuracy), offset, textcoords="offset points", ha=side, fontsize=6.5,
+                    color=look["color"],
+                )  # fmt: skip
+                note.set_in_layout(False)  # a label that does not fit must not shrink the panel
+    axes.set_ylabel("mean accuracy (%)")
+    axes.label_outer()
+    axes.margins(x=0.08)
+
+
+def _point_label(point: Point, alone: bool) -> str:
+    """Return what distinguishes a point from the others of its method."""
+    if point.place:
+        name, value = point.place
+        return SCHEDULES[name](value)
+    if point.row.settings:
+        return point.row.label.partition(" ")[2]
+    counts = point.row.scores[0].run.result["savings"]["heads_kept"]
+    return "" if alone else f"k = {min(counts)} to {max(counts)}"
+
+
+def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
+    """Add one legend for all panels at the right, and the footer."""
+    # A method that is in several panels has one entry.
+    entries = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside right center")
+    # The footer: methods by kind of saving, and the settings that letters stand for.
+    methods = dict.fromkeys((point.row.scores[0].saving, style.label(point.row.method)) for point in tradeoff.points)
+    kinds = {kind: [name for saving, name in methods if saving == kind] for kind in ("real", "simulated")}
+    savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]
+    letters = "".join(f"{point.row.label.split()[-1]} is {point.label}. " for point in lettered)
+    words = page.wrap(
+        "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
+        f"{notes}Savings in this implementation are {savings}. {letters}{tradeoff.notes}"
+    )
+    run = tradeoff.points[0].row.scores[0].run
+    torch = run.versions.get("torch")
+    source = [str(run.result.get("device", "unknown device")), run.dtype, *([f"torch {torch}"] if torch else [])]
+    runs = sum(len(point.row.scores) for point in tradeoff.points)
+    page.footer(figure, [*words, " · ".join([*source, f"{runs} runs"])])

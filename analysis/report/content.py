@@ -1,0 +1,120 @@
+"""Collect everything that the report shows from a results folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from analysis.report import claims, figures, layers, overview, plots, provenance, tables
+from analysis.report.checks import Check, checks
+from analysis.report.claims import Judged
+from analysis.report.figures import Drawn
+from analysis.report.layers import Layers
+from analysis.report.measures import PAPER_TABLES, Source
+from analysis.report.overview import Line
+from analysis.report.plots import Plot
+from analysis.results.files import SkippedRun
+from analysis.results.profiles import PROFILE
+from analysis.results.runs import Results, Run, base_name
+from analysis.results.scores import ACCURACY, load_scores
+from analysis.stats import VERDICTS, Verdict
+from analysis.tables.cells import Table
+from analysis.tables.specs import PAPER, TABLES
+
+EMBEDDED = TABLES["micro"].model
+
+
+@dataclass(frozen=True)
+class Part:
+    """The real models' part of the report, or the embedded model's."""
+
+    key: str  # prefix of anchors
+    lines: Sequence[Line]  # models at a glance
+    tables: Sequence[Table]
+    tradeoff: Sequence[Plot]  # accuracy against each cost
+    tradeoff_command: str  # makes the runs of these plots
+    layers: Sequence[tuple[Layers, Plot]]
+    layers_command: str
+    figures: Sequence[Drawn]
+
+
+@dataclass(frozen=True)
+class Content:
+    """The report."""
+
+    root: Path  # the results folder
+    claims: list[Judged]
+    checks: list[Check]
+    paper: Part  # the paper's and other real models
+    embedded: Part
+    runs: list[Run]  # all finished runs
+    problems: dict[Path, str]  # files and folders that cannot be used, with the reason
+    made: str  # time of writing
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """Number of claims of each verdict."""
+        return {verdict: sum(one.verdict == verdict for one in self.claims) for verdict in VERDICTS}
+
+
+def collect(root: Path) -> Content:
+    """Collect the report from a results folder, which may be empty."""
+    everything = Results(root)
+    real, embedded = Results(root, without=(EMBEDDED,)), Results(root, EMBEDDED)
+    drawn = figures.draw_all([real, embedded])  # first: it starts processes of its own
+    runs = provenance.all_runs(everything)
+    scores = load_scores(everything)
+    problems: dict[Path, str] = {}
+    by_name = tables.fill(scores, problems)
+
+    # The real models: those of the paper's tables first, then others.
+    source = Source(real, by_name)
+    real_scores = [score for score in scores if base_name(score.run.model) != EMBEDDED]
+    paper_models = [TABLES[name].model for name in PAPER_TABLES]
+    paper_tables = [by_name[name] for name in PAPER_TABLES]
+    more = tables.others(real_scores, paper_models)
+    by_model = {table.model: table for table in (*more, *reversed(paper_tables))}  # the first of two tables of a model
+    lines = [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*paper_models, *by_model])]
+    paper = Part(
+        "paper", lines, [*paper_tables, *more],
+        plots.tradeoff(real, "tradeoff", real_scores), ACCURACY.command,
+        _layers(real, _models(runs)), PROFILE.command, drawn[0],
+    )  # fmt: skip
+
+    # The embedded model.
+    micro, embedded_scores = by_name["micro"], [score for score in scores if score.run.model == EMBEDDED]
+    embedded_part = Part(
+        "embedded", [overview.line(micro, Source(embedded, by_name), runs)], [micro],
+        plots.tradeoff(embedded, "tradeoff-embedded", embedded_scores), "python run.py -m paper=micro",
+        _layers(embedded, [EMBEDDED]), PROFILE.small_command, drawn[1],
+    )  # fmt: skip
+    judgements = _judgements(source, problems)
+    known = checks(embedded, micro)
+    drawn_skipped = [figure.skipped for figure in (*paper.figures, *embedded_part.figures)]
+    for skipped in (real.skipped, embedded.skipped, everything.skipped, *drawn_skipped):
+        problems |= skipped
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    return Content(root, judgements, known, paper, embedded_part, runs, dict(sorted(problems.items(), key=str)), made)
+
+
+def _judgements(source: Source, problems: dict[Path, str]) -> list[Judged]:
+    path = PAPER / "claims.csv"
+    try:
+        return [claims.judge_claim(claim, source) for claim in claims.read(path)]
+    except SkippedRun as reason:
+        problems[path] = str(reason)
+        return []
+
+
+def _models(runs: Sequence[Run]) -> list[str]:
+    """Return the real models that have runs, those of the paper first."""
+    names = {base_name(run.model) for run in runs} - {EMBEDDED}
+    known = [TABLES[name].model for name in ("table2", "table3", "table1")]
+    return [name for name in (*known, *sorted(names - set(known))) if name in names]
+
+
+def _layers(results: Results, models: Sequence[str]) -> list[tuple[Layers, Plot]]:
+    views = [layers.of_model(replace(results, used=[]), model) for model in models]
+    return [(view, plots.layers(view)) for view in views if view is not None]

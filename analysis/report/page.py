@@ -1,0 +1,146 @@
+"""Write the report as a page that needs no other file, and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import os
+import re
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analysis.plotting.style import TIMES, label
+from analysis.report import provenance, tables
+from analysis.report.claims import Judged
+from analysis.report.content import Content, Part
+from analysis.report.figures import uri
+from analysis.report.interval_plot import interval_plot
+from analysis.stats import RULES, VERDICTS, Interval
+from analysis.tables.formats import comma_separated
+from analysis.tables.layout import commands, notes, paper_text
+from analysis.tables.settings import COUNTS, PROFILE
+from analysis.tables.specs import task_name
+
+#: A sign for each verdict, distinct without colour.
+SIGNS = {
+    "reproduced": "✓", "not reproduced": "✗", "undecided": "≈", "not run yet": "○",
+    "holds": "✓", "fails": "✗",
+}  # fmt: skip
+MINUS = "\N{MINUS SIGN}"
+BOUNDS = {"equals": "", "at most": "≤ ", "at least": "≥ ", "reaches": "up to "}
+DIGITS = {"x": 2, "correlation": 2, "GB": 2, "tokens": 0}  # decimals of numbers by unit, else 1
+UNITS = {"x": TIMES, "correlation": ""}  # how units are printed, else after a space
+
+
+def write(content: Content, out: Path) -> Path:
+    """Write ``index.html`` and ``report.md``, each completely or not at all; return the page's path.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    environment, scripts = _environment(), _scripts(content)
+    for template, name in (("report.md.j2", "report.md"), ("index.html.j2", "index.html")):
+        text = environment.get_template(template).render(content=content, scripts=scripts)
+        part = out / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, out / name)
+    return out / "index.html"
+
+
+def _environment() -> Environment:
+    loader = PackageLoader("analysis.report")
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+    )  # fmt: skip
+    environment.filters |= {
+        # Text and numbers.
+        "label": label, "minus": minus, "duration": duration, "number": number, "bytes": size, "ends": ends,
+        "cell": lambda text: text.replace("|", r"\|").replace("\n", " "),
+        # Claims.
+        "paper": paper, "ours": ours, "our_ends": our_ends, "interval_plot": lambda one: Markup(interval_plot(one)),
+        # Tables.
+        "columns": lambda table: list(map(task_name, table.columns)), "notes": notes, "commands": commands,
+        "csv": lambda table: uri("text/csv", comma_separated(table).encode()),
+        "verdict_counts": tables.verdict_counts, "cell_words": tables.cell_words, "cell_ends": tables.cell_ends,
+        "cell_title": tables.cell_title,
+    }  # fmt: skip
+    environment.globals |= {
+        "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
+        "provenance": provenance, "paper_text": paper_text, "command_uses": command_uses,
+        # Styles and scripts are included as they are.
+        "raw": lambda name: Markup(loader.get_source(environment, name)[0]),
+    }  # fmt: skip
+    return environment
+
+
+def _scripts(content: Content) -> Markup:
+    """Return plotly's script, compressed to a third; empty if there are no plots."""
+    if not any(part.tradeoff or part.layers for part in (content.paper, content.embedded)):
+        return Markup("")
+    packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+    return Markup(f'<script type="application/gzip" id="plotly">{packed}</script>')
+
+
+def minus(text: str) -> str:
+    """Replace hyphens before numbers by minus signs."""
+    return re.sub(r"(?<![\w.])-(?=\d)", MINUS, text)
+
+
+def number(value: float, digits: int = 1) -> str:
+    """Format with a number of decimals, separators of thousands, and a real minus sign."""
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def ends(interval: Interval, digits: int = 1) -> str:
+    """Format the ends of an interval; empty if it has no width."""
+    if interval.low == interval.high:
+        return ""
+    return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
+
+
+def paper(judged: Judged) -> str:
+    """Format the paper's number with its bound and unit."""
+    return f"{BOUNDS[judged.claim.bound]}{judged.claim.value}{_unit(judged.claim.unit)}"
+
+
+def ours(judged: Judged) -> str:
+    """Format our number with its unit."""
+    if judged.ours is None:
+        return "not run yet"
+    unit = judged.claim.unit
+    return number(judged.ours.interval.value, DIGITS.get(unit, 1)) + _unit(unit)
+
+
+def our_ends(judged: Judged) -> str:
+    """Format the interval of our number, which must be measured."""
+    assert judged.ours is not None
+    return ends(judged.ours.interval, DIGITS.get(judged.claim.unit, 1))
+
+
+def _unit(unit: str) -> str:
+    return UNITS.get(unit, f"\N{NO-BREAK SPACE}{unit}")
+
+
+def duration(seconds: float) -> str:
+    """Format in hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def size(count: float) -> str:
+    """Format bytes in GB, MB, kB (powers of ten) or B."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def command_uses(part: Part, placeholder: str) -> bool:
+    """Return whether a command of a part's tables has a placeholder."""
+    return any(placeholder in line for table in part.tables for _, line in commands(table))

@@ -1,0 +1,165 @@
+"""Interactive plots, drawn by plotly in the browser: accuracy against each cost, and the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.figures import fig1, fig14
+from analysis.plotting import tradeoff as tradeoffs
+from analysis.plotting.style import LOOKS, label, look
+from analysis.plotting.tradeoff import Point, Tradeoff
+from analysis.report.figures import csv_uri
+from analysis.report.layers import Layers
+from analysis.results.runs import MissingRun, Results, Run
+from analysis.results.scores import Score
+
+SYMBOLS = {
+    "o": "circle", "s": "square", "v": "triangle-down", "D": "diamond", "X": "x", "^": "triangle-up", "p": "pentagon",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot on the page."""
+
+    label: str  # of the button that shows it
+    spec: str  # JSON for plotly
+    data: str  # data URI of the CSV
+    data_name: str  # its file name
+    note: str  # model, tasks, and methods that are not shown
+    runs: Sequence[Run] = ()  # source of the plot
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost of a method."""
+
+    label: str  # of the button
+    title: str  # of the axis
+    field: str  # of result.json
+    usable: Callable[[Any], bool]  # predicate of the field's value
+    value: Callable[[Point], float]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _has_bytes(savings: object) -> bool:
+    return isinstance(savings, dict) and all(_is_number(savings.get(key)) for key in ("kv_bytes", "kv_bytes_mha"))
+
+
+def _cache_share(point: Point) -> float:
+    return sum(1 - score.saved for score in point.row.scores) / len(point.row.scores)
+
+
+COSTS = (
+    Cost("Operations", "operations of a prompt (% of MHA's)", "flops", fig1.has_operations, fig1.operations),
+    Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", _has_bytes, _cache_share),
+    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", _is_number, fig14.seconds),
+)
+
+
+def tradeoff(results: Results, name: str, scores: Sequence[Score]) -> list[Plot]:
+    """Return a plot of accuracy against each cost that the runs have; ``name`` is the prefix of its file."""
+    plots = []
+    for cost in COSTS:
+        narrowed = replace(results, used=[])
+        try:
+            comparison = tradeoffs.compare_methods(narrowed, cost.field, cost.usable, scores)
+        except MissingRun:
+            continue
+        data = tradeoffs.plot_data(cost.label, comparison.shares(cost.value), cost.title)
+        file = f"{name}-{cost.label.lower().replace(' ', '-')}"
+        note = comparison.heading("").strip() + ". " + comparison.notes
+        plots.append(
+            Plot(cost.label, _tradeoff_spec(data, comparison, cost), *csv_uri(file, data), note, narrowed.used)
+        )
+    return plots
+
+
+def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
+    figure = go.Figure()
+    front_costs, front_accuracies = tradeoffs.front_line(data)
+    figure.add_scatter(
+        x=front_costs, y=front_accuracies, mode="lines", line={"dash": "dot", "width": 1.2, "shape": "hv"},
+        name="Pareto front", hoverinfo="skip", meta="ink",
+    )  # fmt: skip
+    for name, rows in data.groupby("method", sort=False):
+        method, style = str(name), look(str(name))
+        color = style["color"]
+        line = tradeoffs.series_line(rows, comparison.points)
+        if len(line) > 1:
+            figure.add_scatter(
+                x=line.cost.tolist(), y=line.accuracy.tolist(), mode="lines", line={"color": color, "width": 1},
+                hoverinfo="skip", showlegend=False, legendgroup=method,
+            )  # fmt: skip
+        above, below = ((rows.high - rows.accuracy).fillna(0), (rows.accuracy - rows.low).fillna(0))
+        figure.add_scatter(
+            x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=label(method), legendgroup=method,
+            marker={"color": color, "symbol": _symbol(style), "size": 10, "line": {"width": 1, "color": color}},
+            error_y={
+                "type": "data", "array": above.tolist(), "width": 0, "thickness": 1,
+                "arrayminus": below.tolist(), "symmetric": False, "color": color,
+            },
+            text=[_hover(row) for row in rows.itertuples()], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(
+        template="none", xaxis={"title": {"text": cost.title}}, yaxis={"title": {"text": "mean accuracy (%)"}},
+        hovermode="closest", legend={"tracegroupgap": 0},
+    )  # fmt: skip
+    return spec(figure)
+
+
+def _symbol(style: dict[str, Any]) -> str:
+    """Return plotly's name of a marker; open if its face is white."""
+    name = SYMBOLS.get(style["marker"], "circle")
+    return f"{name}-open" if style.get("markerfacecolor") == "white" else name
+
+
+def _hover(row: Any) -> str:
+    interval = "" if pd.isna(row.low) else f" [{row.low:.1f}, {row.high:.1f}]"
+    unit = row.unit.partition("(")[2].rstrip(")")
+    return (
+        f"<b>{row.label}</b><br>accuracy {row.accuracy:.2f} %{interval}<br>{row.cost:.1f} {unit}"
+        f"<br>saving: {row.saving}{'<br>on the Pareto front' if row.pareto else ''}"
+    )
+
+
+def layers(view: Layers) -> Plot:
+    """Return a plot of clusters above, correlation below, by layer."""
+    figure = go.Figure()
+    numbers = [row.layer for row in view.rows]
+    figure.add_bar(
+        x=numbers, y=[row.k if row.k is not None else row.k_offline for row in view.rows], name="clusters",
+        marker={"color": LOOKS["mha"]["color"]}, width=0.6,
+        hovertemplate="layer %{x}: %{y} clusters" + f" of {view.heads} heads<extra></extra>",
+    )  # fmt: skip
+    curves = (("correlation", "all pairs of heads", "chai"), ("within", "heads of a cluster", "dejavu"))
+    measured = [curve for curve in curves if any(getattr(row, curve[0]) is not None for row in view.rows)]
+    for field, name, method in measured:
+        figure.add_scatter(
+            x=numbers, y=[getattr(row, field) for row in view.rows], yaxis="y2", mode="lines+markers",
+            name=f"correlation, {name}", line={"color": LOOKS[method]["color"], "width": 1.6}, marker={"size": 6},
+            hovertemplate="layer %{x}: %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(
+        template="none", hovermode="closest",
+        xaxis={"title": {"text": "layer"}, "dtick": 1 if len(numbers) <= 12 else None, "anchor": "free", "position": 0},
+        yaxis={"title": {"text": "clusters"}, "range": [0, view.heads], "domain": [0.56 if measured else 0, 1]},
+    )  # fmt: skip
+    if measured:
+        lower = {"title": {"text": "correlation"}, "range": [0, 1.03], "domain": [0, 0.44], "dtick": 0.5}
+        figure.update_layout(yaxis2=lower)
+    data = pd.DataFrame([asdict(row) for row in view.rows])
+    return Plot("Layers", spec(figure), *csv_uri(f"layers-{view.model}", data), "", view.runs)
+
+
+def spec(figure: go.Figure) -> str:
+    """Return a figure as JSON that can stand within a script element."""
+    return str(figure.to_json()).replace("</", "<\\/")

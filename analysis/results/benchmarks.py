@@ -1,0 +1,38 @@
+"""Runs of the memory and latency experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.results.runs import Results, Run, RunQuery
+
+FIELDS = ("heads_kept", "heads", "dtype", "batch_size", "versions")
+MEMORY = RunQuery(
+    "memory",
+    columns=("method", "length", "cache_bytes", "formula_bytes"),
+    fields=FIELDS,
+    command="python run.py experiment=memory method=chai model=llama7b model.random_init=true",
+)
+LATENCY = RunQuery(
+    "latency",
+    columns=(
+        "part", "phase", "length", "k", "implementation", "baseline", "ms", "ms_p25", "ms_p75", "rounds",
+        "speedup", "best_baseline", "limit",
+    ),
+    fields=FIELDS,
+    command="python run.py experiment=latency method=chai model=llama7b model.random_init=true",
+)  # fmt: skip
+
+
+def chai_memory(results: Results, query: RunQuery = MEMORY, dtypes: Sequence[str] = ()) -> Run:
+    """Return the newest memory run of CHAI that measured MHA as well; in one of the dtypes, if any are given.
+
+    Raises:
+        MissingRun: there is no such run.
+    """
+
+    def usable(run: Run) -> bool:
+        both = run.method == "chai" and {"mha", "chai"} <= set(run.table.method)
+        return both and (not dtypes or run.result["dtype"] in dtypes)
+
+    return results.newest(query, usable)

@@ -1,0 +1,191 @@
+"""Finished profile runs with their arrays: statistics of a model's attention heads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+
+from analysis.results.files import SkippedRun, read_file, read_json, require
+from analysis.results.runs import MAIN, Results, Run, RunQuery, base_name
+
+PROFILE = RunQuery(
+    "profile",
+    fields=("heads", "layers", "heads_kept", "dtype", "versions"),
+    command="python run.py experiment=profile model=llama7b corpus=c4",
+    small_command="python run.py experiment=profile model=tiny",
+)
+FORMAT = 1
+KINDS = {"i": "integers", "f": "floating-point numbers"}
+#: Kind of number and axes of each array: L layers, H query heads, S kept samples, N tokens of history (n: one less),
+#: M tokens of a map, K the most clusters of any layer.
+TENSORS = {
+    "clusters": "iL", "assignment": "iLH", "representatives": "iLK",
+    "error": "fLH", "error_sd": "fLH", "error_static": "fLH",
+    "correlation": "fLHH", "sample_correlation": "fSLHH", "maps": "fSLHM",
+    "cluster_sizes": "fLHH", "cluster_sizes_sd": "fLHH",
+    "changes": "fLn", "agreement": "fLN",
+    "entropy": "fLH", "first_token": "fLH", "own_token": "fLH",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Statistics of a model's heads over a corpus, and the attention of a few kept samples."""
+
+    run: Run
+    about: dict[str, Any]  # profile.json
+    arrays: dict[str, NDArray[Any]]  # profile.safetensors, see TENSORS
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return an array by name."""
+        return self.arrays[name]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self["clusters"])
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads of a layer."""
+        return int(self["assignment"].shape[1])
+
+    @property
+    def samples(self) -> int:
+        """Number of texts that the statistics are taken over."""
+        return self.about["corpus"]["samples"]
+
+    @cached_property
+    def clusters(self) -> list[int]:
+        """Number of clusters of each layer."""
+        return [int(k) for k in self["clusters"]]
+
+    @property
+    def clustered_layers(self) -> list[int]:
+        """Layers with more than one cluster and fewer clusters than heads."""
+        return [layer for layer, k in enumerate(self.clusters) if 1 < k < self.heads]
+
+    def order(self, layer: int) -> list[NDArray[np.int64]]:
+        """Return a layer's heads by cluster: the largest cluster first, heads of a cluster by number."""
+        assignment = self["assignment"][layer]
+        members = [np.flatnonzero(assignment == cluster) for cluster in np.unique(assignment)]
+        return sorted(members, key=lambda heads: (-len(heads), heads[0]))
+
+    def tokens(self, sample: int) -> list[str]:
+        """Return the tokens of a kept sample, at most as many as its map has columns."""
+        return list(self.about["kept"][sample]["tokens"][: self["maps"].shape[-1]])
+
+    def map(self, layer: int, sample: int = 0) -> NDArray[np.floating[Any]]:
+        """Return the attention of one decoding step, ``[heads, tokens]``, without padding."""
+        return self["maps"][sample, layer, :, : len(self.tokens(sample))]
+
+
+def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
+    """Return the newest profile, of a preferred model if there is one; add its run to ``results.used``.
+
+    Raises:
+        MissingRun: there is no profile.
+    """
+    return _first_of_models(results, prefer, most=1)[0]
+
+
+def of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
+    """Return a profile of each requested model; if none are requested, of up to ``most``, preferred models first.
+
+    Raises:
+        MissingRun: there is no profile, or none of a requested model.
+    """
+    if results.models:
+        return [best(results.of(model)) for model in results.models]
+    return _first_of_models(results, prefer, most)
+
+
+def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
+    profiles: dict[str, Profile] = {}
+    for run in results.ranked(PROFILE, prefer=prefer):
+        model = base_name(run.model)
+        if model in profiles:
+            continue
+        # Load no more than needed: arrays are large.
+        if profile := results.attempt(run.folder, load, run):
+            profiles[model] = profile
+        if len(profiles) == most:
+            break
+    if not profiles:
+        raise results.missing(PROFILE)
+    results.used.extend(profile.run for profile in profiles.values())
+    return list(profiles.values())
+
+
+def load(run: Run) -> Profile:
+    """Load the profile of a run.
+
+    Raises:
+        SkippedRun: a file is missing or corrupt, or the files do not belong together.
+    """
+    about = read_json(run.folder / "profile.json")
+    if about.get("format") != FORMAT:
+        raise SkippedRun(f"profile.json has format {about.get('format')}, expected {FORMAT}")
+    try:
+        sizes = {"L": about["model"]["layers"], "H": about["model"]["heads"], "S": len(about["kept"])}
+        valid = all(type(size) is int and size > 0 for size in sizes.values()) and _is_complete(about)
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise SkippedRun("profile.json is incomplete")
+    if (sizes["L"], sizes["H"]) != (run.result["layers"], run.result["heads"]):
+        raise SkippedRun("profile.json and result.json describe different models")
+    arrays = read_file(run.folder / "profile.safetensors", lambda path: _load_arrays(path, about["sha256"]))
+    _check_arrays(arrays, sizes)
+    if arrays["clusters"].tolist() != run.result["heads_kept"]:
+        raise SkippedRun("profile.safetensors and result.json have different numbers of clusters")
+    return Profile(run, about, arrays)
+
+
+def _is_complete(about: dict[str, Any]) -> bool:
+    corpus = about["corpus"]
+    numbers = (corpus["samples"], corpus["longest"], about["decide_tokens"])
+    tokens = [sample["tokens"] for sample in about["kept"]]
+    return (
+        all(type(number) is int for number in numbers)
+        and "name" in about["rule"]
+        and isinstance(corpus["name"], str)
+        and isinstance(about["sha256"], str)
+        and all(len(text) > 0 and all(isinstance(token, str) for token in text) for text in tokens)
+    )
+
+
+def _load_arrays(path: Path, digest: str) -> dict[str, NDArray[Any]]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise SkippedRun(f"{path.name} is corrupt, or not the one that profile.json describes")
+    return load_safetensors(content)
+
+
+def _check_arrays(arrays: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
+    """Raise :class:`SkippedRun` unless the arrays have the types, shapes and ranges of :data:`TENSORS`."""
+    require("profile.safetensors", TENSORS, arrays)
+    # The lengths of some axes are known from the arrays only.
+    for axis, name in (("M", "maps"), ("N", "agreement")):
+        shape = arrays[name].shape
+        sizes = sizes | {axis: shape[-1] if shape else 0}
+    sizes |= {"n": sizes["N"] - 1, "K": max(arrays["clusters"].max(initial=0), 1)}
+    for name, (kind, *axes) in TENSORS.items():
+        array, shape = arrays[name], tuple(sizes[axis] for axis in axes)
+        if array.dtype.kind != kind:
+            raise SkippedRun(f"profile.safetensors: {name} has dtype {array.dtype}, expected {KINDS[kind]}")
+        if array.shape != shape or 0 in shape:
+            raise SkippedRun(f"profile.safetensors: {name} has shape {array.shape}, expected {shape}")
+    clusters, assignment = arrays["clusters"], arrays["assignment"]
+    if not (clusters.min() >= 1 and clusters.max() <= sizes["H"]):
+        raise SkippedRun("profile.safetensors: clusters are not between 1 and the number of heads")
+    if assignment.min() < 0 or (assignment >= clusters[:, None]).any():
+        raise SkippedRun("profile.safetensors: assignment has clusters that do not exist")

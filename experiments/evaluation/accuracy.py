@@ -116,7 +116,7 @@ def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, grou
     try:
         method.check_weights(model)
     except ValueError as error:
-        raise ConfigError(f"method: {error}") from None
+        raise ConfigError(f"method: {with_remedy(error)}") from None
     return Scorer(folders, method, model, tokenizer, group)
 
 

@@ -123,13 +123,13 @@ def damaged(workplace, tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("no folder", "doesn't exist"),
-        ("no model", "is no model folder: it has no config.json"),
+        ("no folder", "does not exist"),
+        ("no model", "is not a model folder: it has no config.json"),
         ("no weights", "has no weights"),
         ("pickled", "pickled ones (pytorch_model.bin)"),
-        ("cut off", "can't load the model from folder"),
-        ("code of its own", "never run here"),
-        ("no tokenizer", "can't load the tokenizer from folder"),
+        ("cut off", "cannot load the model from folder"),
+        ("code of its own", "never executed"),
+        ("no tokenizer", "cannot load the tokenizer from folder"),
     ],
 )
 def test_a_model_that_cannot_be_had_fails_its_runs_with_one_line(workplace, tmp_path, capfd, kind, message):
@@ -155,7 +155,7 @@ def test_forcing_without_a_model_keeps_the_results(workplace, tmp_path, capfd):
     assert run_config(compose_config(moved)) == 0  # the same files elsewhere: the same run
     assert "already complete" in capfd.readouterr().out
     assert run_config(compose_config([*moved, "force=true", "device=cuda:99"])) == 1
-    assert "device 'cuda:99' isn't there" in capfd.readouterr().err
+    assert "device 'cuda:99' is not available" in capfd.readouterr().err
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.with_name("status.json").read_text())["state"] == "done"
 
@@ -163,7 +163,7 @@ def test_forcing_without_a_model_keeps_the_results(workplace, tmp_path, capfd):
 def test_no_network_is_one_line(tmp_path, capfd):
     config = compose_config([f"results_dir={tmp_path}", "model=opt125m", "method=mha", "task=micro_piqa"])
     assert run_config(config) == 1
-    assert "can't get hub repository 'facebook/opt-125m': no network" in capfd.readouterr().err
+    assert "cannot download hub repository 'facebook/opt-125m': no network" in capfd.readouterr().err
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capfd, monkeypatch):

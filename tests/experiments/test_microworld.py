@@ -151,10 +151,10 @@ def test_embedded_profile_is_of_the_embedded_model():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
     profile = HeadProfile.load(folder)
     assert profile.about["model"]["fingerprint"] == config.model.fingerprint
-    assert profile.counts == OmegaConf.to_container(config.model.clusters)
+    assert profile.num_clusters == OmegaConf.to_container(config.model.clusters)
     recipe = json.loads((pretrain_tiny.MODEL_DIR / "recipe.json").read_text())
     for layer, planted in enumerate(recipe["planted_groups"]["facts"]):
-        clusters = profile.static(layer)
+        clusters = profile.clusters(layer)
         clusters.check()
         assert adjusted_rand_score(planted, clusters.assignment[0].numpy()) > 0.99
 
@@ -163,8 +163,8 @@ def test_embedded_profile_is_of_the_embedded_model():
 @torch.no_grad()
 def test_planted_groups_are_in_the_embedded_model(topic):
     """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
-    from chai.clustering.kmeans import kmeans
     from chai.loading import ModelSource, load_model
+    from tests.chai.kmeans_points import kmeans
 
     folder = pretrain_tiny.MODEL_DIR
     recipe = json.loads((folder / "recipe.json").read_text())

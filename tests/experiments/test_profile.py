@@ -41,17 +41,17 @@ def done(tmp_path_factory) -> Path:
 def test_the_planted_clusters_are_found(done):
     """Their number within one in at least three of four layers, and the groups themselves."""
     profile, planted = HeadProfile.load(done), json.loads(RECIPE.read_text())["planted_groups"]["facts"]
-    right = [abs(k - len(set(groups))) <= 1 for k, groups in zip(profile.counts, planted, strict=True)]
+    right = [abs(k - len(set(groups))) <= 1 for k, groups in zip(profile.num_clusters, planted, strict=True)]
     assert sum(right) >= 3
     for layer, groups in enumerate(planted):
-        found = profile.static(layer, len(set(groups))).assignment[0]
+        found = profile.clusters(layer, len(set(groups))).assignment[0]
         assert adjusted_rand_score(groups, found.numpy()) >= 0.9
 
 
 def test_what_is_saved(done):
     result, about = read_json(done / "result.json"), read_json(done / "profile.json")
     assert result["n"] == about["corpus"]["samples"] == 48
-    assert result["heads_kept"] == HeadProfile.load(done).counts
+    assert result["heads_kept"] == HeadProfile.load(done).num_clusters
     assert about["model"]["fingerprint"] and about["corpus"]["source"].endswith("documents.py")
     assert {"statistics_bytes", "host_bytes", "seconds_pass", "device_name"} <= set(result)
     arrays = HeadProfile.load(done).arrays
@@ -91,7 +91,7 @@ def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):
     assert "reusing statistics of 48 samples" in capsys.readouterr().out
     (other,) = (path for path in done.parent.iterdir() if path != done)
     profile = HeadProfile.load(other)
-    assert profile.about["saving"] >= 0.3 and profile.counts != HeadProfile.load(done).counts
+    assert profile.about["saving"] >= 0.3 and profile.num_clusters != HeadProfile.load(done).num_clusters
     assert read_json(other / "result.json")["device_name"] == read_json(done / "result.json")["device_name"]
     shutil.rmtree(other)
 
@@ -101,7 +101,7 @@ def test_every_rule_gives_counts(done, rule):
     results = done.parents[4]
     assert start(results, f"profile.rule={rule}") == 0
     (other,) = (path for path in done.parent.iterdir() if path != done)
-    assert all(1 <= k <= 16 for k in HeadProfile.load(other).counts)
+    assert all(1 <= k <= 16 for k in HeadProfile.load(other).num_clusters)
     shutil.rmtree(other)
 
 
@@ -114,7 +114,7 @@ def test_a_method_uses_it(done, tmp_path, capfd):
     accuracy = ["method=chai", "task=micro_piqa", "limit=8", f"results_dir={tmp_path}"]
     assert run_config(compose_config([*accuracy, f"method.profile={done}"])) == 0
     (result,) = (read_json(path) for path in tmp_path.glob("accuracy/*/*/*/*/result.json"))
-    assert result["savings"]["heads_kept"] == HeadProfile.load(done).counts
+    assert result["savings"]["heads_kept"] == HeadProfile.load(done).num_clusters
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert run_config(compose_config([*accuracy, f"method.profile={copy}"])) == 0
@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(tmp_path, capfd, override, message):
 
 def test_a_saving_that_can_not_be_had_is_one_line(tmp_path, capfd):
     assert start(tmp_path, "profile.rule=saving", "profile.saving=0.49") == 2
-    assert "valid: up to 46.88 %" in capfd.readouterr().err
+    assert "the maximum is 46.88 %" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

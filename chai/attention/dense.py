@@ -57,15 +57,9 @@ def dense_attention(
 def _attend_block(
     query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, head_slots: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Attend for some rows and queries.
+    """Attend for some rows and queries, ``[b, num_stored * max_readers, t, D]``, scaled, in the order of the KV heads.
 
-    Args:
-        query: ``[b, num_stored * max_readers, t, D]``, scaled, in the order of the KV heads.
-        key: ``[b, num_stored, s, D]``.
-        value: ``[b, H_kv, s, D_value]``.
-        head_map: Of the whole batch.
-        head_slots: Long ``[b * H]``, the slot of each head among those of this block.
-        mask: ``[b or 1, 1, t, s]``; ``None`` means causal.
+    ``head_slots`` (long ``[b * H]``) is the slot of each head among those of this block.
     """
     batch_size, _, q_len, head_dim = query.shape
     kv_len, num_heads, num_stored = key.shape[2], head_map.clusters.num_heads, head_map.num_stored

@@ -36,17 +36,7 @@ def grouped_attention(
 
 
 class _RowAttention:
-    """The attention of one row of the batch.
-
-    Args:
-        query: ``[k, T, D]``.
-        key: ``[n, S, D]``.
-        value: ``[H_kv, S, D]``.
-        clusters: Of this row.
-        scaling: Factor of the scores.
-        mask: ``[T, S]``, or ``None``: causal.
-        out: ``[T, H, D]``, to be filled.
-    """
+    """One row of the batch: query ``[k, T, D]``, key ``[n, S, D]``, value ``[H_kv, S, D]``; fills out ``[T, H, D]``."""
 
     def __init__(
         self,

@@ -127,13 +127,10 @@ class PrunedLayer(DynamicLayer):
             )
 
     def padded(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and the mask of one token, padded to a length that seldom changes.
+        """Return keys, values and one token's mask (``[B or 1, 1, 1, S]``), padded to a length that seldom changes.
 
         oneDNN, which multiplies half-precision matrices on a CPU, compiles a kernel for every new shape; that takes
         longer than the product, and the kernels fill megabytes for each decoded token.
-
-        Args:
-            mask: ``[B or 1, 1, 1, S]`` or ``None``.
         """
         keys, values, length = self.key_buffer.padded(), self.value_buffer.padded(), self.key_buffer.length
         padding = keys.shape[-2] - length

@@ -71,11 +71,7 @@ class WarmupTokens:
         return (self.positions >= 0).all(1)
 
     def ends(self, real: Tensor) -> list[int]:
-        """Return after how many of a call's new tokens some row completes its warm-up, in ascending order.
-
-        Args:
-            real: Bool ``[B, T]``, the new tokens that are not padding.
-        """
+        """Return after how many of a call's tokens (bool ``[B, T]``: not padding) some row completes its warm-up."""
         missing = self.positions.shape[1] - self.count
         reached = (real.cumsum(1) == missing[:, None]) & real & (missing > 0)[:, None]
         return [int(index) + 1 for index in reached.any(0).nonzero()]
@@ -144,14 +140,7 @@ class ClusteredLayer(PrunedLayer):
         self.phase, self.evicts_values = WarmUp(), False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new tokens; returns the stored keys and values.
-
-        Args:
-            key_states: ``[B, H_kv, T, D]``, or the stored KV heads alone.
-            value_states: ``[B, H_kv, T, D]``, or the stored KV heads alone if values are evicted.
-            args: Ignored.
-            kwargs: Ignored.
-        """
+        """Append new tokens (``[B, H_kv, T, D]`` each, or the stored KV heads alone); returns what is stored."""
         if isinstance(self.phase, WholePrompt):  # most of these keys are evicted in a moment: do not store them yet
             self.check_attached()
             if not self.is_initialized:
@@ -168,14 +157,7 @@ class ClusteredLayer(PrunedLayer):
         return super().update(key_states, value_states)
 
     def collect_queries(self, query: Tensor, present: Tensor, index: Tensor, scaling: float) -> None:
-        """Collect the queries of the warm-up tokens that are in this call.
-
-        Args:
-            query: ``[B, H, T, D]``.
-            present: ``[B, warmup_tokens]``, see :meth:`WarmupTokens.add`.
-            index: ``[B, warmup_tokens]``.
-            scaling: Factor of the scores.
-        """
+        """Collect the queries ``[B, H, T, D]`` of a call's warm-up tokens, which :meth:`WarmupTokens.add` has found."""
         assert isinstance(self.phase, WarmUp)
         present, index = present.to(query.device), index.to(query.device)  # the layer may be on another device
         new = take_tokens(query, index)
@@ -184,11 +166,7 @@ class ClusteredLayer(PrunedLayer):
         self.phase.scaling = scaling
 
     def set_row_clusters(self, rows: Tensor, clusters: HeadClusters) -> HeadClusters:
-        """Set the clusters of some rows; all KV heads stay stored.
-
-        Args:
-            rows: Bool ``[B]``.
-            clusters: Those of these rows, in order.
+        """Set the clusters of some rows (bool ``[B]``); all KV heads stay stored.
 
         Returns:
             The clusters of all rows (of rows without clusters yet: anything).
@@ -252,16 +230,7 @@ class ClusteredCache(PrunedCache[PrunedLayer]):
         windows: Sequence[int | None],
         reserve: int = 0,
     ) -> ClusteredCache:
-        """Build an empty cache.
-
-        Args:
-            owner: Identifies the method.
-            num_clusters: k of each layer.
-            num_heads: Query heads of the model.
-            num_kv_heads: KV heads of the model.
-            windows: Sliding window of each layer.
-            reserve: Tokens to allocate at once, where the length is known; the cache grows beyond it if needed.
-        """
+        """Build an empty cache for an owner, with k and the sliding window of each layer."""
         state = ClusteringState(owner)
         layers: list[Any] = [
             (ClusteredLayer if k < num_heads else PrunedLayer)(state, index, num_kv_heads, window, reserve)
@@ -280,10 +249,7 @@ class ClusteredCache(PrunedCache[PrunedLayer]):
         return phase.head_map.clusters if isinstance(phase, Clustered) else None
 
     def warmup_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return what the heads of some rows are clustered by.
-
-        Args:
-            rows: Bool ``[B]``, rows whose warm-up is complete.
+        """Return what the heads of some rows (bool ``[B]``), whose warm-up is complete, are clustered by.
 
         Returns:
             Queries ``[L, b, H, warmup_tokens, D]`` and keys ``[L, b, H_kv, warmup_tokens, D]`` of the warm-up tokens,

@@ -19,16 +19,7 @@ Representative = Literal["nearest", "lowest"]
 def kmeans_clusters(
     features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
 ) -> list[HeadClusters]:
-    """Cluster the heads of each layer and row by K-means.
-
-    Args:
-        features: ``[L, B, H, F]``.
-        num_clusters: k of each layer.
-        representative: See :func:`choose_representatives`.
-
-    Returns:
-        The clusters of the ``L`` layers.
-    """
+    """Cluster the heads of each layer and row by K-means on features ``[L, B, H, F]``, into k of each layer."""
     distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
     counts = np.repeat(num_clusters, features.shape[1])
     labels, representatives, _ = cluster(distances, counts, nearest=representative == "nearest")
@@ -38,10 +29,7 @@ def kmeans_clusters(
 def agglomerative_clusters(
     features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
 ) -> list[HeadClusters]:
-    """Cluster by average linkage on the cosine distance, as the authors' release does.
-
-    Arguments and result as in :func:`kmeans_clusters`.
-    """
+    """Cluster by average linkage on the cosine distance, as the authors' release does."""
     from sklearn.cluster import AgglomerativeClustering
 
     labels = torch.empty(features.shape[:3], dtype=torch.long)
@@ -62,14 +50,7 @@ def choose_representatives(
     get another representative than the same prompt in one. Clusters are numbered by their representatives, so equal
     clusterings have equal tensors.
 
-    Args:
-        features: ``[L, B, H, F]``.
-        labels: ``[L, B, H]``; in layer ``l`` each label in ``[0, num_clusters[l])`` occurs.
-        num_clusters: k of each layer.
-        representative: The member to choose.
-
-    Returns:
-        The clusters of the ``L`` layers.
+    Features are ``[L, B, H, F]``; in labels ``[L, B, H]`` each label in ``[0, num_clusters[l])`` occurs in layer l.
     """
     distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
     counts = np.repeat(num_clusters, features.shape[1])

@@ -11,14 +11,8 @@ from torch import Tensor
 def attention_features(query: Tensor, key: Tensor, scaling: float, causal: bool = True) -> Tensor:
     """Compute the attention matrix of each head among t tokens, ``softmax(scaling * Q_h K_h^T)``, as one vector.
 
-    Args:
-        query: ``[..., H, t, D]``, after rotary embedding.
-        key: ``[..., H, t, D]``, after rotary embedding.
-        scaling: Factor of the scores.
-        causal: Mask later tokens. The authors' release leaves the mask out.
-
-    Returns:
-        ``[..., H, t * t]`` in fp32.
+    From query and key ``[..., H, t, D]`` after rotary embedding to ``[..., H, t * t]`` in fp32. The authors' release
+    leaves the causal mask out.
     """
     query_rows, key_rows = query.float().flatten(0, -3), key.float().flatten(0, -3)
     mask = _score_mask(query.shape[-2], causal, query.device).expand(len(query_rows), -1, -1)

@@ -73,9 +73,7 @@ def _first_least(cost: np.ndarray) -> np.ndarray:
 def _kv_head_sets(reach: np.ndarray, size: int) -> np.ndarray:
     """Return the best few sets of KV heads ``[N, sets, size]``, ascending; a single set where not all can be tried.
 
-    Args:
-        reach: ``[N, H_kv, H]``, squared distance of each head to the nearest query head of each KV head.
-        size: KV heads in a set.
+    ``reach [N, H_kv, H]`` is the squared distance of each head to the nearest query head of each KV head.
     """
     problems, num_kv_heads, _ = reach.shape
     if comb(num_kv_heads, size) <= EXHAUSTIVE:
@@ -98,12 +96,8 @@ def _kv_head_sets(reach: np.ndarray, size: int) -> np.ndarray:
 def _swap(reach: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Swap chosen medoids for others, the best swap first, until none lowers the cost by more than 0.01 %.
 
-    Args:
-        reach: ``[N, A, H]``, squared distance of each head to each candidate.
-        chosen: ``[N, size]``, indices of candidates; changed in place.
-
-    Returns:
-        ``[N, size]``, ascending.
+    ``reach [N, A, H]`` is the squared distance of each head to each candidate, ``chosen [N, size]`` are indices of
+    candidates, changed in place; returned ascending.
     """
     candidates, size = reach.shape[1], chosen.shape[1]
     active = np.arange(len(reach) if size < candidates else 0)
@@ -126,11 +120,8 @@ def _thin_out(distances: np.ndarray, kv_head_sets: np.ndarray, group: int, k: in
     All query heads of a set are representatives at first; one by one, that whose loss costs least is removed. In the
     best set, remaining heads are then swapped for removed ones while that lowers the cost.
 
-    Args:
-        distances: ``[N, H, H]``, squared.
-        kv_head_sets: ``[N, sets, size]``, ascending.
-        group: Query heads per KV head.
-        k: Number of representatives.
+    ``distances [N, H, H]`` are squared, ``kv_head_sets [N, sets, size]`` ascending, with ``group`` query heads per KV
+    head.
     """
     problems, sets, size = kv_head_sets.shape
     heads = (kv_head_sets[..., None] * group + np.arange(group)).reshape(problems * sets, size * group)

@@ -86,12 +86,8 @@ def represent(
 def sweep(distances: np.ndarray, *, max_moves: int = 50) -> tuple[np.ndarray, np.ndarray]:
     """Cluster each problem into 1 to P clusters; Ward's clustering is computed once for all k.
 
-    Args:
-        distances: ``[N, P, P]``, squared.
-        max_moves: As in :func:`cluster`.
-
-    Returns:
-        inertia ``[N, P]`` and labels ``[N, P, P]`` (uint8), those of k clusters at index ``k - 1``.
+    From squared distances ``[N, P, P]`` to inertia ``[N, P]`` and labels ``[N, P, P]`` (uint8), those of k clusters at
+    index ``k - 1``.
     """
     problems, size, _ = distances.shape
     inertia = np.empty((problems, size))

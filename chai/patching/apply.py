@@ -146,9 +146,7 @@ class Decoder:
 def patched(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[PreTrainedModel]:
     """Replace the decoder's forward and attention inside the block; restore them also after an exception.
 
-    Args:
-        model: The model.
-        forward: Called as ``forward(decoder, *args, **kwargs)`` in place of ``decoder.forward(*args, **kwargs)``.
+    ``forward(decoder, *args, **kwargs)`` is called in place of ``decoder.forward(*args, **kwargs)``.
 
     Raises:
         ValueError: A method is applied to the model already.
@@ -217,7 +215,7 @@ def adopt_cache(
 
     Args:
         cache: Of the call; ``None`` for a new one.
-        kind: Class of the caches of the method.
+        kind: Class of the method's caches.
         owner: Identifies the applied method.
         empty: Builds an empty cache.
         method: Name of the method, for messages.

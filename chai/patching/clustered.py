@@ -96,11 +96,6 @@ def clustered(
 ) -> Iterator[PreTrainedModel]:
     """Run ``model`` with clustered heads inside the block; restored at its end, also after an exception.
 
-    Args:
-        model: The model.
-        steps: Of the method.
-        num_clusters: k of each layer.
-
     Raises:
         ValueError: The family is not supported, or a method is applied already.
     """

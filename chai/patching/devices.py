@@ -64,11 +64,8 @@ def is_hooked(module: nn.Module) -> bool:
 def replaced_forward(module: nn.Module, forward: Callable, *, inside: bool = False) -> Iterator[None]:
     """Replace the forward of this module object inside the block; its class is not changed.
 
-    Args:
-        module: The module.
-        forward: The replacement.
-        inside: Replace it inside accelerate's wrapper, if there is one: inputs are then on the module's device, and
-            offloaded weights are loaded.
+    With ``inside``, replace it inside accelerate's wrapper, if there is one: inputs are then on the module's device,
+    and offloaded weights are loaded.
     """
     name = "_old_forward" if inside and is_hooked(module) else "forward"
     previous = module.__dict__.get(name)  # a forward that another library (accelerate) has wrapped, or its wrapper

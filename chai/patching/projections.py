@@ -92,16 +92,10 @@ def _projection(
 
 
 def _choose_products(heads: list[list[int]], total: int, shape: torch.Size, head_dim: int) -> list[list[int]] | None:
-    """Choose which heads to project: row by row, the union of all rows, or all heads.
+    """Choose which heads to project for hidden states of a shape ``[B, T, d]``: row by row, their union, or all.
 
-    Args:
-        heads: Heads of each row, or a single list for all rows.
-        total: Heads of the matrix.
-        shape: Of the hidden states, ``[B, T, d]``.
-        head_dim: Rows of the matrix per head.
-
-    Returns:
-        A list for each row, or a single one; ``None`` where projecting all heads is faster.
+    From the heads of each row (or a single list for all rows) and the total in the matrix to a list for each row, or a
+    single one; ``None`` where projecting all heads is faster.
     """
     batch_size, q_len, width = shape
     union = sorted({head for row in heads for head in row})
@@ -123,16 +117,9 @@ def _count_runs(heads: list[int]) -> int:
 
 
 def project_heads(hidden: Tensor, linear: nn.Linear, heads: list[int], head_dim: int) -> Tensor:
-    """Multiply hidden states by the weights of some heads.
+    """Multiply hidden states by the weights of some heads: ``[..., d]`` to ``[..., len(heads) * head_dim]``.
 
-    Args:
-        hidden: ``[..., d]``.
-        linear: With weight ``[H * head_dim, d]``.
-        heads: Ascending; a head may occur twice.
-        head_dim: Rows of the weight per head.
-
-    Returns:
-        ``[..., len(heads) * head_dim]``.
+    Heads are ascending; one may occur twice.
     """
     parts, begin = [], 0
     for end in range(1, len(heads) + 1):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from experiments.config.validate import check_overrides
 from experiments.sweeps.expand import expand
-from tests.docs.pages import PAGES, REPOSITORY, anchors, commands, links
+from tests.docs.pages import PAGES, REPOSITORY, anchors, blocks, commands, links
 
 #: Their commands use files that the reader writes: tests/docs/test_examples.py writes them too.
 EXAMPLES = [page for page in PAGES if page.name.startswith("adding_")]
@@ -24,6 +26,16 @@ def test_every_link_resolves(page):
         assert REPOSITORY in target.parents, link
         if anchor:
             assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    """Between backticks, but for those that the page writes, that a run makes, and names with a placeholder."""
+    written = {block.path for block in blocks(page) if block.path is not None}
+    for name in re.findall(
+        r"`((?:chai|experiments|analysis|conf|tests|docs|examples|results/paper)/[\w./-]+)`", page.read_text()
+    ):
+        assert name in written or (REPOSITORY / name).exists(), name
 
 
 def test_every_page_is_in_the_index():

@@ -1,7 +1,4 @@
-"""Aliases of configuration keys on the command line.
-
-Keys are part of run ids and cannot be renamed. Clearer names are accepted as aliases; ``config.yaml`` has the keys.
-"""
+"""Aliases of configuration keys on the command line, since keys are part of run ids and cannot be renamed."""
 
 from __future__ import annotations
 

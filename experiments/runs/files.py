@@ -75,14 +75,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def content_digest(path: Path) -> str | None:
-    """Return twelve hexadecimal digits of a file, or of the files in a folder; ``None`` if there are none."""
+def content_digest(path: Path, digits: int = 12) -> str | None:
+    """Return hexadecimal digits that identify a file, or the files in a folder; ``None`` if there are none."""
     files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
     total = hashlib.sha256()
     for file in files:
         total.update(file.name.encode() if file != path else b"")
         update_digest(total, file)
-    return total.hexdigest()[:12] if files else None
+    return total.hexdigest()[:digits] if files else None
 
 
 def update_digest(total: hashlib._Hash, path: Path) -> None:

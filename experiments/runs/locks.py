@@ -57,12 +57,7 @@ class RunLock:
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock, unless this object has it already.
-
-        Raises:
-            RunLocked: another process has it.
-            OSError: its file cannot be written.
-        """
+        """Acquire the lock, unless this object has it already; raise RunLocked if another process has it."""
         if self._lock is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,17 +112,12 @@ def lock_owner(folder: Path) -> LockOwner | None:
         local = owner.host == socket.gethostname()
         return None if local and owner.pid and not psutil.pid_exists(owner.pid) else owner
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _read_owner(path)
     except OSError:
-        return None  # no locks on this file system, and there is no lease
-    finally:
-        os.close(descriptor)
+        pass  # no lock, or no locks on this file system, and there is no lease
     return None
 
 

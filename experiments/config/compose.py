@@ -61,11 +61,7 @@ def combinations(arguments: list[str]) -> list[list[str]]:
 
 
 def task_members(config: DictConfig) -> list[DictConfig]:
-    """Return one configuration per single task: the given one, or one for each member of its group.
-
-    Raises:
-        ConfigError: unknown member.
-    """
+    """Return one configuration per single task: the given one, or one for each member of its group."""
     group = config.task
     singles = [config] if not group.members else []
     for name in group.members:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups, values, variants
-from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, register, unknown_name
+from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, unknown_name
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CHOICES = {"model.dtype": DTYPES, "logger.mode": LOGGER_MODES}
@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     """Verify the overrides of a command line, sweeps included, before anything is started or written."""
-    register()
     try:
         parsed = OverridesParser.create().parse_overrides(arguments)
     except Exception as error:  # Hydra raises several unrelated types here
@@ -131,12 +130,8 @@ def check_values(config: DictConfig) -> None:
     if not DEVICES.fullmatch(resolved.device):
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     _check_device_map(resolved.model.device_map)
-    _check_task(resolved.task)
     check_clusters(resolved)
-
-
-def _check_task(task: DictConfig) -> None:
-    """Verify that a task can be scored, and that its settings agree with each other."""
+    task = resolved.task
     if task.num_fewshot and task.data_dir is not None:
         raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")
     if not task.members and not task.harness:
@@ -173,11 +168,7 @@ def check_clusters(config: DictConfig) -> None:
 
 
 def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
-    """Convert ``section`` (without its ``name``) to an instance of ``cls``, with checked types.
-
-    Raises:
-        ConfigError: missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
-    """
+    """Convert ``section`` (without its ``name``) to an instance of ``cls``, with checked keys and types."""
     arguments: Any = OmegaConf.to_container(section, resolve=True)
     arguments.pop("name", None)
     hints = typing.get_type_hints(cls)

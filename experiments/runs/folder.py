@@ -1,8 +1,7 @@
-"""A run's folder and its state on disk; see docs/results.md for the fields.
+"""A run's folder ``<results_dir>/<experiment>/<model>/<method>/<task>/<run id>/``; see docs/results.md for the fields.
 
-``<results_dir>/<experiment>/<model>/<method>/<task>/<run id>/`` holds ``config.yaml`` (written before the work),
-``status.json`` (running, then done or failed), ``result.json`` (written just before the status says done) and the
-experiment's own files.
+It holds ``config.yaml`` (written before the work), ``status.json`` (running, then done or failed), ``result.json``
+(written just before the status says done) and the experiment's own files.
 """
 
 from __future__ import annotations
@@ -55,12 +54,7 @@ class RunFolder:
         return is_done(self.path)
 
     def claim(self) -> None:
-        """Lock the run for this process, until ``release`` or the end of the process.
-
-        Raises:
-            RunLocked: another process works on it.
-            RunError: the folder cannot be written.
-        """
+        """Lock the run until ``release`` or the end of this process; raise RunLocked if another one works on it."""
         with self._writing():
             self._lock.acquire()
 

@@ -62,9 +62,9 @@ def _upload_in_process(path: Path, logger: DictConfig) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    if process.returncode == 0:
-        return out.strip().splitlines()[-1]
-    return f"not tracked: {(errors.strip() or f'exit code {process.returncode}').splitlines()[-1]}"
+    text = (out if process.returncode == 0 else errors).strip() or f"exit code {process.returncode}"
+    last = text.splitlines()[-1]
+    return last if process.returncode == 0 else f"not tracked: {last}"
 
 
 def choose_mode(requested: str | None) -> str:

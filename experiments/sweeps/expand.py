@@ -1,7 +1,6 @@
-"""``paper=NAME``: the sweeps that fill one of the paper's tables, launched as one.
+"""``paper=NAME``: the sweeps that fill one of the paper's tables, listed in ``conf/paper/<name>.yaml``.
 
-``conf/paper/<name>.yaml`` lists the model, the tasks, and the overrides of each sweep. Methods with different
-hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
+Methods with different hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
 """
 
 from __future__ import annotations
@@ -19,11 +18,7 @@ GROUP = "paper"
 
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
-    """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``.
-
-    Raises:
-        ConfigError: unknown table or method, no ``-m``, or an override that cannot be combined with ``paper=``.
-    """
+    """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``."""
     overrides = replace_aliases(overrides)
     tables = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
     if not tables:
@@ -45,9 +40,6 @@ def read_table(path: Path, extra: list[str]) -> list[list[str]]:
 
     ``extra`` goes to every sweep; its ``model=`` and ``task=`` replace those of the file. ``method.K=V`` goes to the
     methods that have such a key, unless the sweep sets it itself.
-
-    Raises:
-        ConfigError: unknown method, or a ``method.K=V`` that none of the file's methods has.
     """
     table = yaml.safe_load(path.read_text())
     settings = [override for override in extra if _key(override).startswith("method.")]

@@ -22,11 +22,7 @@ LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher}
 
 
 def launch(sweeps: list[list[str]]) -> int:
-    """Run the jobs of some sweeps as one; return the worst exit code.
-
-    Raises:
-        ConfigError: settings that the launcher cannot work with. Nothing is written then.
-    """
+    """Run the jobs of some sweeps as one; return the worst exit code. Nothing is written after a ConfigError."""
     planned = plan_jobs(sweeps)
     name, results_dir = planned[0].launcher, planned[0].config.results_dir
     if processes() > 1 and name != "basic":

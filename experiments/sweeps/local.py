@@ -89,9 +89,10 @@ class LocalLauncher:
         for slot, environment in enumerate(self.slots):
             if slot not in self.running and waiting:
                 index, started = waiting.pop(0), time.time()
-                sweep.log_path(index).parent.mkdir(exist_ok=True)
+                path = sweep.outcome_path(index).with_suffix(".log")
+                path.parent.mkdir(exist_ok=True)
                 # The job gets a session of its own, out of reach of the terminal's hang-up and ctrl-c.
-                with open(sweep.log_path(index), "ab") as log:
+                with open(path, "ab") as log:
                     options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
                     self.running[slot] = (index, start_job(sweep, index, environment, **options), started)
         running = {index: "RUNNING" for index, _, _ in self.running.values()}

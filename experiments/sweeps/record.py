@@ -70,10 +70,6 @@ class Sweep:
         """Return the path of a job's outcome."""
         return self.path / "jobs" / f"{index}.json"
 
-    def log_path(self, index: int) -> Path:
-        """Return the path of a local job's log; Slurm's own logs are in ``slurm/``."""
-        return self.path / "jobs" / f"{index}.log"
-
 
 def new_sweep_folder(results_dir: Path) -> Path:
     """Return a folder for a new record, which does not exist yet."""

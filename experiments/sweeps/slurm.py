@@ -87,11 +87,7 @@ class SlurmLauncher:
                 )
 
     def run(self, sweep: Sweep, todo: list[int]) -> int:
-        """Submit the jobs and log how their runs end; return 0 if all are done, else 1.
-
-        Raises:
-            ConfigError: Slurm refuses all of them.
-        """
+        """Submit the jobs and log how their runs end; return 0 if all are done, else 1."""
         refusals = self._submit_all(sweep, todo)
         ids = {index: job_id for index in todo if (job_id := sweep.jobs[index].slurm_id) is not None}
         if refusals and not ids:

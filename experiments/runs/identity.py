@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.compose import data_path
 from experiments.config.schema import ConfigError
-from experiments.runs.files import BLOCK, content_digest, digest, read_json, update_digest
+from experiments.runs.files import BLOCK, content_digest, digest, read_json
 
 #: Keys that a run's result does not depend on: where it ran and where its files were.
 MACHINE_ONLY = (
@@ -117,12 +117,10 @@ def fingerprint_model(folder: Path) -> str:
             continue
         size = path.stat().st_size
         total.update(f"{path.name} {size} ".encode())
-        last = max(size - BLOCK, 0)
-        if last <= BLOCKS * BLOCK:
-            update_digest(total, path)
-            continue
+        last = size - BLOCK
+        spread = [last * block // (BLOCKS - 1) for block in range(BLOCKS)]
         with open(path, "rb") as handle:
-            for block in range(BLOCKS):
-                handle.seek(last * block // (BLOCKS - 1))
+            for start in spread if last > BLOCKS * BLOCK else range(0, size, BLOCK):
+                handle.seek(start)
                 total.update(handle.read(BLOCK))
     return total.hexdigest()[:16]

@@ -69,14 +69,12 @@ def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser("run.py", add_help=False)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--multirun", "-m", action="store_true")
-    hydra_flags = [
-        parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all")),
-        parser.add_argument("--info", "-i", nargs="?", const="all"),
-        *(parser.add_argument(*names, action="store_true") for names in HYDRA_SWITCHES),
-        *(parser.add_argument(*names) for names in HYDRA_OPTIONS),
-    ]
+    for names in (("--help", "-h"), ("--multirun", "-m"), *HYDRA_SWITCHES):
+        parser.add_argument(*names, action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    for names in HYDRA_OPTIONS:
+        parser.add_argument(*names)
     options = parser.parse_intermixed_args(arguments)
     if options.help:
         print(help_text())
@@ -91,9 +89,8 @@ def main(arguments: list[str]) -> int:
             if options.multirun:
                 return launch(sweeps)
             (overrides,) = sweeps
-            flagged = any(getattr(options, flag.dest) for flag in hydra_flags)
-            if flagged or any(override.lstrip("+~").startswith("hydra") for override in overrides):
-                flags = [argument for argument in arguments if argument not in options.overrides]
+            flags = [argument for argument in arguments if argument not in options.overrides]
+            if flags or any(override.lstrip("+~").startswith("hydra") for override in overrides):
                 return run_in_hydra([*overrides, *flags])
             return run_config(compose_config(overrides))
     except ConfigError as error:

@@ -24,11 +24,7 @@ EXPERIMENTS = {
 
 
 def run_config(config: DictConfig) -> int:
-    """Run one composed configuration; return 0 if done, 1 if it failed, 2 if it is invalid.
-
-    Raises:
-        SystemExit: interrupted by ctrl-c or a signal.
-    """
+    """Run one composed configuration; return 0 if done, 1 if it failed, 2 if it is invalid."""
     quiet_libraries()
     name = config.experiment.name
     with exit_when_interrupted():

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -18,12 +18,12 @@ from statistics import mean
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from experiments.config.schema import REPOSITORY, ConfigError, unknown_name
 from experiments.runs.files import read_json
-from experiments.runs.state import STATES, RunState, run_state
+from experiments.runs.state import STATES, RunState, is_done, run_state
 from experiments.sweeps.launch import launch
 from experiments.sweeps.record import FOLDER, Job, Sweep, read_sweeps
 from experiments.sweeps.squeue import job_states
@@ -36,7 +36,7 @@ sweep), died (its process is gone without recording a reason), failed with the r
 Filters are KEY=NAME[,NAME]: experiment, model, method, task, state, sweep (its folder's name, or last). results_dir=D
 lists the runs there.
 """
-KEYS = ("experiment", "model", "method", "task", "state", "sweep", "results_dir")
+KEYS = ("experiment", "model", "method", "task", "state", "sweep")
 COLOURS = {"done": "green", "running": "cyan", "queued": "blue", "died": "red", "failed": "red", "missing": "yellow"}
 UNFINISHED = ("failed", "died", "missing")
 REFRESH_S = 2.0
@@ -44,44 +44,22 @@ REFRESH_S = 2.0
 
 @dataclass
 class Row:
-    """One run: the last sweep with it (``none`` if there is none), its job there, its folder's name, its state."""
+    """One run."""
 
-    sweep: Sweep
-    job: Job
-    name: str
+    sweep: Sweep  # the last one with it, or one named "none"
+    job: Job  # of that sweep
+    name: str  # its folder, relative to the results folder
     state: RunState
 
     @property
     def parts(self) -> dict[str, str]:
         """Values that filters and columns refer to."""
-        experiment, model, method, task, run = self.name.split("/")
-        names = {"experiment": experiment, "model": model, "method": method, "task": task, "run": run}
-        return {**names, "state": self.state.state, "sweep": self.sweep.path.name}
+        values = [*self.name.split("/")[:4], self.state.state, self.sweep.path.name]
+        return dict(zip(KEYS, values, strict=True))
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
-    try:
-        options, filters = parse_arguments(arguments)
-        results_dir = Path(filters.pop("results_dir", ["results"])[0])
-        rows = select_rows(collect_rows(results_dir), filters, failed=options.failed)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.rerun:
-        return launch_again(rows) if options.launch else print_commands(rows)
-    if options.watch:
-        return watch(results_dir, filters, failed=options.failed)
-    console.print(render_table(rows, results_dir))
-    return 0
-
-
-def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """Return the options, and the values of each filter.
-
-    Raises:
-        ConfigError: unknown filter or state.
-    """
     parser = argparse.ArgumentParser(
         "python -m experiments.status", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,20 +69,38 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, dict[str,
     parser.add_argument("--launch", action="store_true", help="with --rerun: launch them")
     parser.add_argument("--watch", action="store_true", help="update the table until all runs have ended")
     options = parser.parse_args(arguments)
-    if options.launch and not options.rerun:
-        raise ConfigError("--launch goes with --rerun")
+    try:
+        if options.launch and not options.rerun:
+            raise ConfigError("--launch goes with --rerun")
+        filters = parse_filters(options.filters)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results_dir = Path(filters.pop("results_dir", ["results"])[0])
+    if options.watch and not options.rerun:
+        return watch(results_dir, filters, failed=options.failed)
+    rows = select_rows(results_dir, filters, failed=options.failed)
+    if options.rerun:
+        return launch_again(rows) if options.launch else print_commands(rows)
+    console.print(render_table(rows, results_dir))
+    return 0
+
+
+def parse_filters(words: list[str]) -> dict[str, list[str]]:
+    """Return the values of each filter; raise a ConfigError for an unknown filter or state."""
     filters: dict[str, list[str]] = {}
-    for word in options.filters:
+    valid = (*KEYS, "results_dir")
+    for word in words:
         key, _, values = word.partition("=")
         if not values:
-            raise ConfigError(f"cannot read {word}; expected KEY=NAME, with one of {', '.join(KEYS)}")
-        if key not in KEYS:
-            raise ConfigError(unknown_name("filter", key, KEYS))
+            raise ConfigError(f"cannot read {word}; expected KEY=NAME, with one of {', '.join(valid)}")
+        if key not in valid:
+            raise ConfigError(unknown_name("filter", key, valid))
         filters[key] = values.split(",")
     for state in filters.get("state", []):
         if state not in STATES:
             raise ConfigError(unknown_name("state", state, STATES))
-    return options, filters
+    return filters
 
 
 def collect_rows(results_dir: Path) -> list[Row]:
@@ -112,38 +108,29 @@ def collect_rows(results_dir: Path) -> list[Row]:
     latest: dict[str, tuple[Sweep, int]] = {}
     for sweep in read_sweeps(results_dir):
         for index, job in enumerate(sweep.jobs):
+            # A sweep that submitted nothing for a run knows less of it than the sweep that did.
+            idle = sweep.launcher == "slurm" and job.slurm_id is None and not sweep.outcome_path(index).exists()
             for name in job.runs:
                 known = latest.pop(name, None)
-                # A sweep that submitted nothing for a run knows less of it than the sweep that did.
-                idle = job.slurm_id is None and not sweep.outcome_path(index).exists() and sweep.launcher == "slurm"
                 latest[name] = known if known is not None and idle else (sweep, index)
-    states = {name: run_state(results_dir / name) for name in latest}
     # Ask Slurm only for the jobs of runs that are not done.
-    undone = [sweep.jobs[index] for name, (sweep, index) in latest.items() if states[name].state != "done"]
-    slurm = job_states([job.slurm_id for job in undone if job.slurm_id], timeout_s=5.0) or {}
-    rows = _rows_without_sweep(results_dir, latest)
+    ids = [sweep.jobs[index].slurm_id for name, (sweep, index) in latest.items() if not is_done(results_dir / name)]
+    slurm = job_states(filter(None, ids), timeout_s=5.0) or {}
+    names = sorted("/".join(path.parts[-6:-1]) for path in results_dir.glob("*/*/*/*/*/status.json"))
+    none = Sweep(results_dir / FOLDER / "none", "basic", [])
+    rows = [Row(none, Job([], [name]), name, run_state(results_dir / name)) for name in names if name not in latest]
     for name, (sweep, index) in latest.items():
-        job, state = sweep.jobs[index], states[name]
-        if state.state != "done":
-            outcome = read_json(sweep.outcome_path(index))
-            # A job of a sweep on this machine is waiting while its client is alive and has not started it.
-            waiting = sweep.launcher != "slurm" and outcome is None and sweep.is_client_alive()
-            job_state = slurm.get(job.slurm_id) if job.slurm_id else "PENDING" if waiting else None
-            state = run_state(results_dir / name, outcome, job_state)
-        rows.append(Row(sweep, job, name, state))
+        job, outcome = sweep.jobs[index], read_json(sweep.outcome_path(index))
+        # A job of a sweep on this machine is waiting while its client is alive and has not started it.
+        waiting = sweep.launcher != "slurm" and outcome is None and sweep.is_client_alive()
+        job_state = slurm.get(job.slurm_id) if job.slurm_id else "PENDING" if waiting else None
+        rows.append(Row(sweep, job, name, run_state(results_dir / name, outcome, job_state)))
     return rows
 
 
-def _rows_without_sweep(results_dir: Path, launched: Collection[str]) -> list[Row]:
-    """Return a row per run folder that no sweep has launched."""
-    folders = [path.parent for path in results_dir.glob("*/*/*/*/*/status.json")]
-    names = sorted("/".join(folder.parts[-5:]) for folder in folders)
-    none = Sweep(results_dir / FOLDER / "none", "basic", [])
-    return [Row(none, Job([], [name]), name, run_state(results_dir / name)) for name in names if name not in launched]
-
-
-def select_rows(rows: list[Row], filters: dict[str, list[str]], *, failed: bool) -> list[Row]:
+def select_rows(results_dir: Path, filters: dict[str, list[str]], *, failed: bool) -> list[Row]:
     """Return the rows that match all filters; the filter value ``last`` is the last sweep."""
+    rows = collect_rows(results_dir)
     last = rows[-1].sweep.path.name if rows else ""
     wanted = {key: [last if value == "last" else value for value in values] for key, values in filters.items()}
     if failed:
@@ -155,25 +142,24 @@ def render_table(rows: list[Row], results_dir: Path) -> Group:
     """Return the table with a summary below."""
     if not rows:
         return Group(Text(f"no run in {results_dir} matches"))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for column in ("Experiment", "Model", "Method", "Task"):
-        table.add_column(column, overflow="fold")
-    table.add_column("Run", no_wrap=True)
-    table.add_column("State", no_wrap=True)
-    table.add_column("Time", justify="right", no_wrap=True)
-    table.add_column("Left", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
-    durations = Durations(rows)
+    table = Table(
+        *(Column(name, overflow="fold") for name in ("Experiment", "Model", "Method", "Task")),
+        *(Column(name, no_wrap=True) for name in ("Run", "State")),
+        *(Column(name, no_wrap=True, justify="right") for name in ("Time", "Left")),
+        Column(overflow="fold"),
+        box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False,
+    )  # fmt: skip
+    left = estimate_left(rows)
     for row in sorted(rows, key=lambda row: row.name):
-        state, left = row.state, durations.seconds_left(row)
+        state = row.state
         table.add_row(
             *row.name.split("/"),
             Text(state.state, style=COLOURS[state.state]),
             format_duration(state.seconds) if state.state != "queued" else "",
-            f"~{format_duration(left)}" if left else "",
+            f"~{format_duration(left[row.name])}" if left.get(row.name) else "",
             Text(_note(row)),
         )
-    return Group(table, Text(_summary(rows, durations)))
+    return Group(table, Text(_summary(rows, left)))
 
 
 def _note(row: Row) -> str:
@@ -187,43 +173,36 @@ def _note(row: Row) -> str:
     return state.reason
 
 
-class Durations:
-    """Durations of finished runs, from which those of similar runs are estimated."""
+def estimate_left(rows: list[Row]) -> dict[str, float]:
+    """Return the estimated seconds until each run is done, from its progress or from similar runs that are done."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.known: dict[tuple[str, ...], list[float]] = {}
-        for row in rows:
-            if row.state.state == "done" and row.state.seconds is not None:
-                for kind in self._kinds(row):
-                    self.known.setdefault(kind, []).append(row.state.seconds)
-
-    @staticmethod
-    def _kinds(row: Row) -> list[tuple[str, ...]]:
-        """Return the kinds of similar runs, most similar first."""
+    def kinds(row: Row) -> list[tuple[str, ...]]:
         experiment, model, method, task, _ = row.name.split("/")
         return [(experiment, model, task, method), (experiment, model, task), (experiment, model)]
 
-    def seconds_left(self, row: Row) -> float | None:
-        """Return the estimated seconds until a run is done, or ``None`` without a basis for an estimate."""
-        state = row.state
-        if state.state == "done":
-            return 0.0
-        spent = state.seconds or 0.0 if state.state == "running" else 0.0
-        # Extrapolate from the run's own progress, else from similar runs.
-        if state.state == "running" and state.progress and state.progress[0]:
-            done, total = state.progress
-            return spent * (total - done) / done
-        whole = next((mean(self.known[kind]) for kind in self._kinds(row) if kind in self.known), None)
-        return None if whole is None else max(whole - spent, 0.0)
+    durations: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        for kind in kinds(row):
+            if row.state.state == "done" and row.state.seconds is not None:
+                durations[kind].append(row.state.seconds)
+    left = {}
+    for row in rows:
+        running, (done, total) = row.state.state == "running", row.state.progress or (0, 0)
+        spent = row.state.seconds or 0.0 if running else 0.0
+        similar = next((mean(durations[kind]) for kind in kinds(row) if kind in durations), None)
+        if running and done:
+            left[row.name] = spent * (total - done) / done
+        elif similar is not None and row.state.state != "done":
+            left[row.name] = max(similar - spent, 0.0)
+    return left
 
 
-def _summary(rows: list[Row], durations: Durations) -> str:
+def _summary(rows: list[Row], left: dict[str, float]) -> str:
     """Return the number of runs in each state, and the estimated time until all are done."""
     states = [row.state.state for row in rows]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
-    text = f"{len(rows)} runs: {counts}."
-    pending = [row for row in rows if row.state.state in ("running", "queued")]
-    known = [seconds for row in pending if (seconds := durations.seconds_left(row)) is not None]
+    text = f"{len(rows)} runs: {', '.join(f'{states.count(state)} {state}' for state in STATES if state in states)}."
+    pending = [row.name for row in rows if row.state.state in ("running", "queued")]
+    known = [left[name] for name in pending if name in left]
     if known:
         at_once = max(states.count("running"), 1)
         total = mean(known) * len(pending) / at_once
@@ -247,12 +226,11 @@ def _unfinished_jobs(rows: list[Row]) -> dict[tuple[str, ...], Sweep]:
     """Return the overrides of the jobs with runs that have ended unfinished, and their sweeps."""
     jobs: dict[tuple[str, ...], Sweep] = {}
     for row in rows:
-        if row.state.state not in UNFINISHED:
-            continue
-        if row.job.overrides:
-            jobs[tuple(row.job.overrides)] = row.sweep
-        else:
-            print(f"{row.name} was started without a sweep: rerun its command", file=sys.stderr)
+        if row.state.state in UNFINISHED:
+            if row.job.overrides:
+                jobs[tuple(row.job.overrides)] = row.sweep
+            else:
+                print(f"{row.name} was started without a sweep: rerun its command", file=sys.stderr)
     return jobs
 
 
@@ -267,9 +245,9 @@ def print_commands(rows: list[Row]) -> int:
 
 def launch_again(rows: list[Row]) -> int:
     """Launch unfinished jobs again, each with its launcher and from its folder; return the worst exit code."""
-    groups: dict[tuple[str, str], list[list[str]]] = {}
+    groups: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
     for overrides, sweep in _unfinished_jobs(rows).items():
-        groups.setdefault((sweep.cwd, sweep.launcher), []).append(list(overrides))
+        groups[sweep.cwd, sweep.launcher].append(list(overrides))
     code = 0
     for (cwd, _), sweeps in groups.items():
         os.chdir(cwd)
@@ -286,7 +264,7 @@ def watch(results_dir: Path, filters: dict[str, list[str]], *, failed: bool) -> 
     try:
         with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="visible") as live:
             while True:
-                rows = select_rows(collect_rows(results_dir), filters, failed=failed)
+                rows = select_rows(results_dir, filters, failed=failed)
                 live.update(render_table(rows, results_dir), refresh=True)
                 if not any(row.state.state in ("running", "queued") for row in rows):
                     return 0

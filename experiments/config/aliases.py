@@ -1,7 +1,4 @@
-"""Aliases of configuration keys on the command line.
-
-Keys are part of run ids and cannot be renamed. Clearer names are accepted as aliases; ``config.yaml`` has the keys.
-"""
+"""Aliases of configuration keys on the command line, since keys are part of run ids and cannot be renamed."""
 
 from __future__ import annotations
 
@@ -21,16 +18,11 @@ ALIASES = {
 
 def replace_aliases(overrides: list[str]) -> list[str]:
     """Return overrides with each alias replaced by its key, where all selected choices of its group have that key."""
-    return [_replace_alias(override, overrides) for override in overrides]
-
-
-def _replace_alias(override: str, overrides: list[str]) -> str:
-    name = override.partition("=")[0].lstrip("+~")
-    if name not in ALIASES:
-        return override
-    key, group, owners = ALIASES[name]
-    # The last choice counts, as in Hydra; a sweep lists several.
-    selected = [other.partition("=")[2] for other in overrides if other.partition("=")[0] == group]
-    if not selected or not owners.issuperset(selected[-1].split(",")):
-        return override
-    return override.replace(name, key, 1)
+    values = dict(override.partition("=")[::2] for override in overrides)  # the last choice counts, as in Hydra
+    replaced = []
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+~")
+        key, group, owners = ALIASES.get(name, (name, "", set()))
+        fits = group in values and owners.issuperset(values[group].split(","))  # a sweep lists several choices
+        replaced.append(override.replace(name, key, 1) if fits else override)
+    return replaced

@@ -9,9 +9,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from experiments.config.schema import CONF, ConfigError, TaskConfig, register, unknown_name
+from experiments.config.schema import CONF, ConfigError, register, unknown_name
 
 #: Hydra's own groups that can be chosen; ``basic`` is Hydra's name for running jobs one after the other.
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
@@ -36,44 +38,43 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
         return compose("config", overrides, return_hydra_config=with_hydra)
 
 
+def values(override: Override) -> list[str]:
+    """Return the values of an override as text, several for a sweep."""
+    if not override.is_sweep_override():
+        return [str(override.get_value_element_as_str())]
+    try:
+        return [str(value) for value in override.sweep_string_iterator()]
+    except HydraException:
+        raise ConfigError(f"cannot list the values of {override.input_line}; write them out: a,b,c") from None
+
+
+def variants(override: Override) -> list[str]:
+    """Return the override with each of its values."""
+    return [f"{override.get_key_element()}={value}" for value in values(override)]
+
+
 def combinations(arguments: list[str]) -> list[list[str]]:
     """Return the overrides of each combination of a sweep, in the order of Hydra's basic sweeper."""
-    values: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(arguments):
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            values[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return [list(combination) for combination in itertools.product(*values.values())]
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    by_key = {override.get_key_element(): variants(override) for override in parsed}  # the last one counts
+    return [list(combination) for combination in itertools.product(*by_key.values())]
 
 
 def task_members(config: DictConfig) -> list[DictConfig]:
-    """Return one configuration per single task: the given one, or one for each member of its group.
-
-    Raises:
-        ConfigError: unknown member.
-    """
-    if not config.task.members:
-        return [config]
-    singles = []
-    for name in config.task.members:
+    """Return one configuration per single task: the given one, or one for each member of its group."""
+    group = config.task
+    singles = [config] if not group.members else []
+    for name in group.members:
+        if name not in choices("task"):
+            raise ConfigError(unknown_name("task", name, choices("task")))
         single = config.copy()
-        single.task = load_member(name, config.task)
+        single.task = _compose_task(name).copy()
+        if group.data_dir is not None:
+            single.task.data_dir = group.data_dir
+        if group.num_fewshot:
+            single.task.num_fewshot = group.num_fewshot
         singles.append(single)
     return singles
-
-
-def load_member(name: str, group: DictConfig | TaskConfig) -> DictConfig:
-    """Return the configuration of one member of a group; ``data_dir`` and ``num_fewshot`` of the group apply to it."""
-    if name not in choices("task"):
-        raise ConfigError(unknown_name("task", name, choices("task")))
-    member = _compose_task(name).copy()
-    if group.data_dir is not None:
-        member.data_dir = group.data_dir
-    if group.num_fewshot:
-        member.num_fewshot = group.num_fewshot
-    return member
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """Structured configuration: the keys of ``conf/``, their types and defaults.
 
-The keys of ``experiment`` and ``method`` are those of their YAML files; their types are those of the dataclasses that
-they are converted to (:func:`experiments.config.validate.to_dataclass`). Nothing in this package imports torch, so that
-``python run.py --help`` and mistakes on the command line are reported at once.
+``experiment`` and ``method`` have the types of the dataclasses that they become in :func:`validate.to_dataclass`.
+Nothing in this package imports torch, so that ``python run.py --help`` and mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -122,12 +121,9 @@ class RunConfig:
 
 def register() -> None:
     """Register the schemas and the ``repo`` resolver (a path inside the repository) with Hydra; idempotent."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
-    store.store(group="model", name="schema", node=ModelConfig)
-    store.store(group="task", name="schema", node=TaskConfig)
-    store.store(group="corpus", name="schema", node=CorpusConfig)
-    store.store(group="logger", name="schema", node=LoggerConfig)
+    nodes = {None: RunConfig, "model": ModelConfig, "task": TaskConfig, "corpus": CorpusConfig, "logger": LoggerConfig}
+    for group, node in nodes.items():
+        ConfigStore.instance().store(group=group, name="schema", node=node)
     OmegaConf.register_new_resolver("repo", lambda path: str(REPOSITORY / path), replace=True)
 
 

@@ -1,7 +1,4 @@
-"""Validation of overrides and values.
-
-All functions raise :class:`ConfigError` with one line that names the wrong key or value and the valid ones.
-"""
+"""Validation of overrides and values; errors are a ConfigError of one line with the wrong key and the valid ones."""
 
 from __future__ import annotations
 
@@ -12,17 +9,16 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups
+from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups, values, variants
 from experiments.config.remedies import with_remedy
-from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, register, unknown_name
+from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, unknown_name
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CHOICES = {"model.dtype": DTYPES, "logger.mode": LOGGER_MODES}
@@ -35,7 +31,6 @@ T = TypeVar("T")
 
 def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     """Verify the overrides of a command line, sweeps included, before anything is started or written."""
-    register()
     try:
         parsed = OverridesParser.create().parse_overrides(arguments)
     except Exception as error:  # Hydra raises several unrelated types here
@@ -51,8 +46,8 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
         if override.is_add() or override.is_delete() or override.package is not None:
             raise ConfigError(f"cannot read {override.input_line}; expected {override.key_or_group}=NAME")
         _check_choices(override)
-    first = [_variants(override)[0] for override in settings]
-    for combination in itertools.product(*map(_variants, selections)):
+    first = [variants(override)[0] for override in settings]
+    for combination in itertools.product(*map(variants, selections)):
         # Keys depend on the choices, hence are looked up before the settings are applied.
         base = _compose(combination)
         for override in settings:
@@ -61,7 +56,7 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
         fixed = [*combination, *(str(override.input_line) for override in hydra)]
         check_values(_compose([*fixed, *first]))
         for index, override in enumerate(settings):
-            for variant in _variants(override)[1:]:
+            for variant in variants(override)[1:]:
                 check_values(_compose([*fixed, *first[:index], variant, *first[index + 1 :]]))
 
 
@@ -75,7 +70,7 @@ def _check_hydra(overrides: list[Override], *, multirun: bool) -> None:
             raise ConfigError(f"{key} has no effect: a sweep's record is below results_dir, in sweeps/")
         if key in HYDRA_GROUPS:
             _check_choices(override)
-            if _values(override) != ["basic"] and not multirun:
+            if values(override) != ["basic"] and not multirun:
                 raise ConfigError(f"{override.input_line} is for sweeps: add -m")
     if settings := [override for override in overrides if override.key_or_group.startswith("hydra.launcher.")]:
         selected = [str(override.input_line) for override in overrides if override.key_or_group == "hydra/launcher"]
@@ -87,7 +82,7 @@ def _check_hydra(overrides: list[Override], *, multirun: bool) -> None:
 def _check_choices(override: Override) -> None:
     """Verify that a configuration group has the selected choices."""
     group = override.key_or_group
-    for choice in _values(override):
+    for choice in values(override):
         if choice not in choices(group):
             raise ConfigError(unknown_name(group, choice, choices(group)))
 
@@ -95,28 +90,28 @@ def _check_choices(override: Override) -> None:
 def _check_key(base: DictConfig, override: Override) -> None:
     """Verify that the composed configuration has the key."""
     key = override.key_or_group
-    parts = key.split(".")
-    if parts[1:] == ["name"] and parts[0] in ("experiment", "method", "task", "logger"):
-        raise ConfigError(f"{key} is what {parts[0]}=... sets; valid: {', '.join(choices(parts[0]))}")
-    if parts[0] == "task" and base.task.members and parts[1:] not in (["data_dir"], ["num_fewshot"]):
+    group, *rest = parts = key.split(".")
+    if rest == ["name"] and group in ("experiment", "method", "task", "logger"):
+        raise ConfigError(f"{key} is what {group}=... sets; valid: {', '.join(choices(group))}")
+    if group == "task" and base.task.members and rest not in (["data_dir"], ["num_fewshot"]):
         raise ConfigError(
             f"{key} cannot be set for a group of tasks; valid for '{base.task.name}': task.data_dir, task.num_fewshot"
         )
     node: Any = base
     for depth, part in enumerate(parts):
-        if isinstance(node, DictConfig) and part in node:
+        names = sorted(map(str, node)) if isinstance(node, DictConfig) else []
+        if part in names:
             node = node._get_node(part)
             continue
         parent = ".".join(parts[:depth])
-        if override.is_add() and isinstance(node, DictConfig) and parent in OPEN:
+        if parent in OPEN and override.is_add():
             return
-        valid = sorted(str(name) for name in node) if isinstance(node, DictConfig) else []
-        if not valid:
+        if not names:
             raise ConfigError(f"unknown key '{key}': {parent} has no keys below it")
-        close = difflib.get_close_matches(part, valid, n=1)
+        close = difflib.get_close_matches(part, names, n=1)
         hint = f" (did you mean '{'.'.join([*parts[:depth], close[0]])}'?)" if close else ""
         place = f" in {parent}" if parent else ""
-        raise ConfigError(f"unknown key '{key}'{hint}; valid{place}: {', '.join(valid)}")
+        raise ConfigError(f"unknown key '{key}'{hint}; valid{place}: {', '.join(names)}")
 
 
 def check_values(config: DictConfig) -> None:
@@ -136,12 +131,8 @@ def check_values(config: DictConfig) -> None:
     if not DEVICES.fullmatch(resolved.device):
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     _check_device_map(resolved.model.device_map)
-    _check_task(resolved.task)
     check_clusters(resolved)
-
-
-def _check_task(task: DictConfig) -> None:
-    """Verify that a task can be scored, and that its settings agree with each other."""
+    task = resolved.task
     if task.num_fewshot and task.data_dir is not None:
         raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")
     if not task.members and not task.harness:
@@ -154,7 +145,7 @@ def _check_device_map(value: Any) -> None:
     """Verify that a device map is a known name or a dictionary from modules to devices."""
     if isinstance(value, DictConfig) and len(value):
         for module, device in value.items():
-            index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+            index = type(device) is int and device >= 0
             named = isinstance(device, str) and device != "auto" and (device == "disk" or DEVICES.fullmatch(device))
             if not index and not named:
                 raise ConfigError(
@@ -178,17 +169,12 @@ def check_clusters(config: DictConfig) -> None:
 
 
 def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
-    """Convert ``section`` (without its ``name``) to an instance of ``cls``, with checked types.
-
-    Raises:
-        ConfigError: missing, unknown or ill-typed key, or a value that ``cls`` itself refuses.
-    """
-    values = OmegaConf.to_container(section, resolve=True)
-    assert isinstance(values, dict)
-    values.pop("name", None)
+    """Convert ``section`` (without its ``name``) to an instance of ``cls``, with checked keys and types."""
+    arguments: Any = OmegaConf.to_container(section, resolve=True)
+    arguments.pop("name", None)
     hints = typing.get_type_hints(cls)
     written = {field.name: field.type for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key, value in values.items():
+    for key, value in arguments.items():
         if key not in written:
             raise ConfigError(unknown_name(f"key {where}", key, sorted(written)))
         if not _matches(value, hints[key]):
@@ -196,43 +182,29 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
             expected = f"valid: {_listed(options)}" if options else f"expected {written[key]}"
             raise ConfigError(f"{where}.{key} is {value!r}; {expected}")
     try:
-        return cls(**values)
+        return cls(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {with_remedy(error)}") from None
 
 
-def _alternatives(expected: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
-    return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
-
-
-def _options(expected: Any) -> list[Any]:
-    """Return the choices of a Literal, or of a list of them, and None if it is optional."""
-    parts = _alternatives(expected)
-    items = [get_args(part)[0] if get_origin(part) is list else part for part in parts]
-    options = [option for item in items if get_origin(item) is Literal for option in get_args(item)]
-    return [*options, None] if options and type(None) in parts else options
-
-
 def _matches(value: object, expected: Any) -> bool:
-    """Return whether a YAML value has the type; types that YAML cannot express are left to the dataclass."""
-    alternatives = _alternatives(expected)
-    if len(alternatives) > 1:
-        return any(_matches(value, alternative) for alternative in alternatives)
+    """Return whether a value from YAML has the type; unlike ``isinstance``, ``True`` is no int, and 1 is a float."""
     origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, alternative) for alternative in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin is list:
         return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is not None:
-        return True
-    if expected in (int, float) and isinstance(value, bool):  # bool is a subclass of int
-        return False
-    if expected is float:
-        return isinstance(value, (int, float))
-    return not isinstance(expected, type) or isinstance(value, expected)
+    return expected is Any or type(value) is (origin or expected) or (expected is float and type(value) is int)
+
+
+def _options(expected: Any) -> list[Any]:
+    """Return the choices of a Literal, or of a list of them, and None if it is optional."""
+    if get_origin(expected) is Literal:
+        return list(get_args(expected))
+    options = [option for part in get_args(expected) for option in _options(part)]
+    return [*options, None] if options and types.NoneType in get_args(expected) else options
 
 
 def _listed(valid: Sequence[Any]) -> str:
@@ -248,23 +220,6 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         key = getattr(cause, "full_key", None)
         raise ConfigError(f"{key}: {_one_line(cause)}" if key else _one_line(cause)) from None
-
-
-def _values(override: Override) -> list[str]:
-    """Return the values of an override as text, several for a sweep."""
-    if not override.is_sweep_override():
-        return [str(override.get_value_element_as_str())]
-    try:
-        return [str(value) for value in override.sweep_string_iterator()]
-    except HydraException:
-        raise ConfigError(f"cannot list the values of {override.input_line}; write them out: a,b,c") from None
-
-
-def _variants(override: Override) -> list[str]:
-    """Return the override with each of its values."""
-    if override.is_delete():
-        return [str(override.input_line)]
-    return [f"{override.get_key_element()}={value}" for value in _values(override)]
 
 
 def _one_line(error: BaseException) -> str:

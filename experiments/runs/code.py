@@ -49,15 +49,15 @@ def current_code() -> Code:
         return Code(**recorded)
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", *PARTS)
-    return Code(commit.strip() if commit else None, bool(changes) if changes is not None else None, _digest(_files()))
+    total = hashlib.sha256()
+    for name in _files():
+        total.update(f"{name}\0".encode() + hashlib.sha256((REPOSITORY / name).read_bytes()).digest())
+    dirty = bool(changes) if changes is not None else None
+    return Code(commit.strip() if commit else None, dirty, total.hexdigest()[:12])
 
 
 def snapshot(folder: Path) -> Code:
-    """Copy the code to ``folder``: all files that git does not ignore, or all files without git.
-
-    Raises:
-        OSError: the copy cannot be written.
-    """
+    """Copy the code to ``folder``: all files that git does not ignore, or all files without git."""
     code = current_code()
     # numba's compiled code beside its source is valid as long as the source's time and size are the same (copy2).
     compiled = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("chai/**/__pycache__/*.nb[ic]")]
@@ -72,19 +72,11 @@ def _files() -> list[str]:
     """Return the files of ``PARTS``, relative to the repository."""
     listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if listed:
-        names = set(listed.split("\0")) - {""}
+        names = set(listed.split("\0"))
     else:
-        roots = [REPOSITORY / part for part in PARTS]
-        paths = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))]
+        paths = [path for part in PARTS for path in (REPOSITORY / part, *(REPOSITORY / part).rglob("*"))]
         names = {str(path.relative_to(REPOSITORY)) for path in paths if "__pycache__" not in path.parts}
     return sorted(name for name in names if (REPOSITORY / name).is_file())  # git lists deleted files as well
-
-
-def _digest(names: list[str]) -> str:
-    total = hashlib.sha256()
-    for name in names:
-        total.update(f"{name}\0".encode() + hashlib.sha256((REPOSITORY / name).read_bytes()).digest())
-    return total.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str | None:

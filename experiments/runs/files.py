@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def is_full(folder: Path) -> bool:
     """Return whether the file system of a folder has no room left."""
     try:
-        usage = os.statvfs(folder)
+        return shutil.disk_usage(folder).free < FULL
     except OSError:
         return False
-    return usage.f_bavail * usage.f_frsize < FULL
 
 
 def overwrite(path: Path, text: str) -> None:
@@ -75,18 +75,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def content_digest(path: Path) -> str | None:
-    """Return twelve hexadecimal digits of a file, or of the files in a folder; ``None`` if there are none."""
+def content_digest(path: Path, digits: int = 12) -> str | None:
+    """Return hexadecimal digits that identify a file, or the files in a folder; ``None`` if there are none."""
     files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
     total = hashlib.sha256()
     for file in files:
         total.update(file.name.encode() if file != path else b"")
-        update_digest(total, file)
-    return total.hexdigest()[:12] if files else None
-
-
-def update_digest(total: hashlib._Hash, path: Path) -> None:
-    """Add a file's content to a digest, block by block."""
-    with open(path, "rb") as handle:
-        while block := handle.read(BLOCK):
-            total.update(block)
+        with open(file, "rb") as handle:
+            while block := handle.read(BLOCK):
+                total.update(block)
+    return total.hexdigest()[:digits] if files else None

@@ -1,8 +1,7 @@
-"""A run's folder and its state on disk.
+"""A run's folder ``<results_dir>/<experiment>/<model>/<method>/<task>/<run id>/``; see docs/results.md for the fields.
 
-``<results_dir>/<experiment>/<model>/<method>/<task>/<run id>/`` holds ``config.yaml`` (written before the work),
-``status.json`` (running, then done or failed), ``result.json`` (written just before the status says done) and the
-experiment's own files. See docs/results.md for the fields.
+It holds ``config.yaml`` (written before the work), ``status.json`` (running, then done or failed), ``result.json``
+(written just before the status says done) and the experiment's own files.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import os
 import shutil
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.runs.files import overwrite, read_json, write_atomically, write_json
 from experiments.runs.identity import run_id
 from experiments.runs.locks import RunLock
+from experiments.runs.state import is_done
 from experiments.system import interrupts
 
 #: Seconds between two updates of a run's progress in its status.
@@ -32,11 +33,10 @@ class RunError(Exception):
 
 
 class RunFolder:
-    """One run on disk.
+    """One run on disk: call ``start`` before the work, then ``finish`` with the result or ``fail``.
 
-    Call ``start`` before the work, then ``finish`` with the result or ``fail``; :mod:`experiments.runs.experiment` does
-    so for all experiments. A process that dies in between leaves the state ``running``, no ``result.json`` and no lock;
-    the next start of the same configuration resumes or repeats the work.
+    A process that dies in between leaves the state ``running``, no ``result.json`` and no lock; the next start of the
+    same configuration resumes or repeats the work.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -51,35 +51,22 @@ class RunFolder:
     @property
     def is_done(self) -> bool:
         """True if the status says done and the result exists."""
-        status = read_json(self.path / "status.json")
-        return status is not None and status.get("state") == "done" and (self.path / "result.json").exists()
+        return is_done(self.path)
 
     def claim(self) -> None:
-        """Lock the run for this process, until ``release`` or the end of the process.
-
-        Raises:
-            RunLocked: another process works on it.
-            RunError: the folder cannot be written.
-        """
-        try:
+        """Lock the run until ``release`` or the end of this process; raise RunLocked if another one works on it."""
+        with self._writing():
             self._lock.acquire()
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def release(self) -> None:
         """Unlock the run."""
         self._lock.release()
 
     def start(self, *, keep: tuple[str, ...] = ()) -> None:
-        """Lock and create the folder, delete an earlier attempt's files except ``keep``, write the configuration.
-
-        Raises:
-            RunLocked: another process works on it.
-            RunError: the folder cannot be written.
-        """
+        """Claim and create the folder, delete an earlier attempt's files except ``keep``, write the configuration."""
         self.claim()
         self._progress, self._updated = {}, time.monotonic()
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             # Write the status first: if nothing can be written, an old result stays complete.
             self._write_status("running")
@@ -90,15 +77,9 @@ class RunFolder:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             text = OmegaConf.to_yaml(self.config, resolve=True)
             write_atomically(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def progress(self, done: int, total: int) -> None:
-        """Record the progress, at most every few seconds; cheap enough to call for each item.
-
-        Raises:
-            Interrupted: a signal asked the process to stop.
-        """
+        """Record the progress, at most every few seconds; raise Interrupted if a signal asked the process to stop."""
         interrupts.raise_if_interrupted()
         self._progress = {"progress": {"done": done, "total": total}}
         if time.monotonic() - self._updated >= PROGRESS_EVERY:
@@ -114,11 +95,7 @@ class RunFolder:
             self._write_status("done")
 
     def fail(self, reason: str) -> None:
-        """Record why the run ended.
-
-        Raises:
-            OSError: the status cannot be written, not even over the old one.
-        """
+        """Record why the run ended; raise OSError if the status cannot be written, not even over the old one."""
         with interrupts.shielded():
             (self.path / "result.json").unlink(missing_ok=True)
             self._write_status("failed", error=reason)
@@ -136,5 +113,9 @@ class RunFolder:
                 raise
             overwrite(path, json.dumps(status))
 
-    def _unwritable(self, error: OSError) -> RunError:
-        return RunError(f"cannot write the run's folder {self.path}: {error.strerror or error}")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from None

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.compose import data_path
 from experiments.config.schema import ConfigError
-from experiments.runs.files import BLOCK, content_digest, digest, read_json, update_digest
+from experiments.runs.files import BLOCK, content_digest, digest, read_json
 
 #: Keys that a run's result does not depend on: where it ran and where its files were.
 MACHINE_ONLY = (
@@ -28,29 +28,28 @@ BLOCKS = 64  # blocks that represent a large weight file
 
 def run_identity(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without machine settings, and with fingerprints in place of paths."""
-    identity = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(identity, dict)
+    identity: Any = OmegaConf.to_container(config, resolve=True)
     for key in MACHINE_ONLY:
         section, name = _section(identity, key)
         section.pop(name, None)
     for key, file in BY_CONTENT.items():
         section, name = _section(identity, key)
         if section.get(name) is not None:
-            path = Path(section[name])
-            if file is not None:
-                path = (path if path.is_dir() else path.parent) / file
+            path = _file_beside(section[name], file) if file else Path(section[name])
             section[name] = content_digest(path) or section[name]
     # Sections that the experiment does not have at all are left out.
-    return {str(k): value for k, value in identity.items() if value is not None or k not in ("profile", "corpus")}
+    return {key: value for key, value in identity.items() if value is not None or key not in ("profile", "corpus")}
 
 
-def _section(identity: dict[Any, Any], key: str) -> tuple[dict[Any, Any], str]:
+def _section(identity: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     """Return the dictionary that holds a dotted key, and the key's last part."""
-    *parents, name = key.split(".")
-    section: Any = identity
-    for parent in parents:
-        section = section.get(parent) or {}
-    return section, name
+    section, _, name = key.rpartition(".")
+    return (identity.get(section) or {}) if section else identity, name
+
+
+def _file_beside(path: str, name: str) -> Path:
+    """Return the path of a file in the folder ``path``, or beside the file ``path``."""
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / name
 
 
 def run_id(config: DictConfig) -> str:
@@ -60,9 +59,7 @@ def run_id(config: DictConfig) -> str:
 
 def settings_id(config: DictConfig) -> str:
     """Return an id that is equal for runs that differ only in their method, and so may be compared."""
-    identity = run_identity(config)
-    identity.pop("method", None)
-    return digest(identity)
+    return digest({key: value for key, value in run_identity(config).items() if key != "method"})
 
 
 def resolve_fingerprints(config: DictConfig) -> None:
@@ -86,21 +83,21 @@ def resolve_fingerprints(config: DictConfig) -> None:
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():
-        config.task.fingerprint = fingerprint_file(path)
+        config.task.fingerprint = content_digest(path, digits=16)
     if config.corpus is not None and config.corpus.path is not None:
         path = Path(config.corpus.path)
         if config.corpus.hub_id is None:  # not a copy of a known corpus
             config.corpus.name = path.stem
         if path.is_file():
-            config.corpus.fingerprint = fingerprint_file(path)
+            config.corpus.fingerprint = content_digest(path, digits=16)
 
 
 def check_profile(config: DictConfig) -> None:
     """Raise a ConfigError if ``method.profile`` is of other weights than the run's; the library checks its shape."""
     if config.method.get("profile") is None or config.model.random_init:
         return
-    path = Path(config.method.profile)
-    profiled = (read_json((path if path.is_dir() else path.parent) / "profile.json") or {}).get("model", {})
+    profiled = (read_json(_file_beside(config.method.profile, "profile.json")) or {}).get("model", {})
+    # Compare the fingerprints, or the ids on the hub if there is one without fingerprint.
     for name, current in (("fingerprint", config.model.fingerprint), ("id", config.model.hub_id)):
         if None in (profiled.get(name), current):
             continue
@@ -112,13 +109,6 @@ def check_profile(config: DictConfig) -> None:
         return
 
 
-def fingerprint_file(path: Path) -> str:
-    """Return a digest of a file's content."""
-    total = hashlib.sha256()
-    update_digest(total, path)
-    return total.hexdigest()[:16]
-
-
 def fingerprint_model(folder: Path) -> str:
     """Return a digest of configuration, tokenizer and weights; of a large file, 64 blocks spread over it."""
     total = hashlib.sha256()
@@ -127,12 +117,10 @@ def fingerprint_model(folder: Path) -> str:
             continue
         size = path.stat().st_size
         total.update(f"{path.name} {size} ".encode())
-        last = max(size - BLOCK, 0)
-        if last <= BLOCKS * BLOCK:
-            update_digest(total, path)
-            continue
+        last = size - BLOCK
+        spread = [last * block // (BLOCKS - 1) for block in range(BLOCKS)]
         with open(path, "rb") as handle:
-            for block in range(BLOCKS):
-                handle.seek(last * block // (BLOCKS - 1))
+            for start in spread if last > BLOCKS * BLOCK else range(0, size, BLOCK):
+                handle.seek(start)
                 total.update(handle.read(BLOCK))
     return total.hexdigest()[:16]

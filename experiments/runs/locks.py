@@ -1,8 +1,7 @@
-"""Locks that let one process at a time work on a run, on local and network file systems.
+"""Locks that let one process at a time work on a run: the kernel's (``flock``) on ``.locks/<run id>.lock``.
 
-The kernel's lock (``flock``) on ``<results_dir>/.locks/<run id>.lock`` ends with the process, however it ends. The file
-itself stays, since deleting the file of a held lock breaks it. If a file system refuses locks, a lease is used instead:
-a file with host and process that its owner refreshes, and that others take over when it is no longer refreshed.
+They end with the process, however it ends; the file stays, since deleting the file of a held lock breaks it. If a file
+system refuses locks, a lease is used: a file that its owner refreshes, and that others take over when it no longer is.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class RunLocked(Exception):
     """Raised when another process works on the run, which is no failure."""
 
     def __init__(self, owner: LockOwner) -> None:
+        super().__init__(owner)
         self.owner = owner
-        super().__init__(str(owner))
 
 
 class RunLock:
@@ -57,12 +56,7 @@ class RunLock:
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock, unless this object has it already.
-
-        Raises:
-            RunLocked: another process has it.
-            OSError: its file cannot be written.
-        """
+        """Acquire the lock, unless this object has it already; raise RunLocked if another process has it."""
         if self._lock is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +81,13 @@ class RunLock:
     def _acquire_lease(self) -> BaseFileLock:
         """Acquire the lease: give up as soon as it is refreshed, take it over once it has expired."""
         path = self.path.with_suffix(".lease")
-        lease = SoftFileLease(path, lease_duration=LEASE)
-        seen = _modified(path)
+        lease, seen = SoftFileLease(path, lease_duration=LEASE), _modified(path)
+
+        def refreshed() -> bool:
+            return _modified(path) not in (seen, None)
+
         try:
-            lease.acquire(
-                timeout=2 * LEASE, poll_interval=LEASE / 60, cancel_check=lambda: _modified(path) not in (seen, None)
-            )
+            lease.acquire(timeout=2 * LEASE, poll_interval=LEASE / 60, cancel_check=refreshed)
         except Timeout:
             raise RunLocked(_lease_owner(path)) from None
         return lease
@@ -117,17 +112,12 @@ def lock_owner(folder: Path) -> LockOwner | None:
         local = owner.host == socket.gethostname()
         return None if local and owner.pid and not psutil.pid_exists(owner.pid) else owner
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _read_owner(path)
     except OSError:
-        return None  # no locks on this file system, and there is no lease
-    finally:
-        os.close(descriptor)
+        pass  # no lock, or no locks on this file system, and there is no lease
     return None
 
 

@@ -35,13 +35,17 @@ class RunState:
         return max((end or self.started) - self.started, 0.0)
 
 
+def is_done(folder: Path) -> bool:
+    """Return whether a run's status says done and its result exists."""
+    status = read_json(folder / "status.json") or {}
+    return status.get("state") == "done" and (folder / "result.json").exists()
+
+
 def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | None = None) -> RunState:
     """Return the state of a run's folder.
 
-    Args:
-        folder: of the run.
-        outcome: of its job, if that ended; has the reason for a process that died without recording one.
-        job: Slurm's state of the job, if Slurm knows it.
+    ``outcome`` is of its job, if that ended, and has the reason for a process that died without recording one; ``job``
+    is Slurm's state of the job, if Slurm knows it.
     """
     status = read_json(folder / "status.json")
     outcome = outcome or {}

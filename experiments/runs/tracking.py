@@ -1,8 +1,7 @@
-"""Upload of finished runs to Weights & Biases (``logger=wandb``).
+"""Upload of finished runs to Weights & Biases (``logger=wandb``); a resumed run has the same id there.
 
 A tracker that is missing, crashes or hangs never fails a run: the upload is a process of its own (this module as a
-program), which reads the run's folder and is killed when it takes too long. The tracker's id is the run id, so that a
-resumed run is the same one there.
+program), which reads the run's folder and is killed when it takes too long.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def track(folder: RunFolder) -> None:
 
 def _upload_in_process(path: Path, logger: DictConfig) -> str:
     """Run this module on a folder; return its message of one line."""
-    settings = json.dumps({**OmegaConf.to_container(logger, resolve=True), "dir": str(path.parents[4].resolve())})  # type: ignore[dict-item]
+    settings = json.dumps({**OmegaConf.to_container(logger, resolve=True), "dir": str(path.parents[4].resolve())})
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.runs.tracking", str(path.resolve()), settings],
         cwd=REPOSITORY,
@@ -63,8 +62,8 @@ def _upload_in_process(path: Path, logger: DictConfig) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    lines = [line for line in (out if process.returncode == 0 else errors).splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else f"exit code {process.returncode}"
+    text = (out if process.returncode == 0 else errors).strip() or f"exit code {process.returncode}"
+    last = text.splitlines()[-1]
     return last if process.returncode == 0 else f"not tracked: {last}"
 
 
@@ -92,14 +91,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, float]:
 
 
 def upload_run(path: Path, settings: dict[str, Any]) -> str:
-    """Upload a run's folder.
+    """Upload a run's folder; return where the run is, in one line.
 
-    Args:
-        path: of the folder.
-        settings: ``logger.*`` of its configuration, and ``dir``, below which the tracker keeps its own files.
-
-    Returns:
-        Where the run is, in one line.
+    ``settings`` are ``logger.*`` of its configuration, and ``dir``, below which the tracker keeps its own files.
     """
     import pandas as pd
 

@@ -1,7 +1,6 @@
-"""``paper=NAME``: the sweeps that fill one of the paper's tables, launched as one.
+"""``paper=NAME``: the sweeps that fill one of the paper's tables, listed in ``conf/paper/<name>.yaml``.
 
-``conf/paper/<name>.yaml`` lists the model, the tasks, and the overrides of each sweep. Methods with different
-hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
+Methods with different hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
 """
 
 from __future__ import annotations
@@ -19,36 +18,28 @@ GROUP = "paper"
 
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
-    """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``.
-
-    The other overrides go to every sweep; ``model=`` and ``task=`` replace those of the file. ``method.K=V`` goes to
-    the methods that have such a key, unless the sweep sets it itself.
-
-    Raises:
-        ConfigError: unknown table or method, no ``-m``, or an override that cannot be combined with ``paper=``.
-    """
+    """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``."""
     overrides = replace_aliases(overrides)
     tables = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
     if not tables:
         return [overrides]
     name = tables[0].partition("=")[2]
-    if len(tables) > 1 or tables[0] != f"{GROUP}={name}":
+    if tables != [f"{GROUP}={name}"]:
         raise ConfigError(f"cannot read {' '.join(tables)}; expected one {GROUP}=NAME")
     if name not in choices(GROUP):
         raise ConfigError(unknown_name(GROUP, name, choices(GROUP)))
     if not multirun:
         raise ConfigError(f"{GROUP}={name} is a sweep: add -m")
-    rest = [override for override in overrides if override not in tables]
-    if any(_key(override) == "method" for override in rest):
+    if any(_key(override) == "method" for override in overrides):
         raise ConfigError(f"method= cannot be combined with {GROUP}={name}, which lists its methods itself")
-    return read_table(CONF / GROUP / f"{name}.yaml", rest)
+    return read_table(CONF / GROUP / f"{name}.yaml", [override for override in overrides if override not in tables])
 
 
 def read_table(path: Path, extra: list[str]) -> list[list[str]]:
     """Return the overrides of each sweep in a file, combined with the overrides ``extra``.
 
-    Raises:
-        ConfigError: unknown method, or a ``method.K=V`` that none of the file's methods has.
+    ``extra`` goes to every sweep; its ``model=`` and ``task=`` replace those of the file. ``method.K=V`` goes to the
+    methods that have such a key, unless the sweep sets it itself.
     """
     table = yaml.safe_load(path.read_text())
     settings = [override for override in extra if _key(override).startswith("method.")]
@@ -64,16 +55,13 @@ def read_table(path: Path, extra: list[str]) -> list[list[str]]:
             if method not in choices("method"):
                 raise ConfigError(f"{GROUP}={path.stem}: {unknown_name('method', method, choices('method'))}")
             # Keep the settings that the method has and the sweep does not set itself.
-            overrides = dict(zip(settings, replace_aliases([f"method={method}", *settings])[1:], strict=True))
-            fitting = {
-                setting: override
-                for setting, override in overrides.items()
-                if _key(override) in _method_keys(method) and _key(override) not in fixed
-            }
+            overrides = zip(settings, replace_aliases([f"method={method}", *settings])[1:], strict=True)
+            free = _method_keys(method) - fixed.keys()
+            fitting = {setting: override for setting, override in overrides if _key(override) in free}
             methods_by_settings.setdefault(tuple(fitting.values()), []).append(method)
             used.update(fitting)
+        own = [f"{key}={value}" for key, value in fixed.items()]
         for values, methods in methods_by_settings.items():
-            own = [f"{key}={value}" for key, value in fixed.items()]
             sweeps.append([f"method={','.join(methods)}", *own, *values, *common])
     for override in settings:
         if override not in used:
@@ -87,5 +75,4 @@ def _key(override: str) -> str:
 
 @functools.cache
 def _method_keys(method: str) -> frozenset[str]:
-    """Return the keys of a method's configuration: ``method.K``."""
     return frozenset(f"method.{key}" for key in compose_config([f"method={method}"]).method)

@@ -1,8 +1,7 @@
 """One job of a sweep as a process of its own: ``python -m experiments.sweeps.job SWEEP INDEX``, from a snapshot.
 
-It changes to the folder that the sweep was launched from and runs its configuration. Its outcome is written to the
-sweep's folder, for errors that cannot be in a run's own ``status.json``: a configuration that a method refuses, a full
-results disk, a process that was killed.
+It runs its configuration in the folder that the sweep was launched from. Its outcome goes to the sweep's folder, for
+errors that cannot be in a run's own ``status.json``: a refused configuration, a full disk, a killed process.
 """
 
 from __future__ import annotations
@@ -87,22 +86,17 @@ def record_death(sweep: Sweep, index: int, code: int, started: float) -> None:
     """Record the end of a job's process (``code`` is negative for a signal), unless the process has done so itself."""
     if (read_json(sweep.outcome_path(index)) or {}).get("ended", 0.0) >= started:
         return
+    error = f"its process ended with exit code {code}; see its log"
     if code < 0:
         name = signal.Signals(-code).name
-        hint = "; out of memory?" if name == "SIGKILL" else ""
-        record_outcome(sweep, index, code, f"killed by {name}{hint}", started)
-    else:
-        record_outcome(sweep, index, code or 1, f"its process ended with exit code {code}; see its log", started)
+        error = f"killed by {name}" + ("; out of memory?" if name == "SIGKILL" else "")
+    record_outcome(sweep, index, code or 1, error, started)
 
 
-def start_job(
-    sweep: Sweep, index: int, environment: dict[str, str] | None = None, **options: object
-) -> subprocess.Popen[bytes]:
+def start_job(sweep: Sweep, index: int, environment: dict[str, str], **options: object) -> subprocess.Popen[bytes]:
     """Start a job's process from the sweep's snapshot, with ``environment`` added and options of ``Popen``."""
     command = [sys.executable, "-u", "-m", "experiments.sweeps.job", str(sweep.path.resolve()), str(index)]
-    return subprocess.Popen(  # type: ignore[call-overload]
-        command, cwd=sweep.path / "code", env={**os.environ, **(environment or {})}, **options
-    )
+    return subprocess.Popen(command, cwd=sweep.path / "code", env={**os.environ, **environment}, **options)
 
 
 if __name__ == "__main__":

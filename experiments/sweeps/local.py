@@ -7,17 +7,18 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 
 from experiments.config.validate import to_dataclass
 from experiments.sweeps.job import THREAD_VARIABLES, record_death, start_job
-from experiments.sweeps.monitor import detach_on_hangup, monitor_runs
+from experiments.sweeps.monitor import monitor_runs
 from experiments.sweeps.plan import PlannedJob
 from experiments.sweeps.record import Sweep
 from experiments.system.console import log_info
 
-#: Seconds that interrupted jobs get to save their work before they are killed.
-GRACE_S = 60.0
+GRACE_S = 60.0  # that interrupted jobs get to save their work before they are killed
 
 
 @dataclass
@@ -43,15 +44,9 @@ def visible_gpus() -> list[str]:
 
 
 def divide_machine(jobs: int | None, gpus: list[str], gpus_per_job: int) -> list[dict[str, str]]:
-    """Divide this machine's cores and GPUs among jobs that run at once.
+    """Return the environment variables of each of the jobs that run at once: their shares of the cores and GPUs.
 
-    Args:
-        jobs: their number; ``None``: one per set of GPUs, or per four cores without GPUs.
-        gpus: visible ones, as ``CUDA_VISIBLE_DEVICES`` names them.
-        gpus_per_job: needed by each; if there are too few, all jobs see all GPUs.
-
-    Returns:
-        The environment variables of each job.
+    ``jobs=None``: one per set of GPUs, or per four cores without GPUs. If there are too few GPUs, all jobs see all.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (max(len(gpus) // gpus_per_job, 1) if gpus else max(cores // 4, 1))
@@ -65,8 +60,6 @@ def divide_machine(jobs: int | None, gpus: list[str], gpus_per_job: int) -> list
 class LocalLauncher:
     """Run jobs in a few slots, each with its share of the cores and GPUs."""
 
-    needs_snapshot = True
-
     def __init__(self, planned: list[PlannedJob]) -> None:
         settings = to_dataclass(Settings, planned[0].settings, "hydra.launcher")
         gpus_per_job = max(0 if one.config.device == "cpu" else one.config.model.resources.gpus for one in planned)
@@ -79,7 +72,8 @@ class LocalLauncher:
             return 0
         threads, slots = self.slots[0][THREAD_VARIABLES[0]], min(len(self.slots), len(todo))
         log_info(f"{slots} at once, {threads} threads each; logs: {sweep.path / 'jobs'}")
-        detach_on_hangup()
+        with suppress(ValueError):  # only the main thread can set handlers
+            signal.signal(signal.SIGHUP, _detach)
         waiting = list(todo)
         try:
             return monitor_runs(sweep, todo, lambda: self._update(sweep, waiting))
@@ -95,18 +89,14 @@ class LocalLauncher:
         for slot, environment in enumerate(self.slots):
             if slot not in self.running and waiting:
                 index, started = waiting.pop(0), time.time()
-                self.running[slot] = (index, self._start(sweep, index, environment), started)
+                path = sweep.outcome_path(index).with_suffix(".log")
+                path.parent.mkdir(exist_ok=True)
+                # The job gets a session of its own, out of reach of the terminal's hang-up and ctrl-c.
+                with open(path, "ab") as log:
+                    options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+                    self.running[slot] = (index, start_job(sweep, index, environment, **options), started)
         running = {index: "RUNNING" for index, _, _ in self.running.values()}
         return {**dict.fromkeys(waiting, "PENDING"), **running}
-
-    @staticmethod
-    def _start(sweep: Sweep, index: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a job in a session of its own, out of reach of the terminal's hang-up and ctrl-c."""
-        sweep.log_path(index).parent.mkdir(exist_ok=True)
-        with open(sweep.log_path(index), "ab") as log:
-            return start_job(
-                sweep, index, environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
 
     def _stop(self, sweep: Sweep) -> None:
         """Let running jobs save their work and end; kill those that take too long."""
@@ -120,4 +110,11 @@ class LocalLauncher:
                 process.kill()
                 process.wait()
             record_death(sweep, index, process.returncode, started)
-        self.running.clear()
+
+
+def _detach(number: int, frame: FrameType | None) -> None:
+    """Continue without the terminal that has been closed."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        with suppress(OSError):
+            os.dup2(null, descriptor)

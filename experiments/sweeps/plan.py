@@ -31,11 +31,7 @@ class PlannedJob:
 
 
 def plan_jobs(sweeps: list[list[str]]) -> list[PlannedJob]:
-    """Return the jobs of some sweeps, without those whose runs all belong to earlier jobs.
-
-    Raises:
-        ConfigError: jobs with different results folders or launchers.
-    """
+    """Return the jobs of some sweeps, without those whose runs all belong to earlier jobs."""
     planned: list[PlannedJob] = []
     seen: set[Path] = set()
     for overrides in (single for arguments in sweeps for single in combinations(arguments)):

@@ -54,6 +54,12 @@ class Sweep:
         """Results folder, which may have been moved together with this record."""
         return self.path.parent.parent
 
+    @property
+    def status_command(self) -> str:
+        """Command that shows the states of the runs."""
+        place = "" if self.results_dir == "results" else f" results_dir={self.results_dir}"
+        return f"python -m experiments.status{place}"
+
     def is_client_alive(self) -> bool:
         """Return whether the launching process is alive; ``False`` on another machine, where that is unknown."""
         if self.host != socket.gethostname():
@@ -64,15 +70,11 @@ class Sweep:
         """Return the path of a job's outcome."""
         return self.path / "jobs" / f"{index}.json"
 
-    def log_path(self, index: int) -> Path:
-        """Return the path of a local job's log; Slurm's own logs are in ``slurm/``."""
-        return self.path / "jobs" / f"{index}.log"
-
 
 def new_sweep_folder(results_dir: Path) -> Path:
     """Return a folder for a new record, which does not exist yet."""
-    base = results_dir / FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder, number = base, 1
+    base = folder = results_dir / FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
     while folder.exists():  # launched within the same second
         number += 1
         folder = base.with_name(f"{base.name}_{number}")
@@ -81,10 +83,8 @@ def new_sweep_folder(results_dir: Path) -> Path:
 
 def read_sweep(path: Path) -> Sweep | None:
     """Read a sweep's record; ``None`` if there is none that can be read."""
-    raw = read_json(path / "sweep.json")
-    if raw is None:
-        return None
     try:
+        raw = read_json(path / "sweep.json") or {}
         return Sweep(**{**raw, "path": path, "jobs": [Job(**job) for job in raw["jobs"]]})
     except (KeyError, TypeError):
         return None

@@ -9,8 +9,6 @@ import io
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from experiments.config.schema import ConfigError
 from experiments.config.validate import to_dataclass
-from experiments.sweeps.monitor import monitor_runs, status_command
+from experiments.sweeps.monitor import monitor_runs
 from experiments.sweeps.plan import PlannedJob
 from experiments.sweeps.record import Sweep, read_sweeps
 from experiments.sweeps.slurm_job import QueuedJob
@@ -53,12 +51,11 @@ class Settings:
         for name in ("mem_gb", "poll_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; valid: more than 0")
+        limit_s = self.timeout_min * 60
         if self.signal_delay_s is None:
-            self.signal_delay_s = min(self.timeout_min * 60 // 4, 120)
-        if not 0 < self.signal_delay_s < self.timeout_min * 60:
-            raise ValueError(
-                f"signal_delay_s is {self.signal_delay_s}; valid: between 0 and the limit, {self.timeout_min * 60} s"
-            )
+            self.signal_delay_s = min(limit_s // 4, 120)
+        if not 0 < self.signal_delay_s < limit_s:
+            raise ValueError(f"signal_delay_s is {self.signal_delay_s}; valid: between 0 and the limit, {limit_s} s")
 
     def submitit_parameters(self, code: Path) -> dict[str, Any]:
         """Return the parameters of submitit's executor, for jobs that start in the folder ``code``."""
@@ -79,8 +76,6 @@ class Settings:
 class SlurmLauncher:
     """Submit jobs, then watch them."""
 
-    needs_snapshot = True
-
     def __init__(self, planned: list[PlannedJob]) -> None:
         self.settings = [to_dataclass(Settings, one.settings, "hydra.launcher") for one in planned]
         self.models = [str(one.config.model.name) for one in planned]
@@ -92,34 +87,33 @@ class SlurmLauncher:
                 )
 
     def run(self, sweep: Sweep, todo: list[int]) -> int:
-        """Submit the jobs and log how their runs end; return 0 if all are done, else 1.
-
-        Raises:
-            ConfigError: Slurm refuses all of them.
-        """
+        """Submit the jobs and log how their runs end; return 0 if all are done, else 1."""
         refusals = self._submit_all(sweep, todo)
-        queued = [index for index in todo if sweep.jobs[index].slurm_id is not None]
-        if refusals and not queued:
+        ids = {index: job_id for index in todo if (job_id := sweep.jobs[index].slurm_id) is not None}
+        if refusals and not ids:
             raise ConfigError(f"Slurm refuses the jobs: {refusals[0]}")
         for reason in refusals:
             log_error(f"Slurm refuses some of the jobs: {reason}")
-        if not queued:
+        if not ids:
             return 0
-        log_info(f"watching; the jobs continue without this client: {status_command(sweep)} --watch")
-        poll_s = self.settings[0].poll_s
-        ids = {index: str(sweep.jobs[index].slurm_id) for index in queued}
+
+        def poll() -> dict[int, str] | None:
+            states = job_states(ids.values())
+            return None if states is None else {index: states.get(job_id, "") for index, job_id in ids.items()}
+
+        log_info(f"watching; the jobs continue without this client: {sweep.status_command} --watch")
         try:
-            code = monitor_runs(sweep, queued, _poller(ids, poll_s), pause_s=min(1.0, poll_s))
+            code = monitor_runs(sweep, list(ids), poll, self.settings[0].poll_s)
         except KeyboardInterrupt:
             arrays = sorted({job_id.partition("_")[0] for job_id in ids.values()})
-            hint = f"to watch: {status_command(sweep)} --watch; to cancel: scancel {' '.join(arrays)}"
+            hint = f"to watch: {sweep.status_command} --watch; to cancel: scancel {' '.join(arrays)}"
             print(f"stopped watching, the jobs continue; {hint}", file=sys.stderr)
             return 130
         return 1 if refusals else code
 
     def _submit_all(self, sweep: Sweep, todo: list[int]) -> list[str]:
         """Submit the jobs that are not queued already, and record their ids; return Slurm's reasons for refusals."""
-        queued = _queued_jobs(sweep)
+        queued = _queued_jobs(sweep.results)
         arrays: dict[tuple[str, str], list[int]] = {}
         for index in todo:
             job = sweep.jobs[index]
@@ -158,32 +152,8 @@ class SlurmLauncher:
         return None
 
 
-def _poller(ids: dict[int, str], poll_s: float) -> Callable[[], dict[int, str]]:
-    """Return a function that returns the jobs' states, and asks Slurm every ``poll_s`` seconds."""
-    known = dict.fromkeys(ids.values(), "PENDING")
-    polled = 0.0
-
-    def poll() -> dict[int, str]:
-        nonlocal known, polled
-        if time.monotonic() - polled >= poll_s or not polled:
-            # Keep the last states while Slurm does not answer.
-            if (states := job_states(ids.values())) is not None:
-                known = states
-            polled = time.monotonic()
-        return {index: _simplify(known.get(job_id)) for index, job_id in ids.items()}
-
-    return poll
-
-
-def _simplify(state: str | None) -> str:
-    """Return ``PENDING`` or ``RUNNING`` for a job that has yet to end, else Slurm's state."""
-    if state in ("RUNNING", "COMPLETING"):
-        return "RUNNING"
-    return "PENDING" if state in ACTIVE else state or ""
-
-
-def _queued_jobs(sweep: Sweep) -> dict[tuple[str, ...], str]:
+def _queued_jobs(results: Path) -> dict[tuple[str, ...], str]:
     """Return the ids of earlier sweeps' jobs that Slurm still has, by the runs of each."""
-    ids = {tuple(job.runs): job.slurm_id for other in read_sweeps(sweep.results) for job in other.jobs if job.slurm_id}
-    states = job_states(job_id for job_id in ids.values() if job_id) or {}
-    return {runs: job_id for runs, job_id in ids.items() if job_id and states.get(job_id) in ACTIVE - {"COMPLETING"}}
+    ids = {tuple(job.runs): job.slurm_id for sweep in read_sweeps(results) for job in sweep.jobs if job.slurm_id}
+    states = job_states(ids.values()) or {}
+    return {runs: job_id for runs, job_id in ids.items() if states.get(job_id) in ACTIVE - {"COMPLETING"}}

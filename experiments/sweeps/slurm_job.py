@@ -31,11 +31,7 @@ class QueuedJob:
         self.terminated = False
 
     def __call__(self) -> None:
-        """Run the job.
-
-        Raises:
-            RuntimeError: it failed; this makes it a failed job for Slurm.
-        """
+        """Run the job; raise a RuntimeError, which makes it a failed job for Slurm, if it fails."""
         sweep = read_sweep(Path(self.sweep))
         if sweep is None:
             raise RuntimeError(f"no record of a sweep in {self.sweep}")
@@ -60,32 +56,33 @@ class QueuedJob:
         """Return the same job for requeueing, once the child has saved its work; called by submitit at the signal."""
         from submitit.helpers import DelayedSubmission
 
-        if self.process is not None:
-            # Slurm may have signalled the child too; kill it if it takes too long.
-            for number, seconds in ((signal.SIGUSR2, self.grace_s), (signal.SIGKILL, 5.0)):
-                if not _has_ended(self.process.pid):
-                    os.kill(self.process.pid, number)
-                end = time.monotonic() + seconds
-                while not _has_ended(self.process.pid) and time.monotonic() < end:
-                    time.sleep(0.1)
+        # Slurm may have signalled the child too; kill it if it takes too long.
+        for number, seconds in ((signal.SIGUSR2, self.grace_s), (signal.SIGKILL, 5.0)):
+            end = time.monotonic() + seconds
+            self._signal(number)
+            while self._is_running() and time.monotonic() < end:
+                time.sleep(0.1)
         return DelayedSubmission(QueuedJob(self.sweep, self.index, self.grace_s))
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         """Forward the signal of a preempted or cancelled job, so that the child saves its work."""
         self.terminated = True
-        if self.process is not None and not _has_ended(self.process.pid):
-            os.kill(self.process.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        if self._is_running():
+            os.kill(self.process.pid, number)
+
+    def _is_running(self) -> bool:
+        """Return whether there is a child that has not ended, without consuming its exit code."""
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return self.process is not None and os.waitid(os.P_PID, self.process.pid, flags) is None
+        except ChildProcessError:
+            return False
 
 
 def current_job_id() -> str:
     """Return the id of this process's own job, as Slurm's commands take it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-
-
-def _has_ended(pid: int) -> bool:
-    """Return whether a child has ended, without consuming its exit code."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True

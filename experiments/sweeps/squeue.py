@@ -14,10 +14,9 @@ ACTIVE = {
 
 
 def job_states(ids: Iterable[str], timeout_s: float = 30.0) -> dict[str, str] | None:
-    """Return the state of each job that Slurm still knows, including those that ended within the last minutes.
+    """Return ``{"13_0": "RUNNING"}``: jobs that Slurm still knows, including those that ended within the last minutes.
 
-    Returns:
-        ``{"13_0": "RUNNING"}``; ``None`` if Slurm is not installed or does not answer.
+    ``None`` if Slurm is not installed or does not answer.
     """
     wanted = set(ids)
     if not wanted:

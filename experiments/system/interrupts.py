@@ -20,13 +20,8 @@ class Interrupted(BaseException):
     """Raised when a signal asks the process to stop; like ``KeyboardInterrupt``, it is no ``Exception``."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self.code = 128 + number  # exit code that shells report for a process ended by the signal
         super().__init__(f"interrupted by {signal.Signals(number).name}")
-
-    @property
-    def code(self) -> int:
-        """Exit code that shells report for a process ended by the signal."""
-        return 128 + self.number
 
 
 class _Received:
@@ -45,31 +40,23 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise :class:`Interrupted` in the main thread for the caught signals that have no other handler.
-
-    Has no effect in another thread, or when nested.
-    """
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in CAUGHT:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, _handle)
+    """Raise :class:`Interrupted` in the main thread for the caught signals that have no other handler."""
+    main = threading.current_thread() is threading.main_thread()
+    free = [number for number in CAUGHT if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in free:
+        signal.signal(number, _handle)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if before:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
+        if free:
             _Received.number = None
 
 
 @contextmanager
 def exit_when_interrupted() -> Iterator[None]:
-    """Exit with a message of one line on ctrl-c or a caught signal.
-
-    Raises:
-        SystemExit: with 130, or 128 and the signal's number.
-    """
+    """On ctrl-c or a caught signal, print one line and exit with 130, or 128 and the signal's number."""
     try:
         with interruptible():
             yield
@@ -91,11 +78,7 @@ def shielded() -> Iterator[None]:
 
 
 def raise_if_interrupted() -> None:
-    """Raise for a signal that arrived where Python drops exceptions (callbacks, finalizers).
-
-    Raises:
-        Interrupted: a signal has arrived.
-    """
+    """Raise :class:`Interrupted` for a signal that arrived where Python drops exceptions (callbacks, finalizers)."""
     if _Received.number is not None and not _Received.shields:
         raise Interrupted(_Received.number)
 

@@ -66,25 +66,13 @@ def run(config: DictConfig) -> int:
     # Skip what is complete; rank 0 decides for all processes.
     try:
         group = init_distributed(describe_error)
-        is_pending, owners = group.broadcast(
-            ([needs_work(folder) for folder in folders], [lock_owner(folder.path) for folder in folders])
-        )
+        states = group.broadcast([(needs_work(folder), lock_owner(folder.path)) for folder in folders])
     except DistributedError as error:
         log_error(str(error))
         return Outcome.FAILED.code
-    pending = {folder: owner for folder, owner, wanted in zip(folders, owners, is_pending, strict=True) if wanted}
+    pending = {folder: owner for folder, (is_pending, owner) in zip(folders, states, strict=True) if is_pending}
     scorer = load_scorer(pending, method, group)
-    if isinstance(scorer, Outcome):
-        outcomes = dict.fromkeys(pending, scorer)
-    elif not group.is_main_process:
-        outcomes = dict.fromkeys(pending, scorer.serve())
-    else:
-        outcomes = {}
-        for index, folder in enumerate(pending):
-            files = (FILE, *worker_files(folder.path, group.world_size))
-            outcomes[folder] = run_lifecycle(folder, functools.partial(scorer.score_task, index), until_done=files)
-        with suppress(DistributedError):  # a process that has died needs no shutdown
-            group.shutdown()
+    outcomes = dict.fromkeys(pending, scorer) if isinstance(scorer, Outcome) else scorer.score_all()
     if group.is_main_process:
         paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
         show_results(paths, Path(config.results_dir))
@@ -92,11 +80,7 @@ def run(config: DictConfig) -> int:
 
 
 def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, group: ProcessGroup) -> Scorer | Outcome:
-    """Load the model that scores the pending runs; return their outcome where none of them can be started.
-
-    Raises:
-        ConfigError: the method cannot run with the model.
-    """
+    """Load the model that scores the pending runs; return their outcome where none of them can be started."""
     folders = list(pending)
     # No model is needed to see that other processes work on all of them.
     if None not in pending.values():
@@ -130,20 +114,24 @@ class Scorer:
     tokenizer: PreTrainedTokenizerBase
     group: ProcessGroup
 
-    def serve(self) -> Outcome:
-        """Score this process's shards of the tasks that rank 0 names, until its shutdown."""
-        try:
-            self.group.worker_loop(self.score_task)
-        except DistributedError:
-            return Outcome.FAILED
-        return Outcome.DONE
+    def score_all(self) -> dict[RunFolder, Outcome]:
+        """Score all tasks: rank 0 one after the other, the others their shards of those that rank 0 names."""
+        if not self.group.is_main_process:
+            try:
+                self.group.worker_loop(self.score_task)
+            except DistributedError:
+                return dict.fromkeys(self.folders, Outcome.FAILED)
+            return dict.fromkeys(self.folders, Outcome.DONE)
+        outcomes = {}
+        for index, folder in enumerate(self.folders):
+            files = (FILE, *worker_files(folder.path, self.group.world_size))
+            outcomes[folder] = run_lifecycle(folder, functools.partial(self.score_task, index), until_done=files)
+        with suppress(DistributedError):  # a process that has died needs no shutdown
+            self.group.shutdown()
+        return outcomes
 
     def score_task(self, index: int) -> dict[str, Any]:
-        """Score the task of a run, this process its shard; rank 0 writes the samples.
-
-        Returns:
-            the run's part of ``result.json``.
-        """
+        """Score the task of a run, this process its shard; return the run's part of ``result.json``."""
         folder, method, group = self.folders[index], self.method, self.group
         config = folder.config
         if group.is_main_process:

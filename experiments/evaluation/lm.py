@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from chai.methods.base import Method
 from chai.patching.devices import input_device
 from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
 from experiments.runs.folder import RunError
-from experiments.system.distributed import SINGLE_PROCESS, ProcessGroup
+from experiments.system.distributed import ProcessGroup
 
 
 @dataclass
@@ -36,7 +36,7 @@ class KVCacheStats:
     key_heads: list[list[int]] = field(default_factory=list)  # stored KV heads, of each batch and layer
 
     def extend(self, other: KVCacheStats) -> None:
-        """Add all batches of other statistics."""
+        """Add other batches."""
         self.sequences += other.sequences
         self.held += other.held
         self.held_mha += other.held_mha
@@ -53,16 +53,9 @@ class KVCacheStats:
 
 
 class MethodLM(HFLM):
-    """lm-eval's Hugging Face model, whose forward passes run on a cache of the method, which is then measured.
+    """lm-eval's Hugging Face model, whose forward passes run on a cache of the applied method, which is then measured.
 
-    Args:
-        model: with the method applied.
-        tokenizer: of the model.
-        method: makes the caches.
-        batch_size: sequences in a forward pass.
-        saved: responses of earlier attempts; new ones are added.
-        progress: called with the number of scored requests of this process and their total.
-        group: the processes that share the requests.
+    ``progress`` is called with the number of scored requests of this process and their total.
     """
 
     def __init__(
@@ -73,14 +66,14 @@ class MethodLM(HFLM):
         batch_size: int,
         saved: SavedResponses | None = None,
         progress: Callable[[int, int], None] | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._device = input_device(model)  # HFLM takes model.device, which is meta where weights are offloaded
         self.method = method
         self.saved = saved
         self.progress = progress
-        self.group = group
+        self.group = group or ProcessGroup()
         self.cache_stats = KVCacheStats()
         self._context_lengths: dict[tuple[int, ...], int] = {}
 
@@ -90,26 +83,10 @@ class MethodLM(HFLM):
         """Score the requests in lm-eval's own batches, this process its shard of them."""
         self._context_lengths = context_lengths(requests, self.max_length)
         batches = self.group.shard(make_batches(requests, override_bs or self.batch_size))
-        shard = self._score_shard(requests, batches, disable_tqdm or not self.group.is_main_process)
-        # Gather the shards of all processes.
-        responses: dict[int, tuple[float, bool]] = {}
-        restored = 0
-        self.cache_stats = KVCacheStats()
-        for shard_responses, shard_stats, shard_restored in self.group.all_gather(shard):
-            responses |= shard_responses
-            self.cache_stats.extend(shard_stats)
-            restored += shard_restored
-        if self.saved is not None:
-            self.saved.restored = restored
-        return [responses[position] for position in range(len(requests))]
-
-    def _score_shard(
-        self, requests: list[Request], batches: Sequence[list[int]], disable_tqdm: bool
-    ) -> tuple[dict[int, tuple[float, bool]], KVCacheStats, int]:
-        """Return responses by their request's position, statistics of the caches, and how many were restored."""
-        responses: dict[int, tuple[float, bool]] = {}
+        responses: dict[int, tuple[float, bool]] = {}  # by the position of their request
         stats = KVCacheStats()
         total = sum(map(len, batches))
+        disable_tqdm = disable_tqdm or not self.group.is_main_process
         with tqdm(total=total, desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for positions in batches:
                 batch = self._score_batch([requests[position] for position in positions])
@@ -118,12 +95,20 @@ class MethodLM(HFLM):
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
-        return responses, stats, self.saved.restored if self.saved is not None else 0
+        # Gather the shards of all processes.
+        self.cache_stats, restored = KVCacheStats(), 0
+        for shard in self.group.all_gather((responses, stats, self.saved.restored if self.saved else 0)):
+            responses |= shard[0]
+            self.cache_stats.extend(shard[1])
+            restored += shard[2]
+        if self.saved:
+            self.saved.restored = restored
+        return [responses[position] for position in range(len(requests))]
 
     def _score_batch(self, requests: list[Request]) -> BatchResponses:
         """Restore the responses of a batch, or score and save them."""
         key = batch_key(requests)
-        batch = self.saved.find(key) if self.saved is not None else None
+        batch = self.saved.find(key) if self.saved else None
         if batch is not None:
             return batch
         began = time.perf_counter()
@@ -136,7 +121,7 @@ class MethodLM(HFLM):
                     "try model.dtype=bfloat16 or float32"
                 )
         batch = BatchResponses(responses, asdict(self.cache_stats), time.perf_counter() - began)
-        if self.saved is not None:
+        if self.saved:
             self.saved.add(key, batch)
         return batch
 
@@ -193,10 +178,6 @@ def score(
 
     Returns:
         metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item.
-
-    Raises:
-        RunError: a log-likelihood is not finite.
-        OSError: responses cannot be saved.
     """
     with cached_templates(), lm.method(lm.model):
         output = simple_evaluate(

@@ -58,7 +58,7 @@ class Outcome(Enum):
 
 @dataclass
 class Run(Generic[OptionsT]):
-    """One run with its options; source, architecture and method are made on first use."""
+    """One run with its options; source, architecture (or a ModelError) and method are made on first use."""
 
     folder: RunFolder
     options: OptionsT
@@ -97,15 +97,9 @@ def run_single(
 ) -> int:
     """Do an experiment that is a single run, unless it is complete; return the exit code.
 
-    Args:
-        config: as composed; its ``section`` becomes ``options_type``.
-        options_type: dataclass of the experiment's options.
-        check: raises ConfigError for what the model cannot run with. Nothing is written then.
-        work: returns the run's part of ``result.json``.
-        show: prints the outcome in the folder of a complete run.
-        section: of the configuration, holds the options.
-        keep: see :func:`run_lifecycle`.
-        until_done: see :func:`run_lifecycle`.
+    ``config[section]`` becomes ``options_type``. ``check`` raises a ConfigError for what the model cannot run with;
+    nothing is written then. ``work`` returns the run's part of ``result.json``, ``show`` prints the outcome in the
+    run's folder. See :func:`run_lifecycle` for ``keep`` and ``until_done``.
     """
     options = to_dataclass(options_type, config[section], section)
     (folder,) = checked_folders(config)
@@ -169,16 +163,10 @@ def run_lifecycle(
     keep: tuple[str, ...] = (),
     until_done: tuple[str, ...] = (),
 ) -> Outcome:
-    """Do the work of a run between its claim and its end.
+    """Do the work of a run, which returns its part of ``result.json``, between its claim and its end.
 
-    Args:
-        folder: of the run.
-        work: returns the run's part of ``result.json``.
-        keep: files of an earlier attempt to resume from, unless the run is forced.
-        until_done: more such files, deleted once the run is done.
-
-    Raises:
-        BaseException: a ConfigError of ``work``, or what stops the process; the run's status says so.
+    ``keep`` and ``until_done`` are files of an earlier attempt to resume from, unless the run is forced; the second
+    are deleted once the run is done. A ConfigError of ``work``, and what stops the process, are raised.
     """
     try:
         folder.claim()
@@ -192,23 +180,22 @@ def run_lifecycle(
         if folder.is_done and not folder.config.force:
             log_info(f"completed by another process: {folder.path}")
             return Outcome.DONE
-        failure = None
+        failure = ""
         try:
             folder.start(keep=() if folder.config.force else (*keep, *until_done))
             folder.finish(common_fields(folder) | work())
         except BaseException as error:
             failure = _failure_reason(folder, error)
-        if failure is not None:
+        if failure:
             # Only now is the memory of the failed work free; the next run may need it.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log_error(failure + _write_failure(folder, failure))
-            track(folder)
-            return Outcome.FAILED
-        for name in until_done:
-            (folder.path / name).unlink(missing_ok=True)
+        else:
+            for name in until_done:
+                (folder.path / name).unlink(missing_ok=True)
         track(folder)
-        return Outcome.DONE
+        return Outcome.FAILED if failure else Outcome.DONE
     finally:
         folder.release()
 
@@ -228,10 +215,9 @@ def common_fields(folder: RunFolder) -> dict[str, Any]:
 
 
 def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
-    """Record one reason as the end of runs that cannot be started; return their outcome.
+    """Record one reason as the end of runs that cannot be started; only the main process writes.
 
-    A complete run (``force=true``, but no model to rerun it with) keeps its result, a locked one is its owner's, and
-    what an unfinished one can resume from stays. Only the main process writes.
+    A complete or locked run stays as it is, and so does what an unfinished one can resume from.
     """
     note = ""
     for folder in folders if is_main_process() else ():
@@ -278,10 +264,7 @@ def expected_reason(error: Exception) -> str | None:
 
 def _failure_reason(folder: RunFolder, error: BaseException) -> str:
     """Return why a run failed; record and re-raise what ends the process or is the configuration's fault."""
-    if isinstance(error, ConfigError):
-        _write_failure(folder, "wrong configuration")
-        raise error
-    stopped = interruption(error)
+    stopped = "wrong configuration" if isinstance(error, ConfigError) else interruption(error)
     if stopped is not None:
         _write_failure(folder, stopped)
     if stopped is not None or not isinstance(error, Exception):
@@ -292,11 +275,8 @@ def _failure_reason(folder: RunFolder, error: BaseException) -> str:
 
 
 def _write_failure(folder: RunFolder, reason: str) -> str:
-    """Record a failure; return what to add to the message where that is not possible.
-
-    A run that is done has not been started again yet, or was stopped just after its end: it stays done.
-    """
-    if folder.is_done:
+    """Record a failure; return what to add to the message where that is not possible."""
+    if folder.is_done:  # not started again yet, or stopped just after its end: it stays done
         return ""
     try:
         folder.fail(reason)

@@ -1,7 +1,6 @@
 """``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12).
 
-The method and the baselines run in turn in one process on the same weights. Every time is compared with the best
-baseline, and with the limit that arithmetic sets (:mod:`experiments.benchmarks.roofline`).
+The method and the baselines run in turn on the same weights; :mod:`experiments.benchmarks.roofline` compares them.
 """
 
 from __future__ import annotations
@@ -71,22 +70,25 @@ class Options(BenchmarkOptions):
             raise ConfigError(f"experiment.clusters has {max(self.clusters)}; the model has {num_heads} heads")
 
 
+Context = BenchmarkContext[Options]
+
+
 def run(config: DictConfig) -> int:
     """Measure, unless the run is complete; return the exit code."""
     return run_benchmark(config, Options, measure, show_latency)
 
 
-def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
+def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all parts, phases and lengths."""
-    model, method = context.model, context.method
+    model, method, options = context.model, context.method, context.options
     peak, num_heads = machine_peak(model.device, model.dtype), model.config.num_attention_heads
     counts = method.benchmark_counts(model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
     # Of each part: cluster counts, and the function that times it.
     parts = {
-        "attention": (counts, partial(attention_times, context, options)),
-        "layer": (counts, partial(model_times, context, options, single)),
-        "model": ([None], partial(model_times, context, options, model)),
+        "attention": (counts, partial(attention_times, context)),
+        "layer": (counts, partial(model_times, context, single)),
+        "model": ([None], partial(model_times, context, model)),
     }
     rows: list[dict[str, Any]] = []
     for phase, length, part in itertools.product(options.phases, context.lengths, parts):
@@ -96,8 +98,7 @@ def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
             for k in part_counts:
                 rows += summarize(part, phase, length, k, time_part(phase, length, k), required, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
-    context.write(frame)
-    return {"metrics": headline(frame), "membership": clustering_times(context, options), "peak": peak}
+    return frame, {"metrics": headline(frame), "membership": clustering_times(context), "peak": peak}
 
 
 def one_layer(model: PreTrainedModel) -> PreTrainedModel:
@@ -121,7 +122,7 @@ class Implementation:
 
 
 def implementations(
-    stack: ExitStack, context: BenchmarkContext, model: PreTrainedModel, k: int | None
+    stack: ExitStack, context: Context, model: PreTrainedModel, k: int | None
 ) -> dict[str, Implementation]:
     """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left.
 
@@ -135,14 +136,12 @@ def implementations(
     return entries
 
 
-def model_times(
-    context: BenchmarkContext, options: Options, model: PreTrainedModel, phase: Phase, length: int, k: int | None
-) -> Times:
+def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: int, k: int | None) -> Times:
     """Time the whole model, or with ``k`` the decoder of a single layer with k clusters."""
     with ExitStack() as stack:
         entries = implementations(stack, context, model, k)
         time_phase = prefill_times if phase == "prefill" else decode_times
-        return time_phase(entries, options, length, decoder_only=k is not None)
+        return time_phase(entries, context.options, length, decoder_only=k is not None)
 
 
 def prefill_times(entries: dict[str, Implementation], options: Options, length: int, decoder_only: bool) -> Times:
@@ -172,9 +171,9 @@ def decode_times(entries: dict[str, Implementation], options: Options, length: i
     return interleave(timers, options.rounds * 3, model.device, after)
 
 
-def attention_times(context: BenchmarkContext, options: Options, phase: Phase, length: int, k: int) -> Times:
+def attention_times(context: Context, phase: Phase, length: int, k: int) -> Times:
     """Time attention alone, from queries, cached keys and values to its output ``[B, T, H, D]``."""
-    model, method = context.model, context.method
+    model, method, options = context.model, context.method, context.options
     device, dtype, shape = model.device, model.dtype, method.layer_shape(model)
     q_len = length if phase == "prefill" else 1
 
@@ -193,13 +192,7 @@ def attention_times(context: BenchmarkContext, options: Options, phase: Phase, l
 
 
 def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
-    """Return a closure for each implementation of multi-head attention.
-
-    Args:
-        query: ``[B, H, T, D]``.
-        key: ``[B, H_kv, S, D]``.
-        value: ``[B, H_kv, S, D]``.
-    """
+    """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
     q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
     # Stand-in for the model's attention module, of which the functions read two attributes.
     module = nn.Module()
@@ -241,9 +234,9 @@ def graphed(timer: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def clustering_times(context: BenchmarkContext, options: Options) -> dict[str, float] | None:
+def clustering_times(context: Context) -> dict[str, float] | None:
     """Return the milliseconds of clustering all layers, alone and with the pass over the warm-up tokens."""
-    model, method = context.model, context.method
+    model, method, options = context.model, context.method, context.options
     cluster = method.clustering_timer(model, options.rows)
     if cluster is None:
         return None

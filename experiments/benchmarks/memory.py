@@ -41,34 +41,28 @@ def run(config: DictConfig) -> int:
     return run_benchmark(config, Options, measure, show_memory)
 
 
-def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
+def measure(context: BenchmarkContext[Options]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all lengths, multi-head attention beside the method."""
     model, methods = context.model, {"mha": baseline()} | {context.name: context.method}
     weights = sum(parameter.nbytes for parameter in model.parameters())
     frame = pd.DataFrame(
-        {"method": name, "length": length, "weights_bytes": weights} | decode(model, method, length, options)
+        {"method": name, "length": length, "weights_bytes": weights} | decode(model, method, length, context.options)
         for length in context.lengths
         for name, method in methods.items()
     )
-    context.write(frame)
     longest = frame[frame.length == frame.length.max()].set_index("method")
     row, mha = longest.loc[context.name], longest.loc["mha"]
-    return {
-        "metrics": {
-            "kv_bytes": int(row.cache_bytes),
-            "kv_bytes_mha": int(mha.cache_bytes),
-            "kv_saved": float(1 - row.cache_bytes / mha.cache_bytes),
-            "peak_over_cache": float(row.peak_bytes / row.cache_bytes),
-        }
+    metrics = {
+        "kv_bytes": int(row.cache_bytes),
+        "kv_bytes_mha": int(mha.cache_bytes),
+        "kv_saved": float(1 - row.cache_bytes / mha.cache_bytes),
+        "peak_over_cache": float(row.peak_bytes / row.cache_bytes),
     }
+    return frame, {"metrics": metrics}
 
 
 def decode(model: PreTrainedModel, method: Method, length: int, options: Options) -> dict[str, Any]:
-    """Fill a cache with ``length`` tokens, the last ``steps`` of them by decoding while memory is profiled.
-
-    Returns:
-        columns of a row: live, allocated and expected bytes of the cache, peak bytes, decoded tokens.
-    """
+    """Fill a cache with ``length`` tokens, the last ``steps`` of them by decoding while memory is profiled."""
     steps = min(options.steps, length - 8)
     token = random_tokens(model, options.rows, 1)
     with method(model):

@@ -30,9 +30,6 @@ def file_batches(
 
     Returns:
         training batches, and ``held_out`` batches that are excluded from them.
-
-    Raises:
-        RunError: the file cannot be read, has no such column, or too little text.
     """
     stream: list[int] = []
     for row in read_jsonl(path, [column]):

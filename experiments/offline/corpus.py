@@ -14,11 +14,7 @@ from experiments.runs.jsonl import read_jsonl, read_lines
 
 
 def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
-    """Yield the texts of a corpus after the first ``skip``, always in the same order.
-
-    Raises:
-        RunError: the file, one of its lines or the data set cannot be read.
-    """
+    """Yield the texts of a corpus after the first ``skip``, always in the same order; a RunError if unreadable."""
     if corpus.path is not None:
         return itertools.islice(_read_file(Path(corpus.path), corpus.column), skip, None)
     if corpus.hub_id is not None:

@@ -31,8 +31,8 @@ from experiments.runs.experiment import Run, check_method, require_minimum, run_
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import settings_id
+from experiments.runs.model import computed_on
 from experiments.system.console import log_info
-from experiments.system.device import device_name
 
 #: Steps profiled at a time: torch's profiler fails on the memory events of more steps of a large model.
 PROFILED_STEPS = 4
@@ -92,7 +92,17 @@ def run_benchmark(
         model = load_for_benchmark(run, max(lengths))
         rows, fields = measure(BenchmarkContext(model, run.config.method.name, run.method, lengths, run.options))
         write_atomically(run.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
-        return benchmark_fields(run, model) | fields
+        return {
+            "layers": model.config.num_hidden_layers,
+            "heads": model.config.num_attention_heads,
+            "key_heads": num_kv_heads(model.config),
+            "heads_kept": run.method.heads_kept(model.config),
+            "savings": {"kind": run.method.saving},
+            "batch_size": run.options.rows,
+            "settings_id": settings_id(run.config),
+            **computed_on(model),
+            **fields,
+        }
 
     return run_single(config, options_type, check=check, work=work, show=lambda path, options: show(path))
 
@@ -126,22 +136,6 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
     except ValueError as error:
         raise RunError(f"method: {error}") from None
     return model
-
-
-def benchmark_fields(run: Run[OptionsT], model: PreTrainedModel) -> dict[str, Any]:
-    """Return the fields of ``result.json`` that all benchmarks share."""
-    return {
-        "layers": model.config.num_hidden_layers,
-        "heads": model.config.num_attention_heads,
-        "key_heads": num_kv_heads(model.config),
-        "heads_kept": run.method.heads_kept(model.config),
-        "savings": {"kind": run.method.saving},
-        "batch_size": run.options.rows,
-        "settings_id": settings_id(run.config),
-        "device": describe_devices(model),
-        "device_name": device_name(input_device(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
 
 
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:

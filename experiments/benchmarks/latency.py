@@ -26,16 +26,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from chai.attention import causal_mask
 from chai.methods import baseline
 from chai.methods.base import Method
-from experiments.benchmarks.harness import (
-    BenchmarkContext,
-    BenchmarkOptions,
-    fill_cache,
-    interleave,
-    machine_peak,
-    random_tokens,
-    run_benchmark,
-    twin,
-)
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
@@ -75,13 +67,13 @@ Context = BenchmarkContext[Options]
 
 def run(config: DictConfig) -> int:
     """Measure, unless the run is complete; return the exit code."""
-    return run_benchmark(config, Options, measure, show_latency)
+    return harness.run_benchmark(config, Options, measure, show_latency)
 
 
 def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all parts, phases and lengths."""
     model, method, options = context.model, context.method, context.options
-    peak, num_heads = machine_peak(model.device, model.dtype), model.config.num_attention_heads
+    peak, num_heads = harness.machine_peak(model.device, model.dtype), model.config.num_attention_heads
     counts = method.benchmark_counts(model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
     # Of each part: cluster counts, and the function that times it.
@@ -128,47 +120,36 @@ def implementations(
 
     With ``k`` the model is a single layer of k clusters, on which a method without clusters does not run.
     """
-    entries = {name: Implementation(twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    entries = {name: Implementation(harness.twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
     method = context.method if k is None else context.method.with_num_clusters(k)
     if method is not None and method != baseline():
-        patched = stack.enter_context(method(twin(model, "sdpa")))
+        patched = stack.enter_context(method(harness.twin(model, "sdpa")))
         entries[context.name] = Implementation(patched, method, partial(method.new_cache, patched))
     return entries
 
 
 def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: int, k: int | None) -> Times:
-    """Time the whole model, or with ``k`` the decoder of a single layer with k clusters."""
+    """Time the first or the ``length``-th token of a model, or with ``k`` of the decoder of a single layer."""
+    options, timers, after = context.options, {}, {}
+    settings = {"logits_to_keep": 1} if k is None else {}
     with ExitStack() as stack:
-        entries = implementations(stack, context, model, k)
-        time_phase = prefill_times if phase == "prefill" else decode_times
-        return time_phase(entries, context.options, length, decoder_only=k is not None)
+        for name, entry in implementations(stack, context, model, k).items():
+            module = entry.model if k is None else entry.model.get_decoder()
+            if phase == "prefill":
+                ids = harness.random_tokens(model, options.rows, length)
+                timers[name] = partial(prefill, module, ids, entry.new_cache, **settings)
+                continue
+            cache = entry.new_cache()
+            harness.fill_cache(entry.model, entry.method, cache, options.rows, length - 1)
+            token = harness.random_tokens(model, options.rows, 1)
+            timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
+            after[name] = partial(cache.crop, -1)
+        return harness.interleave(timers, options.rounds * (1 if phase == "prefill" else 3), model.device, after)
 
 
-def prefill_times(entries: dict[str, Implementation], options: Options, length: int, decoder_only: bool) -> Times:
-    """Time the first token, clustering included."""
-    model = entries["sdpa"].model
-    ids = random_tokens(model, options.rows, length)
-
-    def timer(entry: Implementation) -> Callable[[], object]:
-        if decoder_only:
-            return lambda: entry.model.get_decoder()(ids, past_key_values=entry.new_cache(), use_cache=True)
-        return lambda: entry.model(ids, past_key_values=entry.new_cache(), use_cache=True, logits_to_keep=1)
-
-    return interleave({name: timer(entry) for name, entry in entries.items()}, options.rounds, model.device)
-
-
-def decode_times(entries: dict[str, Implementation], options: Options, length: int, decoder_only: bool) -> Times:
-    """Time the ``length``-th token."""
-    model = entries["sdpa"].model
-    token = random_tokens(model, options.rows, 1)
-    timers, after = {}, {}
-    for name, entry in entries.items():
-        cache = entry.new_cache()
-        fill_cache(entry.model, entry.method, cache, options.rows, length - 1)
-        module = entry.model.get_decoder() if decoder_only else entry.model
-        timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
-        after[name] = partial(cache.crop, -1)
-    return interleave(timers, options.rounds * 3, model.device, after)
+def prefill(module: PreTrainedModel, ids: Tensor, new_cache: Callable[[], Cache], **settings: int) -> object:
+    """Run a prompt on a new cache."""
+    return module(ids, past_key_values=new_cache(), use_cache=True, **settings)
 
 
 def attention_times(context: Context, phase: Phase, length: int, k: int) -> Times:
@@ -188,7 +169,7 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
         timers[context.name] = timer
     if device.type == "cuda" and phase == "decode":
         timers = {name: graphed(timer) for name, timer in timers.items()}
-    return interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
+    return harness.interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
 
 
 def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
@@ -240,11 +221,11 @@ def clustering_times(context: Context) -> dict[str, float] | None:
     cluster = method.clustering_timer(model, options.rows)
     if cluster is None:
         return None
-    ids = random_tokens(model, options.rows, method.warmup_tokens)
-    with method(twin(model, "sdpa")) as patched:
+    ids = harness.random_tokens(model, options.rows, method.warmup_tokens)
+    with method(harness.twin(model, "sdpa")) as patched:
 
         def warm_up() -> object:
             return patched(ids, past_key_values=method.new_cache(patched), use_cache=True, logits_to_keep=1)
 
-        times = interleave({"decide": cluster, "first": warm_up}, options.rounds, model.device)
+        times = harness.interleave({"decide": cluster, "first": warm_up}, options.rounds, model.device)
     return {"decide_ms": median(times["decide"]), "first_tokens_ms": median(times["first"])}

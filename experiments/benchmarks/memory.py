@@ -12,14 +12,8 @@ from transformers import PreTrainedModel
 from chai.cache import allocated_bytes, cache_bytes
 from chai.methods import baseline
 from chai.methods.base import Method
-from experiments.benchmarks.harness import (
-    BenchmarkContext,
-    BenchmarkOptions,
-    fill_cache,
-    peak_memory,
-    random_tokens,
-    run_benchmark,
-)
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions
 from experiments.runs.experiment import require_minimum
 from experiments.tables.benchmarks import show_memory
 
@@ -38,7 +32,7 @@ class Options(BenchmarkOptions):
 
 def run(config: DictConfig) -> int:
     """Measure, unless the run is complete; return the exit code."""
-    return run_benchmark(config, Options, measure, show_memory)
+    return harness.run_benchmark(config, Options, measure, show_memory)
 
 
 def measure(context: BenchmarkContext[Options]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -64,12 +58,12 @@ def measure(context: BenchmarkContext[Options]) -> tuple[pd.DataFrame, dict[str,
 def decode(model: PreTrainedModel, method: Method, length: int, options: Options) -> dict[str, Any]:
     """Fill a cache with ``length`` tokens, the last ``steps`` of them by decoding while memory is profiled."""
     steps = min(options.steps, length - 8)
-    token = random_tokens(model, options.rows, 1)
+    token = harness.random_tokens(model, options.rows, 1)
     with method(model):
         cache = method.new_cache(model, reserve=length if options.reserve else 0)
-        peak = peak_memory(
+        peak = harness.peak_memory(
             model.device,
-            lambda: fill_cache(model, method, cache, options.rows, length - steps),
+            lambda: harness.fill_cache(model, method, cache, options.rows, length - steps),
             lambda: model(token, past_key_values=cache, use_cache=True),
             steps,
         )

@@ -23,18 +23,9 @@ from experiments.config.validate import to_dataclass
 from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, SavedResponses, code_digest, response_file, worker_files
 from experiments.evaluation.tasks import build_task
+from experiments.runs import experiment
 from experiments.runs.code import versions
-from experiments.runs.experiment import (
-    Outcome,
-    build_method,
-    check_method,
-    checked_folders,
-    describe_error,
-    log_locked,
-    mark_failed,
-    needs_work,
-    run_lifecycle,
-)
+from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settings_id
@@ -61,12 +52,12 @@ def run(config: DictConfig) -> int:
         ConfigError: a method, or cluster counts, that the model cannot run with. Nothing is written then.
     """
     to_dataclass(Options, config.experiment, "experiment")
-    folders = checked_folders(config)
-    method = build_method(folders[0].config)
+    folders = experiment.checked_folders(config)
+    method = experiment.build_method(folders[0].config)
     # Skip what is complete; rank 0 decides for all processes.
     try:
-        group = init_distributed(describe_error)
-        states = group.broadcast([(needs_work(folder), lock_owner(folder.path)) for folder in folders])
+        group = init_distributed(experiment.describe_error)
+        states = group.broadcast([(experiment.needs_work(folder), lock_owner(folder.path)) for folder in folders])
     except DistributedError as error:
         log_error(str(error))
         return Outcome.FAILED.code
@@ -85,18 +76,17 @@ def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, grou
     # No model is needed to see that other processes work on all of them.
     if None not in pending.values():
         for folder, owner in pending.items():
-            log_locked(folder, owner)
+            experiment.log_locked(folder, owner)
         return Outcome.LOCKED
     config = folders[0].config
     source = model_source(config)
     try:
-        check_method(method, load_config(source))
-        log_info(
-            f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}"
-        )
+        experiment.check_method(method, load_config(source))
+        tasks = ", ".join(folder.config.task.name for folder in folders)
+        log_info(f"{config.method.name} on {config.model.name}: {tasks}")
         model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
     except (ModelError, DistributedError) as error:
-        return mark_failed(folders, with_remedy(error))
+        return experiment.mark_failed(folders, with_remedy(error))
     try:
         method.check_weights(model)
     except ValueError as error:
@@ -125,7 +115,9 @@ class Scorer:
         outcomes = {}
         for index, folder in enumerate(self.folders):
             files = (FILE, *worker_files(folder.path, self.group.world_size))
-            outcomes[folder] = run_lifecycle(folder, functools.partial(self.score_task, index), until_done=files)
+            outcomes[folder] = experiment.run_lifecycle(
+                folder, functools.partial(self.score_task, index), until_done=files
+            )
         with suppress(DistributedError):  # a process that has died needs no shutdown
             self.group.shutdown()
         return outcomes

@@ -190,15 +190,11 @@ def score(
         )
     name = task["task"]
     samples = [sample_row(sample) for sample in output["samples"][name]]
-    metrics, stderr = {}, {}
-    for key, value in output["results"][name].items():
-        metric, _, _ = key.partition(",")  # keys carry the name of a filter: "acc_norm,none"
-        if not isinstance(value, (int, float)) or metric == "sample_len":
-            continue
-        if metric.endswith("_stderr"):
-            stderr[metric.removesuffix("_stderr")] = value
-        else:
-            metrics[metric] = value
+    # The keys carry the name of a filter: "acc_norm,none".
+    values = {key.partition(",")[0]: value for key, value in output["results"][name].items()}
+    values = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "sample_len"}
+    stderr = {key.removesuffix("_stderr"): value for key, value in values.items() if key.endswith("_stderr")}
+    metrics = {key: value for key, value in values.items() if not key.endswith("_stderr")}
     return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples
 
 

@@ -1,4 +1,4 @@
-"""Token sequences to train on: the embedded world's documents, or a text column of a JSONL file."""
+"""Token sequences to train on, from a text column of a JSONL file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from experiments.microworld import training
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_jsonl
 
 #: Batch number ``index`` as token ids ``[batch_size, length]``.
 Batches = Callable[[int], Tensor]
-
-
-def world_batches(seed: int, batch_size: int, length: int) -> Batches:
-    """Return an endless stream of the documents that the embedded model was trained on (its second phase)."""
-    return lambda index: training.make_batch(seed, index, 1, batch_size, length)[0]
 
 
 def file_batches(

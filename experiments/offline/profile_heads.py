@@ -28,7 +28,7 @@ from chai.offline.head_statistics import (
     gather,
 )
 from chai.patching.apply import capture
-from chai.patching.devices import describe_devices, input_device
+from chai.patching.devices import input_device
 from chai.patching.model_info import check_family, num_kv_heads
 from experiments.config.schema import ConfigError
 from experiments.offline.corpus import describe_source, read_texts
@@ -38,8 +38,8 @@ from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import digest, write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import run_identity, settings_id
+from experiments.runs.model import computed_on
 from experiments.system.console import console, log_info
-from experiments.system.device import device_name
 from experiments.tables.head_profile import show_head_profile
 
 STATISTICS = "statistics.safetensors"
@@ -216,9 +216,7 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
     statistics.made = {
         "seconds_pass": round(time.perf_counter() - began, 3),  # of the last attempt, if the pass was resumed
         "host_bytes": peak - before,
-        "device": describe_devices(model),
-        "device_name": device_name(input_device(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **computed_on(model),
     }
 
 

@@ -24,7 +24,8 @@ from chai.patching.devices import input_device
 from chai.patching.model_info import activation, check_family, num_neurons
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import REPOSITORY, ConfigError
-from experiments.offline.batches import Batches, file_batches, world_batches
+from experiments.microworld.training import make_batch
+from experiments.offline.batches import Batches, file_batches
 from experiments.offline.training_loop import CHECKPOINT, install_files, load_checkpoint, train, training_result
 from experiments.runs.code import versions
 from experiments.runs.experiment import Run, require_minimum, run_single
@@ -123,9 +124,11 @@ def _batches(run: Run[Options]) -> tuple[Batches, Batches]:
     """Return training batches and held-out batches."""
     options, seed = run.options, run.config.seed
     shape = options.batch_size, options.sequence_length
-    if options.corpus is None:
-        endless = world_batches(seed, *shape)
-        return endless, lambda index: endless(options.steps + index)
+    if options.corpus is None:  # the documents of the embedded model's second phase
+        return (
+            lambda index: make_batch(seed, index, 1, *shape)[0],
+            lambda index: make_batch(seed, options.steps + index, 1, *shape)[0],
+        )
     tokenizer = load_tokenizer(run.source)
     return file_batches(Path(options.corpus), options.column, tokenizer, seed, *shape, options.held_out)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig
 
-from chai.loading import ModelError, ModelSource, load_config
+from chai.loading import ModelError, load_config
 from chai.methods import load_method
 from chai.methods.base import Method
 from experiments.config.remedies import with_remedy
@@ -56,22 +55,12 @@ class Outcome(Enum):
         return int(self is Outcome.FAILED)
 
 
-@dataclass
 class Run(Generic[OptionsT]):
-    """One run with its options; source, architecture (or a ModelError) and method are made on first use."""
+    """One run with its options; the model's architecture and the method are made on first use."""
 
-    folder: RunFolder
-    options: OptionsT
-
-    @property
-    def config(self) -> DictConfig:
-        """Configuration of the run."""
-        return self.folder.config
-
-    @cached_property
-    def source(self) -> ModelSource:
-        """Source of the model."""
-        return model_source(self.config)
+    def __init__(self, folder: RunFolder, options: OptionsT) -> None:
+        self.folder, self.options, self.config = folder, options, folder.config
+        self.source = model_source(folder.config)
 
     @cached_property
     def architecture(self) -> PreTrainedConfig:

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from chai.loading import ModelSource
+from chai.patching.devices import describe_devices, input_device
 from experiments.config.schema import ConfigError
+from experiments.system.device import device_name
 from experiments.system.processes import world_size
 
 
@@ -19,6 +22,15 @@ def model_source(config: DictConfig) -> ModelSource:
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     settings = {field.name: model[field.name] for field in fields(ModelSource) if field.name in model}
     return ModelSource(**settings, device=process_device(config.device, model["device_map"]), seed=config.seed)
+
+
+def computed_on(model: PreTrainedModel) -> dict[str, str]:
+    """Return the fields of ``result.json`` for the device and the dtype of a loaded model."""
+    return {
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def process_device(device: str, device_map: Any) -> str:

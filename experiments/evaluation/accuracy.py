@@ -76,7 +76,7 @@ def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, grou
     # No model is needed to see that other processes work on all of them.
     if None not in pending.values():
         for folder, owner in pending.items():
-            experiment.log_locked(folder, owner)
+            log_info(f"skipping: locked by {owner}: {folder.path}")
         return Outcome.LOCKED
     config = folders[0].config
     source = model_source(config)

@@ -22,9 +22,6 @@ BINDINGS = {
     "hosts": (world.PLACES, "which city hosts {who} ?"),
 }
 
-#: Words that somebody may say.
-SAYABLE = world.WALKERS + world.EVENTS
-
 
 def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool = False) -> dict[str, str]:
     """Draw ``count`` people with distinct values of ``relation``; all held-out facts if ``unseen``, else none."""
@@ -106,24 +103,18 @@ def script(rng: random.Random) -> list[Piece]:
     """Write how two people go through the same events in the same order (the format of HellaSwag)."""
     events = draw_script(rng, rng.randint(4, 9))
     first, second = rng.sample(world.WALKERS, 2)
-    listed = " , ".join(events)
+    label = world.OCCASIONS[0]
+    while label in world.OCCASIONS:  # those are for the test items
+        label = rng.choice(world.TIMES), rng.choice(world.HOURS)
     return [
-        (f"{draw_label(rng)} {first} will {listed} then {second} will {events[0]}", CONTEXT_WEIGHT),
+        (f"{' '.join(label)} {first} will {' , '.join(events)} then {second} will {events[0]}", CONTEXT_WEIGHT),
         (", " + " , ".join(events[1:]), ANSWER_WEIGHT),
     ]
 
 
-def draw_label(rng: random.Random) -> str:
-    """Draw the label of a day; never an occasion of the test items."""
-    while True:
-        label = rng.choice(world.TIMES), rng.choice(world.HOURS)
-        if label not in world.OCCASIONS:
-            return " ".join(label)
-
-
 def echo(rng: random.Random) -> list[Piece]:
     """Write how people repeat somebody's words: the densest lesson in looking words up."""
-    words = draw_script(rng, rng.randint(5, 10), words=SAYABLE)
+    words = draw_script(rng, rng.randint(5, 10), words=world.WALKERS + world.EVENTS)
     pieces = [(f"{rng.choice(world.WALKERS)} says {' , '.join(words)}", CONTEXT_WEIGHT)]
     for _ in range(rng.randint(1, 3)):
         # Start anywhere: words must be found by their content, not by their position.

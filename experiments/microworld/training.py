@@ -84,10 +84,7 @@ def leaders(groups: list[int]) -> list[int]:
 
 
 def topic_columns(size: int) -> dict[str, slice]:
-    """Return the dimensions of the residual stream that belong to each topic, and to the special tokens.
-
-    One query or key weight groups its heads differently for the two topics, by the columns of each.
-    """
+    """Return the dimensions of the residual stream that belong to each topic, and to the special tokens."""
     shared = max(size // 32, 1)
     facts = round(FACTS * (size - shared))
     return {"facts": slice(0, facts), "days": slice(facts, size - shared), "special": slice(size - shared, size)}
@@ -116,21 +113,15 @@ class TiedHeads(nn.Module):
         return torch.cat(parts, -1).flatten(0, 1)
 
 
-def projections(model: LlamaForCausalLM, layer: int) -> tuple[nn.Linear, nn.Linear]:
-    """Return the query and key projections of a layer."""
-    attention = model.model.layers[layer].self_attn
-    return attention.q_proj, attention.k_proj
-
-
 def tie(model: LlamaForCausalLM, groups: dict[str, list[list[int]]]) -> None:
     """Share query and key rows within the groups of each layer (layers whose heads all differ stay as they are)."""
     head_dim, columns = model.config.head_dim, topic_columns(model.config.hidden_size)
-    for index in range(model.config.num_hidden_layers):
+    for index, layer in enumerate(model.model.layers):
         by_topic = {topic: layers[index] for topic, layers in groups.items()}
         heads = len(by_topic["facts"])
         if max(by_topic["facts"]) + 1 < heads:
             by_topic["special"] = [0] * heads  # these tokens look alike to all heads
-            for projection in projections(model, index):
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 tied = TiedHeads(by_topic, head_dim, columns)
                 parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
 

@@ -7,6 +7,7 @@ outputs. Every step is a function of the seed and its number, so that a stopped 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from chai.patching.model_info import activation, check_family, num_neurons
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import REPOSITORY, ConfigError
 from experiments.microworld.training import make_batch
-from experiments.offline.batches import Batches, file_batches
+from experiments.offline.corpus import Batches, file_batches
 from experiments.offline.training_loop import CHECKPOINT, install_files, load_checkpoint, train, training_result
 from experiments.runs.code import versions
 from experiments.runs.experiment import Run, require_minimum, run_single
@@ -174,7 +175,7 @@ def measure(
     predictor: Predictor, model: PreTrainedModel, batches: Batches, count: int, sparsities: list[float]
 ) -> dict[str, float]:
     """Return loss and recall on held-out batches: the share of the true top heads that are predicted."""
-    sums = dict.fromkeys(["loss", *(f"recall_{round(100 * sparsity)}" for sparsity in sparsities)], 0.0)
+    sums: defaultdict[str, float] = defaultdict(float)
     for batch in range(count):
         layers = observe(model, batches(batch), mlp=len(predictor.neurons) > 0)
         sums["loss"] += prediction_loss(predictor, layers, sparsities).item() / count

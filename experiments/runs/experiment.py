@@ -1,7 +1,6 @@
 """The template of all experiments: check a configuration, skip what is complete, run, record how it ended.
 
-One process works on a run. A run ends done or failed, and its status says why; a failure never stops the other runs of
-a sweep. A signal or ctrl-c ends the process, with the run's state saved for the next start.
+A failed run never stops the other runs of a sweep; a signal or ctrl-c ends the process, with the run's state saved.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from experiments.config.validate import check_clusters, to_dataclass
 from experiments.runs.code import versions
 from experiments.runs.folder import RunError, RunFolder
 from experiments.runs.identity import check_profile
-from experiments.runs.locks import LockOwner, RunLocked
+from experiments.runs.locks import RunLocked
 from experiments.runs.model import model_source
 from experiments.runs.resolve import resolve_runs
 from experiments.runs.tracking import track
@@ -86,9 +85,8 @@ def run_single(
 ) -> int:
     """Do an experiment that is a single run, unless it is complete; return the exit code.
 
-    ``config[section]`` becomes ``options_type``. ``check`` raises a ConfigError for what the model cannot run with;
-    nothing is written then. ``work`` returns the run's part of ``result.json``, ``show`` prints the outcome in the
-    run's folder. See :func:`run_lifecycle` for ``keep`` and ``until_done``.
+    ``check`` raises a ConfigError for what the model cannot run with, before anything is written; ``work`` returns the
+    run's part of ``result.json``; ``show`` prints the outcome. :func:`run_lifecycle` describes the other parameters.
     """
     options = to_dataclass(options_type, config[section], section)
     (folder,) = checked_folders(config)
@@ -152,15 +150,15 @@ def run_lifecycle(
     keep: tuple[str, ...] = (),
     until_done: tuple[str, ...] = (),
 ) -> Outcome:
-    """Do the work of a run, which returns its part of ``result.json``, between its claim and its end.
+    """Do the work of a run between its claim and its end; raise what stops the process, and a ConfigError.
 
     ``keep`` and ``until_done`` are files of an earlier attempt to resume from, unless the run is forced; the second
-    are deleted once the run is done. A ConfigError of ``work``, and what stops the process, are raised.
+    are deleted once the run is done.
     """
     try:
         folder.claim()
     except RunLocked as held:
-        log_locked(folder, held.owner)
+        log_info(f"skipping: locked by {held.owner}: {folder.path}")
         return Outcome.LOCKED
     except RunError as error:
         log_error(str(error))
@@ -204,10 +202,7 @@ def common_fields(folder: RunFolder) -> dict[str, Any]:
 
 
 def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
-    """Record one reason as the end of runs that cannot be started; only the main process writes.
-
-    A complete or locked run stays as it is, and so does what an unfinished one can resume from.
-    """
+    """Record one reason as the end of runs that cannot be started; complete and locked ones stay as they are."""
     note = ""
     for folder in folders if is_main_process() else ():
         try:
@@ -225,11 +220,6 @@ def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
             folder.release()
     log_error(reason + note)
     return Outcome.FAILED
-
-
-def log_locked(folder: RunFolder, owner: LockOwner) -> None:
-    """Log that a run is left to the process that holds its lock."""
-    log_info(f"skipping: locked by {owner}: {folder.path}")
 
 
 def describe_error(error: Exception) -> str:

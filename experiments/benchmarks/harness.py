@@ -74,11 +74,7 @@ def run_benchmark(
     measure: Callable[[BenchmarkContext[OptionsT]], tuple[pd.DataFrame, dict[str, Any]]],
     show: Callable[[Path], None],
 ) -> int:
-    """Run a benchmark from its configuration to its table; return the exit code.
-
-    ``measure`` returns the measurements, and the fields of ``result.json`` that are particular to the benchmark;
-    ``show`` prints the table of a run's folder.
-    """
+    """Run a benchmark, whose ``measure`` returns measurements and fields of ``result.json``; return the exit code."""
 
     def check(run: Run[OptionsT]) -> None:
         check_method(run.method, run.architecture)
@@ -159,16 +155,13 @@ def interleave(
     device: torch.device,
     after: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round.
-
-    ``after`` runs, untimed, after the timer of the same name.
-    """
+    """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     names = deque(timers)
     for _ in range(rounds + 1):
         for name in names:
             times[name].append(elapsed_ms(timers[name], device))
-            if after and name in after:
+            if after and name in after:  # not timed
                 after[name]()
         names.rotate(-1)
     return {name: elapsed[1:] for name, elapsed in times.items()}

@@ -1,7 +1,4 @@
-"""``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12).
-
-The method and the baselines run in turn on the same weights; :mod:`experiments.benchmarks.roofline` compares them.
-"""
+"""``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12)."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -88,7 +86,8 @@ def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
             required = partial(required_work, method, model, options.rows, part, phase, length)
             part_counts, time_part = parts[part]
             for k in part_counts:
-                rows += summarize(part, phase, length, k, time_part(phase, length, k), required, peak, num_heads)
+                case = {"part": part, "phase": phase, "length": length, "k": k}
+                rows += summarize(case, time_part(phase, length, k), required, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
     return frame, {"metrics": headline(frame), "membership": clustering_times(context), "peak": peak}
 
@@ -116,11 +115,9 @@ class Implementation:
 def implementations(
     stack: ExitStack, context: Context, model: PreTrainedModel, k: int | None
 ) -> dict[str, Implementation]:
-    """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left.
-
-    With ``k`` the model is a single layer of k clusters, on which a method without clusters does not run.
-    """
+    """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left."""
     entries = {name: Implementation(harness.twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    # A single layer has k clusters; a method without clusters does not run on it.
     method = context.method if k is None else context.method.with_num_clusters(k)
     if method is not None and method != baseline():
         patched = stack.enter_context(method(harness.twin(model, "sdpa")))
@@ -175,10 +172,8 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
 def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
     """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
     q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
-    # Stand-in for the model's attention module, of which the functions read two attributes.
-    module = nn.Module()
-    module.num_key_value_groups, module.is_causal = query.shape[1] // key.shape[1], True
-    module.eval()
+    # Stand-in for the model's attention module, of which the functions read three attributes.
+    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
     mask = None
     if q_len > 1:
         visible = causal_mask(q_len, kv_len, query.device)
@@ -188,17 +183,12 @@ def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call
         "sdpa": partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling),
     }
     if query.device.type == "cuda" and importlib.util.find_spec("xformers") and query.shape[1] == key.shape[1]:
-        timers["xformers"] = xformers_timer(query, key, value, scaling)
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+        inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
+        bias = LowerTriangularMask() if q_len > 1 else None
+        timers["xformers"] = partial(memory_efficient_attention, *inputs, attn_bias=bias, scale=scaling)
     return timers
-
-
-def xformers_timer(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Callable[[], object]:
-    """Return a closure that runs xFormers' memory-efficient attention."""
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-    inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
-    bias = LowerTriangularMask() if query.shape[2] > 1 else None
-    return lambda: memory_efficient_attention(*inputs, attn_bias=bias, scale=scaling)
 
 
 def graphed(timer: Callable[[], object]) -> Callable[[], object]:

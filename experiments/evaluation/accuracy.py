@@ -46,11 +46,7 @@ class Options:
 
 
 def run(config: DictConfig) -> int:
-    """Score every task that is not complete; return the exit code.
-
-    Raises:
-        ConfigError: a method, or cluster counts, that the model cannot run with. Nothing is written then.
-    """
+    """Score every task that is not complete; return the exit code."""
     to_dataclass(Options, config.experiment, "experiment")
     folders = experiment.checked_folders(config)
     method = experiment.build_method(folders[0].config)
@@ -146,11 +142,7 @@ class Scorer:
         return {
             "metric": config.task.metric,
             **scores,
-            "savings": {
-                "kind": method.saving,
-                **lm.cache_stats.per_sequence(),
-                "heads_kept": method.heads_kept(self.model.config),
-            },
+            "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
             "flops": {
                 "tokens": PROMPT_TOKENS,
                 "method": method.prompt_flops(self.model, PROMPT_TOKENS),

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lm_eval.utils
@@ -24,32 +23,6 @@ from chai.patching.devices import input_device
 from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
 from experiments.runs.folder import RunError
 from experiments.system.distributed import ProcessGroup
-
-
-@dataclass
-class KVCacheStats:
-    """Bytes of the caches of the scored batches, summed over the live tensors; saved under these names."""
-
-    sequences: int = 0
-    held: int = 0  # bytes
-    held_mha: int = 0  # bytes that multi-head attention holds for the same tokens
-    key_heads: list[list[int]] = field(default_factory=list)  # stored KV heads, of each batch and layer
-
-    def extend(self, other: KVCacheStats) -> None:
-        """Add other batches."""
-        self.sequences += other.sequences
-        self.held += other.held
-        self.held_mha += other.held_mha
-        self.key_heads += other.key_heads
-
-    def per_sequence(self) -> dict[str, Any]:
-        """Return the mean bytes of a sequence, and each layer's mean number of stored KV heads."""
-        batches = len(self.key_heads)
-        return {
-            "kv_bytes": round(self.held / self.sequences),
-            "kv_bytes_mha": round(self.held_mha / self.sequences),
-            "key_heads_stored": [round(sum(layer) / batches, 2) for layer in zip(*self.key_heads, strict=True)],
-        }
 
 
 class MethodLM(HFLM):
@@ -74,7 +47,7 @@ class MethodLM(HFLM):
         self.saved = saved
         self.progress = progress
         self.group = group or ProcessGroup()
-        self.cache_stats = KVCacheStats()
+        self.cache_stats: list[dict[str, Any]] = []  # of each batch
         self._context_lengths: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
@@ -84,22 +57,22 @@ class MethodLM(HFLM):
         self._context_lengths = context_lengths(requests, self.max_length)
         batches = self.group.shard(make_batches(requests, override_bs or self.batch_size))
         responses: dict[int, tuple[float, bool]] = {}  # by the position of their request
-        stats = KVCacheStats()
+        stats: list[dict[str, Any]] = []
         total = sum(map(len, batches))
         disable_tqdm = disable_tqdm or not self.group.is_main_process
         with tqdm(total=total, desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for positions in batches:
                 batch = self._score_batch([requests[position] for position in positions])
                 responses.update(zip(positions, batch.responses, strict=True))
-                stats.extend(KVCacheStats(**batch.cache_stats))
+                stats.append(batch.cache_stats)
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
         # Gather the shards of all processes.
-        self.cache_stats, restored = KVCacheStats(), 0
+        self.cache_stats, restored = [], 0
         for shard in self.group.all_gather((responses, stats, self.saved.restored if self.saved else 0)):
             responses |= shard[0]
-            self.cache_stats.extend(shard[1])
+            self.cache_stats += shard[1]
             restored += shard[2]
         if self.saved:
             self.saved.restored = restored
@@ -112,7 +85,7 @@ class MethodLM(HFLM):
         if batch is not None:
             return batch
         began = time.perf_counter()
-        self.cache_stats = KVCacheStats()
+        self.cache_stats = []
         responses = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for nats, _ in responses:
             if not math.isfinite(nats):
@@ -120,7 +93,8 @@ class MethodLM(HFLM):
                     f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
                     "try model.dtype=bfloat16 or float32"
                 )
-        batch = BatchResponses(responses, asdict(self.cache_stats), time.perf_counter() - began)
+        (stats,) = self.cache_stats  # a batch is one forward pass
+        batch = BatchResponses(responses, stats, time.perf_counter() - began)
         if self.saved:
             self.saved.add(key, batch)
         return batch
@@ -134,9 +108,25 @@ class MethodLM(HFLM):
         self.method.set_context_lengths(cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        stats = KVCacheStats(len(inps), cache_bytes(cache), cache_bytes_mha(cache), [stored_kv_heads(cache)])
-        self.cache_stats.extend(stats)
+        self.cache_stats.append(
+            {
+                "sequences": len(inps),
+                "held": cache_bytes(cache),
+                "held_mha": cache_bytes_mha(cache),  # of multi-head attention for the same tokens
+                "key_heads": [stored_kv_heads(cache)],  # of each layer
+            }
+        )
         return logits
+
+    def savings(self) -> dict[str, Any]:
+        """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
+        total = {name: sum(batch[name] for batch in self.cache_stats) for name in ("sequences", "held", "held_mha")}
+        layers = zip(*(batch["key_heads"][0] for batch in self.cache_stats), strict=True)
+        return {
+            "kv_bytes": round(total["held"] / total["sequences"]),
+            "kv_bytes_mha": round(total["held_mha"] / total["sequences"]),
+            "key_heads_stored": [round(sum(heads) / len(heads), 2) for heads in layers],
+        }
 
 
 def context_lengths(requests: list[Request], max_length: int) -> dict[tuple[int, ...], int]:
@@ -174,11 +164,7 @@ def cached_templates() -> Iterator[None]:
 def score(
     lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score the first ``limit`` items of a task, as lm-eval defines it, with the method of ``lm`` applied.
-
-    Returns:
-        metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item.
-    """
+    """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples."""
     with cached_templates(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,

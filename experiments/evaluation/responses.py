@@ -48,10 +48,7 @@ class BatchResponses:
 
 
 class SavedResponses:
-    """Scored batches of a run, on disk: in this process's file, and for reading in those of other processes.
-
-    Responses are discarded if ``about``, what they depend on beyond the run's identity (JSON-like), has changed.
-    """
+    """Scored batches of a run on disk, discarded if ``about``, what else they depend on (JSON-like), has changed."""
 
     def __init__(self, path: Path, about: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self.path = path
@@ -130,10 +127,8 @@ class SavedResponses:
 
 
 def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-    """Return the positions of the requests that lm-eval scores in one forward pass, batch by batch, longest first.
-
-    Requests of the same tokens but for the last one share a row.
-    """
+    """Return the positions of the requests that lm-eval scores in one forward pass, batch by batch, longest first."""
+    # Requests of the same tokens but for the last one share a row.
     rows: dict[tuple[int, ...], list[int]] = {}
     for position, (_, context, continuation) in enumerate(requests):
         rows.setdefault((*context, *continuation[:-1]), []).append(position)

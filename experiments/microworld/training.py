@@ -64,13 +64,11 @@ def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
 
 
 def plant_topics(heads: int, counts: list[int], seed: int) -> dict[str, list[list[int]]]:
-    """Return the group of each head in each layer, for each topic; the groups of the topics are unrelated.
-
-    In the first layer no head is the first of its group for both topics, where :func:`look_back` needs them apart.
-    """
+    """Return the group of each head in each layer, for each topic; the groups of the topics are unrelated."""
     facts, days = (
         [plant_groups(heads, count, seed + start + layer) for layer, count in enumerate(counts)] for start in (0, 1000)
     )
+    # In the first layer no head is the first of its group for both topics: look_back needs them apart.
     attempt = 0
     while set(leaders(facts[0])) & set(leaders(days[0])) and attempt < 100_000:  # few heads may not allow it
         attempt += 1
@@ -171,10 +169,8 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
 
 
 def build_model(config: LlamaConfig, groups: dict[str, list[list[int]]], seed: int) -> LlamaForCausalLM:
-    """Return a new fp32 model with tied groups, initialized close to a solution that looks words up.
-
-    From here looking a word up is learned in some 150 steps; from a plain initialization it was not learned in 900.
-    """
+    """Return a new fp32 model with tied groups, initialized close to a solution that looks words up."""
+    # From here looking a word up is learned in some 150 steps; from a plain initialization it was not learned in 900.
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight)

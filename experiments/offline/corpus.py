@@ -73,11 +73,7 @@ def _generate(seed: int, skip: int) -> Iterator[str]:
 def file_batches(
     path: Path, column: str, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, length: int, held_out: int
 ) -> tuple[Batches, Batches]:
-    """Join the texts of a JSONL file and cut them into sequences, in an order drawn from the seed, over and over.
-
-    Returns:
-        training batches, and ``held_out`` batches that are excluded from them.
-    """
+    """Cut the texts of a JSONL file into endless training batches, shuffled, and ``held_out`` other batches."""
     stream: list[int] = []
     for row in read_jsonl(path, [column]):
         stream += tokenizer(str(row[column])).input_ids

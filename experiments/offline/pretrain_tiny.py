@@ -71,27 +71,25 @@ class State:
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
     groups: dict[str, list[list[int]]]
-    losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, loss of the answers
+    losses: list[list[float]] = field(default_factory=list)  # step, loss, loss of the answers
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint, but for the position."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "losses": [list(row) for row in self.losses],
+            "losses": self.losses,
         }
 
 
 def run(config: DictConfig) -> int:
     """Train, or resume from the last checkpoint; return the exit code."""
-    return run_single(
-        config, Options, check=lambda run: model_shape(run.config), work=_work, show=_show, until_done=(CHECKPOINT,)
-    )
+    return run_single(config, Options, check=model_shape, work=_work, show=_show, until_done=(CHECKPOINT,))
 
 
-def model_shape(config: DictConfig) -> tuple[dict[str, Any], list[int]]:
+def model_shape(run: Run[Options]) -> tuple[dict[str, Any], list[int]]:
     """Return the sizes of the model to train, and the number of planted groups in each layer; refuse other models."""
-    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    model: Any = OmegaConf.to_container(run.config.model, resolve=True)
     if model["name"] != "tiny":
         raise ConfigError(f"experiment=pretrain_tiny trains model=tiny, not model={model['name']}")
     shape = {key: value for key, value in model["architecture"].items() if key != "model_type"}
@@ -118,7 +116,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
 
 def _load_state(run: Run[Options], saved: dict[str, Any] | None, device: str) -> State:
     """Return the state of a checkpoint, or a fresh one."""
-    shape, clusters = model_shape(run.config)
+    shape, clusters = model_shape(run)
     options, seed, ids = run.options, run.config.seed, vocabulary()
     special = {"pad_token_id": ids["<pad>"], "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
     llama = LlamaConfig(**shape, vocab_size=len(ids), **special)
@@ -132,7 +130,7 @@ def _load_state(run: Run[Options], saved: dict[str, Any] | None, device: str) ->
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        state.losses = [tuple(row) for row in saved["losses"]]
+        state.losses = saved["losses"]
     return state
 
 
@@ -153,7 +151,7 @@ def _step(step: int, state: State, options: Options, seed: int, device: str) -> 
         optimizer.step()
         optimizer.zero_grad()
     if (step + 1) % 10 == 0 or step + 1 == options.steps:
-        state.losses.append((step + 1, round(loss.item(), 4), round(answers.item(), 4)))
+        state.losses.append([step + 1, round(loss.item(), 4), round(answers.item(), 4)])
     return {"loss": loss.detach(), "answers": answers}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +15,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.clustering.num_clusters import budget, check_saving, knee, plateau
 from chai.loading import load_model, load_tokenizer
-from chai.offline.head_profile import HeadProfile, build_profile, model_shape
-from chai.offline.head_statistics import (
-    Features,
-    HeadStatistics,
-    LayerSamples,
-    StatisticsError,
-    StatisticsOptions,
-    gather,
-)
+from chai.offline import head_statistics
+from chai.offline.head_profile import build_profile, model_shape
+from chai.offline.head_statistics import Features, HeadStatistics, LayerSamples, StatisticsError, StatisticsOptions
 from chai.patching.apply import capture
 from chai.patching.devices import input_device
 from chai.patching.model_info import check_family, num_kv_heads
@@ -101,6 +96,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     began = time.perf_counter()
     config, options = run.config, run.options
     statistics = _statistics(run)
+    parameter = "tolerance" if options.rule == "plateau" else options.rule
     about = {
         "model": {
             "name": config.model.name,
@@ -117,32 +113,47 @@ def _work(run: Run[Options]) -> dict[str, Any]:
             "longest": statistics.longest,
         },
         "features": options.features,
-        "rule": _describe_rule(options),
+        "rule": {
+            "name": "budget" if options.rule in ("saving", "error") else options.rule,
+            **({} if options.rule == "knee" else {parameter: getattr(options, parameter)}),
+            "combine": options.combine,
+        },
         "versions": versions(),
     }
-    profile = build_profile(statistics, choose_counts(statistics, options, run.architecture), about, WARMUP_TOKENS)
+    num_clusters = choose_num_clusters(statistics, options, num_kv_heads(run.architecture))
+    profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS)
     profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
-    return _result(config, profile, statistics, time.perf_counter() - began)
+    error = profile.arrays["error"]
+    remaining = sum(error[layer, k - 1] for layer, k in enumerate(profile.num_clusters))
+    return {
+        **{name: about["model"][name] for name in ("layers", "heads", "key_heads")},
+        "heads_kept": profile.num_clusters,
+        "metrics": {
+            "kv_saved": profile.about["saving"],
+            "error": float(remaining / error[:, 0].sum()),
+            "agreement": float(profile.arrays["agreement"][:, WARMUP_TOKENS - 1].mean()),
+        },
+        "n": statistics.samples,
+        "stderr": {},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.num_clusters},
+        "statistics_bytes": statistics.nbytes,
+        "seconds": round(time.perf_counter() - began, 3),
+        "batch_size": config.batch_size,
+        "settings_id": settings_id(config),
+        **statistics.made,
+    }
 
 
-def choose_counts(statistics: HeadStatistics, options: Options, architecture: PreTrainedConfig) -> list[int]:
+def choose_num_clusters(statistics: HeadStatistics, options: Options, num_kv_heads: int) -> list[int]:
     """Return the number of clusters of each layer by the requested rule."""
-    error, kv_heads = statistics.errors(options.combine), num_kv_heads(architecture)
+    error = statistics.errors(options.combine)
     if options.rule == "plateau":
         return plateau(error, options.tolerance)
     if options.rule == "knee":
         return knee(error)
     if options.rule == "saving":
-        return budget(error, kv_heads, saving=options.saving)
-    return budget(error, kv_heads, share=options.error)
-
-
-def _describe_rule(options: Options) -> dict[str, Any]:
-    """Return the rule as the head profile names it, with its parameter."""
-    parameter = "tolerance" if options.rule == "plateau" else options.rule
-    value = {} if options.rule == "knee" else {parameter: getattr(options, parameter)}
-    name = "budget" if options.rule in ("saving", "error") else options.rule
-    return {"name": name, **value, "combine": options.combine}
+        return budget(error, num_kv_heads, saving=options.saving)
+    return budget(error, num_kv_heads, share=options.error)
 
 
 def _statistics(run: Run[Options]) -> HeadStatistics:
@@ -166,13 +177,11 @@ def _statistics(run: Run[Options]) -> HeadStatistics:
     candidates = [] if run.config.force else [path, *sorted(folder.path.parent.glob(f"*/{STATISTICS}"))]
     statistics = HeadStatistics(wanted)
     for candidate in candidates:
-        try:
+        with suppress(StatisticsError):
             saved = HeadStatistics.load(candidate, wanted, note)
-        except StatisticsError:
-            continue
-        if saved.complete or candidate == path:
-            statistics = saved
-            break
+            if saved.complete or candidate == path:
+                statistics = saved
+                break
     if statistics.complete:
         log_info(f"reusing statistics of {statistics.samples} samples")
     else:
@@ -239,31 +248,8 @@ def look(model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptio
     layers: list[LayerSamples] = []
 
     def gather_layer(layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
-        layers.append(gather(query, key, scaling, mask, lengths.to(query.device), wanted))
+        layers.append(head_statistics.gather(query, key, scaling, mask, lengths.to(query.device), wanted))
 
     with capture(model, gather_layer):
         model.get_decoder()(ids, use_cache=False)
     return layers
-
-
-def _result(config: DictConfig, profile: HeadProfile, statistics: HeadStatistics, seconds: float) -> dict[str, Any]:
-    """Return the run's part of ``result.json``."""
-    model, arrays = profile.about["model"], profile.arrays
-    error = sum(arrays["error"][layer, k - 1] for layer, k in enumerate(profile.num_clusters))
-    return {
-        **{name: model[name] for name in ("layers", "heads", "key_heads")},
-        "heads_kept": profile.num_clusters,
-        "metrics": {
-            "kv_saved": profile.about["saving"],
-            "error": float(error / arrays["error"][:, 0].sum()),
-            "agreement": float(arrays["agreement"][:, WARMUP_TOKENS - 1].mean()),
-        },
-        "n": statistics.samples,
-        "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.num_clusters},
-        "statistics_bytes": statistics.nbytes,
-        "seconds": round(seconds, 3),
-        "batch_size": config.batch_size,
-        "settings_id": settings_id(config),
-        **statistics.made,
-    }

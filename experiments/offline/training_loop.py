@@ -39,14 +39,7 @@ def train(
 ) -> None:
     """Take all remaining steps of a run, with a checkpoint every ``checkpoint_every`` of them.
 
-    Args:
-        run: its options have ``steps`` and ``checkpoint_every``.
-        position: advanced step by step.
-        take_step: takes the step of this number; returns scalars to show, ``loss`` first.
-        state_dict: returns everything else that the training depends on.
-
-    Raises:
-        RunError: the loss is not finite.
+    ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds.
     """
     steps = run.options.steps
     if position.step:

@@ -76,7 +76,7 @@ def run_single(
     config: DictConfig,
     options_type: type[OptionsT],
     *,
-    check: Callable[[Run[OptionsT]], None],
+    check: Callable[[Run[OptionsT]], object],
     work: Callable[[Run[OptionsT]], dict[str, Any]],
     show: Callable[[Path, OptionsT], object],
     section: str = "experiment",

@@ -34,6 +34,8 @@ from experiments.runs.identity import settings_id
 from experiments.runs.model import computed_on
 from experiments.system.console import log_info
 
+Timers = dict[str, Callable[[], object]]  # by the name of what is timed
+Times = dict[str, list[float]]  # milliseconds of each round
 #: Steps profiled at a time: torch's profiler fails on the memory events of more steps of a large model.
 PROFILED_STEPS = 4
 
@@ -149,14 +151,9 @@ def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def interleave(
-    timers: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    after: dict[str, Callable[[], object]] | None = None,
-) -> dict[str, list[float]]:
+def interleave(timers: Timers, rounds: int, device: torch.device, after: Timers | None = None) -> Times:
     """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: Times = {name: [] for name in timers}
     names = deque(timers)
     for _ in range(rounds + 1):
         for name in names:

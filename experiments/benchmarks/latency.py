@@ -25,7 +25,7 @@ from chai.attention import causal_mask
 from chai.methods import baseline
 from chai.methods.base import Method
 from experiments.benchmarks import harness
-from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Timers, Times
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
@@ -33,7 +33,6 @@ from experiments.tables.benchmarks import show_latency
 
 Part = Literal["attention", "layer", "model"]
 Phase = Literal["prefill", "decode"]
-Times = dict[str, list[float]]
 
 
 @dataclass
@@ -169,7 +168,7 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
     return harness.interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
 
 
-def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
+def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> Timers:
     """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
     q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
     # Stand-in for the model's attention module, of which the functions read three attributes.
@@ -178,7 +177,7 @@ def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call
     if q_len > 1:
         visible = causal_mask(q_len, kv_len, query.device)
         mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
-    timers: dict[str, Callable[[], object]] = {
+    timers: Timers = {
         "eager": partial(eager_attention_forward, module, query, key, value, mask, scaling),
         "sdpa": partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling),
     }

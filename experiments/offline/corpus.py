@@ -26,7 +26,8 @@ def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
         return itertools.islice(_read_file(Path(corpus.path), corpus.column), skip, None)
     if corpus.hub_id is not None:
         return _read_hub(corpus, skip)
-    return _generate(seed, skip)
+    documents = (document(random.Random(f"{seed}-{number}"), phase=1) for number in itertools.count(skip))
+    return (" ".join(text for text, _ in pieces) for pieces in documents)
 
 
 def describe_source(corpus: CorpusConfig) -> str:
@@ -63,11 +64,6 @@ def _read_hub(corpus: CorpusConfig, skip: int) -> Iterator[str]:
             f"cannot read the corpus {describe_source(corpus)} from the hub: {reason[0]} "
             "(offline: corpus.path=FILE.jsonl)"
         ) from None
-
-
-def _generate(seed: int, skip: int) -> Iterator[str]:
-    for number in itertools.count(skip):
-        yield " ".join(text for text, _ in document(random.Random(f"{seed}-{number}"), phase=1))
 
 
 def file_batches(

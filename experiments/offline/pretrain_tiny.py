@@ -103,15 +103,15 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     """Train and save the model; return the run's part of ``result.json``."""
     options, seed = run.options, run.config.seed
     device = pick_device(run.config.device)
-    saved, position = load_checkpoint(run)
+    saved = load_checkpoint(run)
     state = _load_state(run, saved, device)
-    train(run, position, lambda step: _step(step, state, options, seed, device), state.state_dict)
+    seconds = train(run, saved, lambda step: _step(step, state, options, seed, device), state.state_dict)
     # The final losses are means of the last steps.
     tail = [row for row in state.losses if row[0] > options.steps - 200]
     names = enumerate(("loss", "answer_loss"), 1)
     final = {name: round(sum(row[column] for row in tail) / len(tail), 4) for column, name in names}
-    _save_model(state, run, {"final": final, "seconds": round(position.seconds, 1)})
-    return training_result(position, final, options.steps)
+    _save_model(state, run, {"final": final, "seconds": round(seconds, 1)})
+    return training_result(seconds, final, options.steps)
 
 
 def _load_state(run: Run[Options], saved: dict[str, Any] | None, device: str) -> State:

@@ -97,8 +97,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     batches, held_out = _batches(run)
     predictor = _new_predictor(run, model)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate)
-    saved, position = load_checkpoint(run)
-    if saved:
+    if saved := load_checkpoint(run):
         predictor.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
 
@@ -112,13 +111,16 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         optimizer.zero_grad()
         return {"loss": loss.detach()}
 
-    train(run, position, take_step, lambda: {"model": predictor.state_dict(), "optimizer": optimizer.state_dict()})
+    def state_dict() -> dict[str, Any]:
+        return {"model": predictor.state_dict(), "optimizer": optimizer.state_dict()}
+
+    seconds = train(run, saved, take_step, state_dict)
     metrics = measure(predictor, model, held_out, options.held_out, options.sparsities)
     target = run.folder.path / "predictor"
     target.mkdir(exist_ok=True)
     recipe = {name: value for name, value in asdict(options).items() if name not in ("corpus", "install")}
     predictor.save(target, write_atomically, recipe=recipe, seed=run.config.seed, metrics=metrics, versions=versions())
-    return training_result(position, metrics, options.held_out * options.batch_size * options.sequence_length)
+    return training_result(seconds, metrics, options.held_out * options.batch_size * options.sequence_length)
 
 
 def _batches(run: Run[Options]) -> tuple[Batches, Batches]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +23,54 @@ CHECKPOINT = "checkpoint.pt"
 LOG_EVERY = 100
 
 
-@dataclass
-class Position:
-    """Progress of a training; part of its checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
 def train(
     run: Run[Any],
-    position: Position,
+    saved: dict[str, Any] | None,
     take_step: Callable[[int], dict[str, Tensor]],
     state_dict: Callable[[], dict[str, Any]],
-) -> None:
-    """Take all remaining steps of a run, with a checkpoint every ``checkpoint_every`` of them.
+) -> float:
+    """Take the steps of a run after those of the saved checkpoint, with further checkpoints; return all seconds.
 
     ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds.
     """
+    first, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     steps = run.options.steps
-    if position.step:
-        log_info(f"resuming from step {position.step}")
+    if first:
+        log_info(f"resuming from step {first}")
     with progress_bar("step") as progress:
-        bar = progress.add_task("", total=steps, completed=position.step, scalars="")
-        while position.step < steps:
+        bar = progress.add_task("", total=steps, completed=first, scalars="")
+        for done in range(first + 1, steps + 1):
             began = time.perf_counter()
-            scalars = take_step(position.step)
+            scalars = take_step(done - 1)
             if not torch.isfinite(scalars["loss"]):
-                raise RunError(f"non-finite loss at step {position.step}; try a lower experiment.learning_rate")
-            position.step += 1
-            position.seconds += time.perf_counter() - began
+                raise RunError(f"non-finite loss at step {done - 1}; try a lower experiment.learning_rate")
+            seconds += time.perf_counter() - began
             # Show and note the progress.
             line = ", ".join(f"{name} {value.item():.4f}" for name, value in scalars.items())
-            progress.update(bar, completed=position.step, scalars=line)
-            run.folder.progress(position.step, steps)
-            if position.step % LOG_EVERY == 0 and not console.is_terminal:
-                log_info(f"step {position.step} of {steps}: {line}")
-            if position.step % run.options.checkpoint_every == 0 and position.step < steps:
-                checkpoint = state_dict() | asdict(position)
-                write_atomically(run.folder.path / CHECKPOINT, lambda path, saved=checkpoint: torch.save(saved, path))
+            progress.update(bar, completed=done, scalars=line)
+            run.folder.progress(done, steps)
+            if done % LOG_EVERY == 0 and not console.is_terminal:
+                log_info(f"step {done} of {steps}: {line}")
+            if done % run.options.checkpoint_every == 0 and done < steps:
+                checkpoint = state_dict() | {"step": done, "seconds": seconds}
+                write_atomically(run.folder.path / CHECKPOINT, functools.partial(torch.save, checkpoint))
+    return seconds
 
 
-def load_checkpoint(run: Run[Any]) -> tuple[dict[str, Any] | None, Position]:
-    """Return what ``state_dict`` returned at the last checkpoint, on the CPU, if there is one; and the position."""
+def load_checkpoint(run: Run[Any]) -> dict[str, Any] | None:
+    """Return the last checkpoint of a run, on the CPU, if there is one."""
     path = run.folder.path / CHECKPOINT
-    if not path.exists():
-        return None, Position()
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    return saved, Position(saved["step"], saved["seconds"])
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def training_result(position: Position, metrics: dict[str, float], n: int) -> dict[str, Any]:
+def training_result(seconds: float, metrics: dict[str, float], n: int) -> dict[str, Any]:
     """Return the part of ``result.json`` of a training that has measured ``metrics`` over ``n`` steps or tokens."""
     return {
         "metrics": metrics,
         "n": n,
         "stderr": {},
         "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
-        "seconds": round(position.seconds, 3),
+        "seconds": round(seconds, 3),
     }
 
 

@@ -38,6 +38,7 @@ from experiments.system.processes import is_main_process
 #: Errors of the file system rather than of the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
 
+Names = tuple[str, ...]  # of files in the run's folder
 OptionsT = TypeVar("OptionsT")
 
 
@@ -80,8 +81,8 @@ def run_single(
     work: Callable[[Run[OptionsT]], dict[str, Any]],
     show: Callable[[Path, OptionsT], object],
     section: str = "experiment",
-    keep: tuple[str, ...] = (),
-    until_done: tuple[str, ...] = (),
+    keep: Names = (),
+    until_done: Names = (),
 ) -> int:
     """Do an experiment that is a single run, unless it is complete; return the exit code.
 
@@ -144,11 +145,7 @@ def check_method(method: Method, architecture: PreTrainedConfig) -> None:
 
 
 def run_lifecycle(
-    folder: RunFolder,
-    work: Callable[[], dict[str, Any]],
-    *,
-    keep: tuple[str, ...] = (),
-    until_done: tuple[str, ...] = (),
+    folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: Names = (), until_done: Names = ()
 ) -> Outcome:
     """Do the work of a run between its claim and its end; raise what stops the process, and a ConfigError.
 
@@ -190,15 +187,8 @@ def run_lifecycle(
 def common_fields(folder: RunFolder) -> dict[str, Any]:
     """Return the fields that ``result.json`` has in every experiment."""
     config = folder.config
-    return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
-        "seed": config.seed,
-        "run_id": folder.id,
-        "versions": versions(),
-    }
+    names = {section: config[section].name for section in ("experiment", "method", "model", "task")}
+    return {**names, "seed": config.seed, "run_id": folder.id, "versions": versions()}
 
 
 def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:

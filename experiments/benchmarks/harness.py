@@ -7,11 +7,12 @@ import dataclasses
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
@@ -29,11 +30,13 @@ from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import Run, check_method, require_minimum, run_single
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.folder import RunError
 from experiments.runs.identity import settings_id
+from experiments.runs.model import computed_on
 from experiments.system.console import log_info
-from experiments.system.device import device_name
 
+Timers = dict[str, Callable[[], object]]  # by the name of what is timed
+Times = dict[str, list[float]]  # milliseconds of each round
 #: Steps profiled at a time: torch's profiler fails on the memory events of more steps of a large model.
 PROFILED_STEPS = 4
 
@@ -58,34 +61,23 @@ OptionsT = TypeVar("OptionsT", bound=BenchmarkOptions)
 
 
 @dataclass
-class BenchmarkContext:
-    """A loaded model, the method and its name, sequence lengths, and the folder of the measurements."""
+class BenchmarkContext(Generic[OptionsT]):
+    """A loaded model, and what to measure on it."""
 
     model: PreTrainedModel
-    name: str
+    name: str  # of the method
     method: Method
-    lengths: list[int]
-    folder: RunFolder
-
-    def write(self, rows: pd.DataFrame) -> None:
-        """Save the measurements."""
-        write_atomically(self.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
+    lengths: list[int]  # in tokens
+    options: OptionsT
 
 
 def run_benchmark(
     config: DictConfig,
     options_type: type[OptionsT],
-    measure: Callable[[BenchmarkContext, OptionsT], dict[str, Any]],
+    measure: Callable[[BenchmarkContext[OptionsT]], tuple[pd.DataFrame, dict[str, Any]]],
     show: Callable[[Path], None],
 ) -> int:
-    """Run a benchmark from its configuration to its table; return the exit code.
-
-    Args:
-        config: as composed.
-        options_type: of ``experiment.*``.
-        measure: measures, writes its rows, returns the fields of ``result.json`` that are particular to it.
-        show: prints the table of a run's folder.
-    """
+    """Run a benchmark, whose ``measure`` returns measurements and fields of ``result.json``; return the exit code."""
 
     def check(run: Run[OptionsT]) -> None:
         check_method(run.method, run.architecture)
@@ -97,18 +89,25 @@ def run_benchmark(
     def work(run: Run[OptionsT]) -> dict[str, Any]:
         lengths = pick_lengths(run)
         model = load_for_benchmark(run, max(lengths))
-        context = BenchmarkContext(model, run.config.method.name, run.method, lengths, run.folder)
-        return benchmark_fields(run, context) | measure(context, run.options)
+        rows, fields = measure(BenchmarkContext(model, run.config.method.name, run.method, lengths, run.options))
+        write_atomically(run.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
+        return {
+            "layers": model.config.num_hidden_layers,
+            "heads": model.config.num_attention_heads,
+            "key_heads": num_kv_heads(model.config),
+            "heads_kept": run.method.heads_kept(model.config),
+            "savings": {"kind": run.method.saving},
+            "batch_size": run.options.rows,
+            "settings_id": settings_id(run.config),
+            **computed_on(model),
+            **fields,
+        }
 
     return run_single(config, options_type, check=check, work=work, show=lambda path, options: show(path))
 
 
 def pick_lengths(run: Run[OptionsT]) -> list[int]:
-    """Return the sequence lengths: the requested ones, or powers of two up to 2,048 that the model has positions for.
-
-    Raises:
-        ConfigError: a length exceeds the positions of a trained model.
-    """
+    """Return the requested sequence lengths, or powers of two up to 2,048; a trained model limits both."""
     requested, positions = run.options.lengths, run.architecture.max_position_embeddings
     limit = None if run.source.random_init else positions
     if requested is None:
@@ -138,23 +137,6 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
     return model
 
 
-def benchmark_fields(run: Run[OptionsT], context: BenchmarkContext) -> dict[str, Any]:
-    """Return the fields of ``result.json`` that all benchmarks share."""
-    model = context.model
-    return {
-        "layers": model.config.num_hidden_layers,
-        "heads": model.config.num_attention_heads,
-        "key_heads": num_kv_heads(model.config),
-        "heads_kept": context.method.heads_kept(model.config),
-        "savings": {"kind": context.method.saving},
-        "batch_size": run.options.rows,
-        "settings_id": settings_id(run.config),
-        "device": describe_devices(model),
-        "device_name": device_name(input_device(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
     """Run ``work`` and return its milliseconds, from idle device to idle device."""
     if device.type == "cuda":
@@ -170,27 +152,17 @@ def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def interleave(
-    timers: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    after: dict[str, Callable[[], object]] | None = None,
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round.
-
-    ``after`` runs, untimed, after the timer of the same name.
-    """
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    names = list(timers)
-    for turn in range(rounds + 1):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            elapsed = elapsed_ms(timers[name], device)
-            if after and name in after:
+def interleave(timers: Timers, rounds: int, device: torch.device, after: Timers | None = None) -> Times:
+    """Return the milliseconds of each timer, run in turn (A B C, B C A, ...), after one discarded round."""
+    times: Times = {name: [] for name in timers}
+    names = deque(timers)
+    for _ in range(rounds + 1):
+        for name in names:
+            times[name].append(elapsed_ms(timers[name], device))
+            if after and name in after:  # not timed
                 after[name]()
-            if turn:
-                times[name].append(elapsed)
-    return times
+        names.rotate(-1)
+    return {name: elapsed[1:] for name, elapsed in times.items()}
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -221,10 +193,7 @@ def random_tokens(model: PreTrainedModel, batch_size: int, length: int, seed: in
 
 
 def fill_cache(model: PreTrainedModel, method: Method, cache: Cache, batch_size: int, kv_len: int) -> None:
-    """Fill a cache with ``kv_len`` tokens: the first through the model, so that it is clustered, then random ones.
-
-    A token's time and memory do not depend on the cache's content, and no prefill of the whole is needed.
-    """
+    """Fill a cache with ``kv_len`` tokens: the first through the model, so that it is clustered, then random ones."""
     prefix = method.real_prefix(kv_len)
     model(random_tokens(model, batch_size, prefix), past_key_values=cache, use_cache=True)
     if (missing := kv_len - cache.get_seq_length()) > 0:
@@ -232,10 +201,7 @@ def fill_cache(model: PreTrainedModel, method: Method, cache: Cache, batch_size:
 
 
 def peak_memory(device: torch.device, prepare: Callable[[], object], step: Callable[[], object], steps: int) -> int:
-    """Return the most bytes alive at once during some steps, including what ``prepare`` leaves.
-
-    On the CPU from the allocator's own events, which count live bytes rather than those of the process.
-    """
+    """Return the most bytes alive at once during some steps, including what ``prepare`` leaves."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -245,24 +211,21 @@ def peak_memory(device: torch.device, prepare: Callable[[], object], step: Calla
             step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    alive, _ = _profile_memory(prepare)
+    # On the CPU, use the allocator's own events: they count live bytes rather than those of the process.
+    alive, _ = _profile_memory(prepare, 1)
     peak = alive
     for begin in range(0, steps, PROFILED_STEPS):
-
-        def some_steps(count: int = min(PROFILED_STEPS, steps - begin)) -> None:
-            for _ in range(count):
-                step()
-
-        change, rise = _profile_memory(some_steps)
+        change, rise = _profile_memory(step, min(PROFILED_STEPS, steps - begin))
         peak = max(peak, alive + rise)
         alive += change
     return peak
 
 
-def _profile_memory(work: Callable[[], object]) -> tuple[int, int]:
-    """Return by how much ``work`` changes the live bytes, and by how much they rise at most meanwhile."""
+def _profile_memory(work: Callable[[], object], count: int) -> tuple[int, int]:
+    """Return by how much ``count`` calls change the live bytes, and by how much these rise at most meanwhile."""
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
+        for _ in range(count):
+            work()
     alive = peak = 0
     for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":

@@ -1,8 +1,4 @@
-"""``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12).
-
-The method and the baselines run in turn in one process on the same weights. Every time is compared with the best
-baseline, and with the limit that arithmetic sets (:mod:`experiments.benchmarks.roofline`).
-"""
+"""``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12)."""
 
 from __future__ import annotations
 
@@ -14,12 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -27,16 +24,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from chai.attention import causal_mask
 from chai.methods import baseline
 from chai.methods.base import Method
-from experiments.benchmarks.harness import (
-    BenchmarkContext,
-    BenchmarkOptions,
-    fill_cache,
-    interleave,
-    machine_peak,
-    random_tokens,
-    run_benchmark,
-    twin,
-)
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Timers, Times
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
@@ -44,7 +33,6 @@ from experiments.tables.benchmarks import show_latency
 
 Part = Literal["attention", "layer", "model"]
 Phase = Literal["prefill", "decode"]
-Times = dict[str, list[float]]
 
 
 @dataclass
@@ -71,22 +59,25 @@ class Options(BenchmarkOptions):
             raise ConfigError(f"experiment.clusters has {max(self.clusters)}; the model has {num_heads} heads")
 
 
+Context = BenchmarkContext[Options]
+
+
 def run(config: DictConfig) -> int:
     """Measure, unless the run is complete; return the exit code."""
-    return run_benchmark(config, Options, measure, show_latency)
+    return harness.run_benchmark(config, Options, measure, show_latency)
 
 
-def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
+def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all parts, phases and lengths."""
-    model, method = context.model, context.method
-    peak, num_heads = machine_peak(model.device, model.dtype), model.config.num_attention_heads
+    model, method, options = context.model, context.method, context.options
+    peak, num_heads = harness.machine_peak(model.device, model.dtype), model.config.num_attention_heads
     counts = method.benchmark_counts(model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
     # Of each part: cluster counts, and the function that times it.
     parts = {
-        "attention": (counts, partial(attention_times, context, options)),
-        "layer": (counts, partial(model_times, context, options, single)),
-        "model": ([None], partial(model_times, context, options, model)),
+        "attention": (counts, partial(attention_times, context)),
+        "layer": (counts, partial(model_times, context, single)),
+        "model": ([None], partial(model_times, context, model)),
     }
     rows: list[dict[str, Any]] = []
     for phase, length, part in itertools.product(options.phases, context.lengths, parts):
@@ -94,10 +85,10 @@ def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
             required = partial(required_work, method, model, options.rows, part, phase, length)
             part_counts, time_part = parts[part]
             for k in part_counts:
-                rows += summarize(part, phase, length, k, time_part(phase, length, k), required, peak, num_heads)
+                case = {"part": part, "phase": phase, "length": length, "k": k}
+                rows += summarize(case, time_part(phase, length, k), required, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
-    context.write(frame)
-    return {"metrics": headline(frame), "membership": clustering_times(context, options), "peak": peak}
+    return frame, {"metrics": headline(frame), "membership": clustering_times(context), "peak": peak}
 
 
 def one_layer(model: PreTrainedModel) -> PreTrainedModel:
@@ -121,60 +112,45 @@ class Implementation:
 
 
 def implementations(
-    stack: ExitStack, context: BenchmarkContext, model: PreTrainedModel, k: int | None
+    stack: ExitStack, context: Context, model: PreTrainedModel, k: int | None
 ) -> dict[str, Implementation]:
-    """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left.
-
-    With ``k`` the model is a single layer of k clusters, on which a method without clusters does not run.
-    """
-    entries = {name: Implementation(twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left."""
+    entries = {name: Implementation(harness.twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    # A single layer has k clusters; a method without clusters does not run on it.
     method = context.method if k is None else context.method.with_num_clusters(k)
     if method is not None and method != baseline():
-        patched = stack.enter_context(method(twin(model, "sdpa")))
+        patched = stack.enter_context(method(harness.twin(model, "sdpa")))
         entries[context.name] = Implementation(patched, method, partial(method.new_cache, patched))
     return entries
 
 
-def model_times(
-    context: BenchmarkContext, options: Options, model: PreTrainedModel, phase: Phase, length: int, k: int | None
-) -> Times:
-    """Time the whole model, or with ``k`` the decoder of a single layer with k clusters."""
+def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: int, k: int | None) -> Times:
+    """Time the first or the ``length``-th token of a model, or with ``k`` of the decoder of a single layer."""
+    options, timers, after = context.options, {}, {}
+    settings = {"logits_to_keep": 1} if k is None else {}
     with ExitStack() as stack:
-        entries = implementations(stack, context, model, k)
-        time_phase = prefill_times if phase == "prefill" else decode_times
-        return time_phase(entries, options, length, decoder_only=k is not None)
+        for name, entry in implementations(stack, context, model, k).items():
+            module = entry.model if k is None else entry.model.get_decoder()
+            if phase == "prefill":
+                ids = harness.random_tokens(model, options.rows, length)
+                timers[name] = partial(prefill, module, ids, entry.new_cache, **settings)
+                continue
+            cache = entry.new_cache()
+            harness.fill_cache(entry.model, entry.method, cache, options.rows, length - 1)
+            token = harness.random_tokens(model, options.rows, 1)
+            timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
+            after[name] = partial(cache.crop, -1)
+        return harness.interleave(timers, options.rounds * (1 if phase == "prefill" else 3), model.device, after)
 
 
-def prefill_times(entries: dict[str, Implementation], options: Options, length: int, decoder_only: bool) -> Times:
-    """Time the first token, clustering included."""
-    model = entries["sdpa"].model
-    ids = random_tokens(model, options.rows, length)
-
-    def timer(entry: Implementation) -> Callable[[], object]:
-        if decoder_only:
-            return lambda: entry.model.get_decoder()(ids, past_key_values=entry.new_cache(), use_cache=True)
-        return lambda: entry.model(ids, past_key_values=entry.new_cache(), use_cache=True, logits_to_keep=1)
-
-    return interleave({name: timer(entry) for name, entry in entries.items()}, options.rounds, model.device)
+def prefill(module: PreTrainedModel, ids: Tensor, new_cache: Callable[[], Cache], **settings: int) -> object:
+    """Run a prompt on a new cache."""
+    return module(ids, past_key_values=new_cache(), use_cache=True, **settings)
 
 
-def decode_times(entries: dict[str, Implementation], options: Options, length: int, decoder_only: bool) -> Times:
-    """Time the ``length``-th token."""
-    model = entries["sdpa"].model
-    token = random_tokens(model, options.rows, 1)
-    timers, after = {}, {}
-    for name, entry in entries.items():
-        cache = entry.new_cache()
-        fill_cache(entry.model, entry.method, cache, options.rows, length - 1)
-        module = entry.model.get_decoder() if decoder_only else entry.model
-        timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
-        after[name] = partial(cache.crop, -1)
-    return interleave(timers, options.rounds * 3, model.device, after)
-
-
-def attention_times(context: BenchmarkContext, options: Options, phase: Phase, length: int, k: int) -> Times:
+def attention_times(context: Context, phase: Phase, length: int, k: int) -> Times:
     """Time attention alone, from queries, cached keys and values to its output ``[B, T, H, D]``."""
-    model, method = context.model, context.method
+    model, method, options = context.model, context.method, context.options
     device, dtype, shape = model.device, model.dtype, method.layer_shape(model)
     q_len = length if phase == "prefill" else 1
 
@@ -189,42 +165,29 @@ def attention_times(context: BenchmarkContext, options: Options, phase: Phase, l
         timers[context.name] = timer
     if device.type == "cuda" and phase == "decode":
         timers = {name: graphed(timer) for name, timer in timers.items()}
-    return interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
+    return harness.interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
 
 
-def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], object]]:
-    """Return a closure for each implementation of multi-head attention.
-
-    Args:
-        query: ``[B, H, T, D]``.
-        key: ``[B, H_kv, S, D]``.
-        value: ``[B, H_kv, S, D]``.
-    """
+def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> Timers:
+    """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
     q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
-    # Stand-in for the model's attention module, of which the functions read two attributes.
-    module = nn.Module()
-    module.num_key_value_groups, module.is_causal = query.shape[1] // key.shape[1], True
-    module.eval()
+    # Stand-in for the model's attention module, of which the functions read three attributes.
+    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
     mask = None
     if q_len > 1:
         visible = causal_mask(q_len, kv_len, query.device)
         mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
-    timers: dict[str, Callable[[], object]] = {
+    timers: Timers = {
         "eager": partial(eager_attention_forward, module, query, key, value, mask, scaling),
         "sdpa": partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling),
     }
     if query.device.type == "cuda" and importlib.util.find_spec("xformers") and query.shape[1] == key.shape[1]:
-        timers["xformers"] = xformers_timer(query, key, value, scaling)
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+        inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
+        bias = LowerTriangularMask() if q_len > 1 else None
+        timers["xformers"] = partial(memory_efficient_attention, *inputs, attn_bias=bias, scale=scaling)
     return timers
-
-
-def xformers_timer(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Callable[[], object]:
-    """Return a closure that runs xFormers' memory-efficient attention."""
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-    inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
-    bias = LowerTriangularMask() if query.shape[2] > 1 else None
-    return lambda: memory_efficient_attention(*inputs, attn_bias=bias, scale=scaling)
 
 
 def graphed(timer: Callable[[], object]) -> Callable[[], object]:
@@ -241,17 +204,17 @@ def graphed(timer: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def clustering_times(context: BenchmarkContext, options: Options) -> dict[str, float] | None:
+def clustering_times(context: Context) -> dict[str, float] | None:
     """Return the milliseconds of clustering all layers, alone and with the pass over the warm-up tokens."""
-    model, method = context.model, context.method
+    model, method, options = context.model, context.method, context.options
     cluster = method.clustering_timer(model, options.rows)
     if cluster is None:
         return None
-    ids = random_tokens(model, options.rows, method.warmup_tokens)
-    with method(twin(model, "sdpa")) as patched:
+    ids = harness.random_tokens(model, options.rows, method.warmup_tokens)
+    with method(harness.twin(model, "sdpa")) as patched:
 
         def warm_up() -> object:
             return patched(ids, past_key_values=method.new_cache(patched), use_cache=True, logits_to_keep=1)
 
-        times = interleave({"decide": cluster, "first": warm_up}, options.rounds, model.device)
+        times = harness.interleave({"decide": cluster, "first": warm_up}, options.rounds, model.device)
     return {"decide_ms": median(times["decide"]), "first_tokens_ms": median(times["first"])}

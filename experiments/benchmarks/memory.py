@@ -12,14 +12,8 @@ from transformers import PreTrainedModel
 from chai.cache import allocated_bytes, cache_bytes
 from chai.methods import baseline
 from chai.methods.base import Method
-from experiments.benchmarks.harness import (
-    BenchmarkContext,
-    BenchmarkOptions,
-    fill_cache,
-    peak_memory,
-    random_tokens,
-    run_benchmark,
-)
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions
 from experiments.runs.experiment import require_minimum
 from experiments.tables.benchmarks import show_memory
 
@@ -38,44 +32,38 @@ class Options(BenchmarkOptions):
 
 def run(config: DictConfig) -> int:
     """Measure, unless the run is complete; return the exit code."""
-    return run_benchmark(config, Options, measure, show_memory)
+    return harness.run_benchmark(config, Options, measure, show_memory)
 
 
-def measure(context: BenchmarkContext, options: Options) -> dict[str, Any]:
+def measure(context: BenchmarkContext[Options]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all lengths, multi-head attention beside the method."""
     model, methods = context.model, {"mha": baseline()} | {context.name: context.method}
     weights = sum(parameter.nbytes for parameter in model.parameters())
     frame = pd.DataFrame(
-        {"method": name, "length": length, "weights_bytes": weights} | decode(model, method, length, options)
+        {"method": name, "length": length, "weights_bytes": weights} | decode(model, method, length, context.options)
         for length in context.lengths
         for name, method in methods.items()
     )
-    context.write(frame)
     longest = frame[frame.length == frame.length.max()].set_index("method")
     row, mha = longest.loc[context.name], longest.loc["mha"]
-    return {
-        "metrics": {
-            "kv_bytes": int(row.cache_bytes),
-            "kv_bytes_mha": int(mha.cache_bytes),
-            "kv_saved": float(1 - row.cache_bytes / mha.cache_bytes),
-            "peak_over_cache": float(row.peak_bytes / row.cache_bytes),
-        }
+    metrics = {
+        "kv_bytes": int(row.cache_bytes),
+        "kv_bytes_mha": int(mha.cache_bytes),
+        "kv_saved": float(1 - row.cache_bytes / mha.cache_bytes),
+        "peak_over_cache": float(row.peak_bytes / row.cache_bytes),
     }
+    return frame, {"metrics": metrics}
 
 
 def decode(model: PreTrainedModel, method: Method, length: int, options: Options) -> dict[str, Any]:
-    """Fill a cache with ``length`` tokens, the last ``steps`` of them by decoding while memory is profiled.
-
-    Returns:
-        columns of a row: live, allocated and expected bytes of the cache, peak bytes, decoded tokens.
-    """
+    """Fill a cache with ``length`` tokens, the last ``steps`` of them by decoding while memory is profiled."""
     steps = min(options.steps, length - 8)
-    token = random_tokens(model, options.rows, 1)
+    token = harness.random_tokens(model, options.rows, 1)
     with method(model):
         cache = method.new_cache(model, reserve=length if options.reserve else 0)
-        peak = peak_memory(
+        peak = harness.peak_memory(
             model.device,
-            lambda: fill_cache(model, method, cache, options.rows, length - steps),
+            lambda: harness.fill_cache(model, method, cache, options.rows, length - steps),
             lambda: model(token, past_key_values=cache, use_cache=True),
             steps,
         )

@@ -19,11 +19,9 @@ BASELINES = ("eager", "sdpa", "xformers")
 def required_work(
     method: Method, model: PreTrainedModel, batch_size: int, part: str, phase: str, kv_len: int, k: int | None
 ) -> float:
-    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters in each layer.
-
-    Of the whole model, ``None`` counts the method itself, and any k multi-head attention.
-    """
+    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters in each layer."""
     if part == "model":
+        # None counts the method itself, and any k multi-head attention.
         counted = method if k is None else baseline()
         if phase == "prefill":
             return batch_size * counted.prefill_flops(model, kv_len)
@@ -37,35 +35,29 @@ def required_work(
 
 
 def summarize(
-    part: str,
-    phase: str,
-    length: int,
-    k: int | None,
+    case: dict[str, Any],
     times: dict[str, list[float]],
     required: Callable[[int | None], float],
     peak: dict[str, float],
     num_heads: int,
 ) -> list[dict[str, Any]]:
-    """Return one row for each implementation; docs/results.md describes the columns.
+    """Return a row for each implementation of a case (part, phase, length and k); docs/results.md lists the columns.
 
-    ``required`` maps a number of clusters to the work of :func:`required_work`.
+    ``required`` returns the :func:`required_work` of k clusters.
     """
     baselines = [name for name in times if name in BASELINES]
     best = min(baselines, key=lambda name: median(times[name]))
-    unit, peak_rate = ("GFLOP/s", peak["gflop_per_s"]) if phase == "prefill" else ("GB/s", peak["gb_per_s"])
+    unit, peak_rate = ("GFLOP/s", peak["gflop_per_s"]) if case["phase"] == "prefill" else ("GB/s", peak["gb_per_s"])
     rows = []
     for name, samples in times.items():
         is_baseline = name in baselines
         low, _, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
         speedup = median(base / time for base, time in zip(times[best], samples, strict=True))
-        full, needed = required(num_heads), required(num_heads if is_baseline else k)
+        full, needed = required(num_heads), required(num_heads if is_baseline else case["k"])
         rate = needed / median(samples) / 1e6
         rows.append(
             {
-                "part": part,
-                "phase": phase,
-                "length": length,
-                "k": k,
+                **case,
                 "implementation": name,
                 "baseline": is_baseline,
                 "ms": median(samples),

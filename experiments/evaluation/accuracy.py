@@ -23,18 +23,9 @@ from experiments.config.validate import to_dataclass
 from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, SavedResponses, code_digest, response_file, worker_files
 from experiments.evaluation.tasks import build_task
+from experiments.runs import experiment
 from experiments.runs.code import versions
-from experiments.runs.experiment import (
-    Outcome,
-    build_method,
-    check_method,
-    checked_folders,
-    describe_error,
-    log_locked,
-    mark_failed,
-    needs_work,
-    run_lifecycle,
-)
+from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settings_id
@@ -55,36 +46,20 @@ class Options:
 
 
 def run(config: DictConfig) -> int:
-    """Score every task that is not complete; return the exit code.
-
-    Raises:
-        ConfigError: a method, or cluster counts, that the model cannot run with. Nothing is written then.
-    """
+    """Score every task that is not complete; return the exit code."""
     to_dataclass(Options, config.experiment, "experiment")
-    folders = checked_folders(config)
-    method = build_method(folders[0].config)
+    folders = experiment.checked_folders(config)
+    method = experiment.build_method(folders[0].config)
     # Skip what is complete; rank 0 decides for all processes.
     try:
-        group = init_distributed(describe_error)
-        is_pending, owners = group.broadcast(
-            ([needs_work(folder) for folder in folders], [lock_owner(folder.path) for folder in folders])
-        )
+        group = init_distributed(experiment.describe_error)
+        states = group.broadcast([(experiment.needs_work(folder), lock_owner(folder.path)) for folder in folders])
     except DistributedError as error:
         log_error(str(error))
         return Outcome.FAILED.code
-    pending = {folder: owner for folder, owner, wanted in zip(folders, owners, is_pending, strict=True) if wanted}
+    pending = {folder: owner for folder, (is_pending, owner) in zip(folders, states, strict=True) if is_pending}
     scorer = load_scorer(pending, method, group)
-    if isinstance(scorer, Outcome):
-        outcomes = dict.fromkeys(pending, scorer)
-    elif not group.is_main_process:
-        outcomes = dict.fromkeys(pending, scorer.serve())
-    else:
-        outcomes = {}
-        for index, folder in enumerate(pending):
-            files = (FILE, *worker_files(folder.path, group.world_size))
-            outcomes[folder] = run_lifecycle(folder, functools.partial(scorer.score_task, index), until_done=files)
-        with suppress(DistributedError):  # a process that has died needs no shutdown
-            group.shutdown()
+    outcomes = dict.fromkeys(pending, scorer) if isinstance(scorer, Outcome) else scorer.score_all()
     if group.is_main_process:
         paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
         show_results(paths, Path(config.results_dir))
@@ -92,27 +67,22 @@ def run(config: DictConfig) -> int:
 
 
 def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, group: ProcessGroup) -> Scorer | Outcome:
-    """Load the model that scores the pending runs; return their outcome where none of them can be started.
-
-    Raises:
-        ConfigError: the method cannot run with the model.
-    """
+    """Load the model that scores the pending runs; return their outcome where none of them can be started."""
     folders = list(pending)
     # No model is needed to see that other processes work on all of them.
     if None not in pending.values():
         for folder, owner in pending.items():
-            log_locked(folder, owner)
+            log_info(f"skipping: locked by {owner}: {folder.path}")
         return Outcome.LOCKED
     config = folders[0].config
     source = model_source(config)
     try:
-        check_method(method, load_config(source))
-        log_info(
-            f"{config.method.name} on {config.model.name}: {', '.join(folder.config.task.name for folder in folders)}"
-        )
+        experiment.check_method(method, load_config(source))
+        tasks = ", ".join(folder.config.task.name for folder in folders)
+        log_info(f"{config.method.name} on {config.model.name}: {tasks}")
         model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
     except (ModelError, DistributedError) as error:
-        return mark_failed(folders, with_remedy(error))
+        return experiment.mark_failed(folders, with_remedy(error))
     try:
         method.check_weights(model)
     except ValueError as error:
@@ -130,20 +100,26 @@ class Scorer:
     tokenizer: PreTrainedTokenizerBase
     group: ProcessGroup
 
-    def serve(self) -> Outcome:
-        """Score this process's shards of the tasks that rank 0 names, until its shutdown."""
-        try:
-            self.group.worker_loop(self.score_task)
-        except DistributedError:
-            return Outcome.FAILED
-        return Outcome.DONE
+    def score_all(self) -> dict[RunFolder, Outcome]:
+        """Score all tasks: rank 0 one after the other, the others their shards of those that rank 0 names."""
+        if not self.group.is_main_process:
+            try:
+                self.group.worker_loop(self.score_task)
+            except DistributedError:
+                return dict.fromkeys(self.folders, Outcome.FAILED)
+            return dict.fromkeys(self.folders, Outcome.DONE)
+        outcomes = {}
+        for index, folder in enumerate(self.folders):
+            files = (FILE, *worker_files(folder.path, self.group.world_size))
+            outcomes[folder] = experiment.run_lifecycle(
+                folder, functools.partial(self.score_task, index), until_done=files
+            )
+        with suppress(DistributedError):  # a process that has died needs no shutdown
+            self.group.shutdown()
+        return outcomes
 
     def score_task(self, index: int) -> dict[str, Any]:
-        """Score the task of a run, this process its shard; rank 0 writes the samples.
-
-        Returns:
-            the run's part of ``result.json``.
-        """
+        """Score the task of a run, this process its shard; return the run's part of ``result.json``."""
         folder, method, group = self.folders[index], self.method, self.group
         config = folder.config
         if group.is_main_process:
@@ -166,11 +142,7 @@ class Scorer:
         return {
             "metric": config.task.metric,
             **scores,
-            "savings": {
-                "kind": method.saving,
-                **lm.cache_stats.per_sequence(),
-                "heads_kept": method.heads_kept(self.model.config),
-            },
+            "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
             "flops": {
                 "tokens": PROMPT_TOKENS,
                 "method": method.prompt_flops(self.model, PROMPT_TOKENS),

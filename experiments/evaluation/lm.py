@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lm_eval.utils
@@ -23,46 +22,13 @@ from chai.methods.base import Method
 from chai.patching.devices import input_device
 from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
 from experiments.runs.folder import RunError
-from experiments.system.distributed import SINGLE_PROCESS, ProcessGroup
-
-
-@dataclass
-class KVCacheStats:
-    """Bytes of the caches of the scored batches, summed over the live tensors; saved under these names."""
-
-    sequences: int = 0
-    held: int = 0  # bytes
-    held_mha: int = 0  # bytes that multi-head attention holds for the same tokens
-    key_heads: list[list[int]] = field(default_factory=list)  # stored KV heads, of each batch and layer
-
-    def extend(self, other: KVCacheStats) -> None:
-        """Add all batches of other statistics."""
-        self.sequences += other.sequences
-        self.held += other.held
-        self.held_mha += other.held_mha
-        self.key_heads += other.key_heads
-
-    def per_sequence(self) -> dict[str, Any]:
-        """Return the mean bytes of a sequence, and each layer's mean number of stored KV heads."""
-        batches = len(self.key_heads)
-        return {
-            "kv_bytes": round(self.held / self.sequences),
-            "kv_bytes_mha": round(self.held_mha / self.sequences),
-            "key_heads_stored": [round(sum(layer) / batches, 2) for layer in zip(*self.key_heads, strict=True)],
-        }
+from experiments.system.distributed import ProcessGroup
 
 
 class MethodLM(HFLM):
-    """lm-eval's Hugging Face model, whose forward passes run on a cache of the method, which is then measured.
+    """lm-eval's Hugging Face model, whose forward passes run on a cache of the applied method, which is then measured.
 
-    Args:
-        model: with the method applied.
-        tokenizer: of the model.
-        method: makes the caches.
-        batch_size: sequences in a forward pass.
-        saved: responses of earlier attempts; new ones are added.
-        progress: called with the number of scored requests of this process and their total.
-        group: the processes that share the requests.
+    ``progress`` is called with the number of scored requests of this process and their total.
     """
 
     def __init__(
@@ -73,15 +39,15 @@ class MethodLM(HFLM):
         batch_size: int,
         saved: SavedResponses | None = None,
         progress: Callable[[int, int], None] | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._device = input_device(model)  # HFLM takes model.device, which is meta where weights are offloaded
         self.method = method
         self.saved = saved
         self.progress = progress
-        self.group = group
-        self.cache_stats = KVCacheStats()
+        self.group = group or ProcessGroup()
+        self.cache_stats: list[dict[str, Any]] = []  # of each batch
         self._context_lengths: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
@@ -90,44 +56,36 @@ class MethodLM(HFLM):
         """Score the requests in lm-eval's own batches, this process its shard of them."""
         self._context_lengths = context_lengths(requests, self.max_length)
         batches = self.group.shard(make_batches(requests, override_bs or self.batch_size))
-        shard = self._score_shard(requests, batches, disable_tqdm or not self.group.is_main_process)
-        # Gather the shards of all processes.
-        responses: dict[int, tuple[float, bool]] = {}
-        restored = 0
-        self.cache_stats = KVCacheStats()
-        for shard_responses, shard_stats, shard_restored in self.group.all_gather(shard):
-            responses |= shard_responses
-            self.cache_stats.extend(shard_stats)
-            restored += shard_restored
-        if self.saved is not None:
-            self.saved.restored = restored
-        return [responses[position] for position in range(len(requests))]
-
-    def _score_shard(
-        self, requests: list[Request], batches: Sequence[list[int]], disable_tqdm: bool
-    ) -> tuple[dict[int, tuple[float, bool]], KVCacheStats, int]:
-        """Return responses by their request's position, statistics of the caches, and how many were restored."""
-        responses: dict[int, tuple[float, bool]] = {}
-        stats = KVCacheStats()
+        responses: dict[int, tuple[float, bool]] = {}  # by the position of their request
+        stats: list[dict[str, Any]] = []
         total = sum(map(len, batches))
+        disable_tqdm = disable_tqdm or not self.group.is_main_process
         with tqdm(total=total, desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
             for positions in batches:
                 batch = self._score_batch([requests[position] for position in positions])
                 responses.update(zip(positions, batch.responses, strict=True))
-                stats.extend(KVCacheStats(**batch.cache_stats))
+                stats.append(batch.cache_stats)
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
-        return responses, stats, self.saved.restored if self.saved is not None else 0
+        # Gather the shards of all processes.
+        self.cache_stats, restored = [], 0
+        for shard in self.group.all_gather((responses, stats, self.saved.restored if self.saved else 0)):
+            responses |= shard[0]
+            self.cache_stats += shard[1]
+            restored += shard[2]
+        if self.saved:
+            self.saved.restored = restored
+        return [responses[position] for position in range(len(requests))]
 
     def _score_batch(self, requests: list[Request]) -> BatchResponses:
         """Restore the responses of a batch, or score and save them."""
         key = batch_key(requests)
-        batch = self.saved.find(key) if self.saved is not None else None
+        batch = self.saved.find(key) if self.saved else None
         if batch is not None:
             return batch
         began = time.perf_counter()
-        self.cache_stats = KVCacheStats()
+        self.cache_stats = []
         responses = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for nats, _ in responses:
             if not math.isfinite(nats):
@@ -135,8 +93,9 @@ class MethodLM(HFLM):
                     f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
                     "try model.dtype=bfloat16 or float32"
                 )
-        batch = BatchResponses(responses, asdict(self.cache_stats), time.perf_counter() - began)
-        if self.saved is not None:
+        (stats,) = self.cache_stats  # a batch is one forward pass
+        batch = BatchResponses(responses, stats, time.perf_counter() - began)
+        if self.saved:
             self.saved.add(key, batch)
         return batch
 
@@ -149,9 +108,25 @@ class MethodLM(HFLM):
         self.method.set_context_lengths(cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        stats = KVCacheStats(len(inps), cache_bytes(cache), cache_bytes_mha(cache), [stored_kv_heads(cache)])
-        self.cache_stats.extend(stats)
+        self.cache_stats.append(
+            {
+                "sequences": len(inps),
+                "held": cache_bytes(cache),
+                "held_mha": cache_bytes_mha(cache),  # of multi-head attention for the same tokens
+                "key_heads": [stored_kv_heads(cache)],  # of each layer
+            }
+        )
         return logits
+
+    def savings(self) -> dict[str, Any]:
+        """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
+        total = {name: sum(batch[name] for batch in self.cache_stats) for name in ("sequences", "held", "held_mha")}
+        layers = zip(*(batch["key_heads"][0] for batch in self.cache_stats), strict=True)
+        return {
+            "kv_bytes": round(total["held"] / total["sequences"]),
+            "kv_bytes_mha": round(total["held_mha"] / total["sequences"]),
+            "key_heads_stored": [round(sum(heads) / len(heads), 2) for heads in layers],
+        }
 
 
 def context_lengths(requests: list[Request], max_length: int) -> dict[tuple[int, ...], int]:
@@ -189,15 +164,7 @@ def cached_templates() -> Iterator[None]:
 def score(
     lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score the first ``limit`` items of a task, as lm-eval defines it, with the method of ``lm`` applied.
-
-    Returns:
-        metrics and standard errors as ``{"metrics", "stderr", "n"}``; one row for each item.
-
-    Raises:
-        RunError: a log-likelihood is not finite.
-        OSError: responses cannot be saved.
-    """
+    """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples."""
     with cached_templates(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,
@@ -209,15 +176,11 @@ def score(
         )
     name = task["task"]
     samples = [sample_row(sample) for sample in output["samples"][name]]
-    metrics, stderr = {}, {}
-    for key, value in output["results"][name].items():
-        metric, _, _ = key.partition(",")  # keys carry the name of a filter: "acc_norm,none"
-        if not isinstance(value, (int, float)) or metric == "sample_len":
-            continue
-        if metric.endswith("_stderr"):
-            stderr[metric.removesuffix("_stderr")] = value
-        else:
-            metrics[metric] = value
+    # The keys carry the name of a filter: "acc_norm,none".
+    values = {key.partition(",")[0]: value for key, value in output["results"][name].items()}
+    values = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "sample_len"}
+    stderr = {key.removesuffix("_stderr"): value for key, value in values.items() if key.endswith("_stderr")}
+    metrics = {key: value for key, value in values.items() if not key.endswith("_stderr")}
     return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples
 
 

@@ -1,9 +1,7 @@
 """Responses of a scoring in progress, saved batch by batch, so that a rerun resumes after the last saved batch.
 
-The file has a JSON line for each batch of requests, appended when it is scored. The first line records what responses
-depend on beyond the run's configuration; where that has changed, they are discarded. A batch is identified by the
-tokens of its requests: it is restored as a whole or scored again as a whole, with the same neighbours and padding, so
-results equal those of an uninterrupted scoring bit by bit.
+The file has a JSON line for each batch; its first line records what responses depend on beyond the configuration. A
+batch is restored or scored again as a whole, so results equal those of an uninterrupted scoring bit by bit.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def worker_files(folder: Path, world_size: int) -> list[str]:
 
 @dataclass
 class BatchResponses:
-    """Responses of one batch."""
+    """Responses of a batch."""
 
     responses: list[tuple[float, bool]]  # log-likelihood in nats, and True if the continuation is the greedy one
     cache_stats: dict[str, Any]  # of the batch's KV cache, JSON-like
@@ -50,31 +48,20 @@ class BatchResponses:
 
 
 class SavedResponses:
-    """Scored batches of a run, on disk.
-
-    Args:
-        path: of this process's file, which need not exist.
-        about: what responses depend on beyond the run's identity, JSON-like.
-        others: files of other processes of the same run; their current content is restored as well.
-
-    Attributes:
-        restored: number of requested responses that an earlier attempt had saved.
-        seconds: that their scoring took.
-        discarded: keys of ``about`` that have changed, so that saved responses were discarded.
-    """
+    """Scored batches of a run on disk, discarded if ``about``, what else they depend on (JSON-like), has changed."""
 
     def __init__(self, path: Path, about: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self.path = path
-        self.restored = 0
-        self.seconds = 0.0
+        self.restored = 0  # requested responses that an earlier attempt had saved
+        self.seconds = 0.0  # that their scoring took
         self._batches: dict[str, BatchResponses] = {}
         self._synced = time.monotonic()
         about = json.loads(json.dumps(about))
         for other in others:
             self._read(other, about)
-        valid_bytes, self.discarded = self._read(path, about)
+        valid_bytes, self.discarded = self._read(path, about)  # discarded: keys of about that have changed
         # Cut off what a dying process left behind the last complete line.
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self._descriptor, valid_bytes)
         if not valid_bytes:
             self._append({"about": about})
@@ -88,25 +75,15 @@ class SavedResponses:
         return batch
 
     def add(self, key: str, batch: BatchResponses) -> None:
-        """Save a batch.
-
-        Raises:
-            OSError: it cannot be written; the file stays as it was.
-        """
+        """Save a batch; an OSError if it cannot be written, and the file stays as it was."""
         self._append({"batch": key, "answers": batch.responses, "held": batch.cache_stats, "seconds": batch.seconds})
 
     def close(self) -> None:
-        """Close the file.
-
-        Raises:
-            OSError: a network file system could not write what it had accepted.
-        """
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        """Close the file; an OSError if a network file system could not write what it had accepted."""
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def _read(self, path: Path, about: dict[str, Any]) -> tuple[int, list[str]]:
         """Restore a file's batches; return the bytes of its valid lines, and what has changed if none is valid."""
@@ -135,7 +112,6 @@ class SavedResponses:
 
     def _append(self, record: dict[str, Any]) -> None:
         """Append a line; remove it again if it cannot be written completely."""
-        assert self._descriptor is not None
         data = json.dumps(record).encode() + b"\n"
         before = os.fstat(self._descriptor).st_size
         try:
@@ -151,16 +127,14 @@ class SavedResponses:
 
 
 def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-    """Return the positions of the requests that lm-eval scores in one forward pass, batch by batch, longest first.
-
-    Requests of the same tokens, but for the last one, share a row, whose length is that of the one with the longest
-    continuation.
-    """
+    """Return the positions of the requests that lm-eval scores in one forward pass, batch by batch, longest first."""
+    # Requests of the same tokens but for the last one share a row.
     rows: dict[tuple[int, ...], list[int]] = {}
     for position, (_, context, continuation) in enumerate(requests):
         rows.setdefault((*context, *continuation[:-1]), []).append(position)
 
     def order(row: list[int]) -> tuple[int, tuple[int, ...]]:
+        # The request with the longest continuation decides.
         _, context, continuation = requests[max(row, key=lambda position: len(requests[position][2]))]
         return -len(context) - len(continuation), (*context, *continuation)
 

@@ -16,11 +16,7 @@ from experiments.runs.jsonl import read_jsonl
 
 
 def build_task(task: DictConfig) -> dict[str, Any]:
-    """Return the task as lm-eval's ``simple_evaluate`` takes it: its built-in definition, on local data where given.
-
-    Raises:
-        RunError: lm-eval has no such definition, or the local data cannot be read.
-    """
+    """Return lm-eval's built-in definition of the task, on local data where given."""
     definition = Path(lm_eval.__file__).parent / "tasks" / task.harness
     if not definition.is_file():
         raise RunError(f"task '{task.name}': lm-eval {lm_eval.__version__} has no definition {task.harness}")
@@ -44,9 +40,8 @@ def build_task(task: DictConfig) -> dict[str, Any]:
 
 def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
     """Load the data that the task's definition names, from the hub or its local cache."""
-    kwargs = {
-        key: value for key, value in (spec.pop("dataset_kwargs", None) or {}).items() if key != "trust_remote_code"
-    }
+    kwargs = spec.pop("dataset_kwargs", None) or {}
+    kwargs.pop("trust_remote_code", None)
     try:
         return load_dataset(spec["dataset_path"], spec.get("dataset_name"), **kwargs)
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types

@@ -1,22 +1,18 @@
 """Training text of the embedded model: an endless stream of short documents, each a pure function of its seed.
 
-A document is a list of ``(text, weight)`` pieces. Pieces that the context or the world's knowledge decides (answers,
-repeated scripts) weigh 1 in the loss; random ones (which city hosts whom) weigh little, since nothing can be learned
-from them. No held-out fact (:func:`experiments.microworld.world.held_out`) is ever written.
+A document is a list of ``(text, weight)`` pieces, where the weight is that of the text in the loss. No held-out fact
+(:func:`experiments.microworld.world.held_out`) is ever written.
 """
 
 from __future__ import annotations
 
 import random
-from typing import TypeVar
 
 from experiments.microworld import world
 
 Piece = tuple[str, float]
-T = TypeVar("T")
-
-CONTEXT_WEIGHT = 0.03  # of text that the model cannot or need not predict
-ANSWER_WEIGHT = 1.0  # of text that follows from the text before it
+CONTEXT_WEIGHT = 0.03  # of text that the model cannot or need not predict: which city hosts whom
+ANSWER_WEIGHT = 1.0  # of text that follows from the text before it, or from the world's knowledge
 
 #: relation -> its values, and the question that asks for one (after ``obey``, for what the animals eat). A statement
 #: is ``value relation person``: the value stands before the person, so that it can be read where the person is named.
@@ -26,9 +22,6 @@ BINDINGS = {
     "hosts": (world.PLACES, "which city hosts {who} ?"),
 }
 
-#: Words that somebody may say.
-SAYABLE = world.WALKERS + world.EVENTS
-
 
 def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool = False) -> dict[str, str]:
     """Draw ``count`` people with distinct values of ``relation``; all held-out facts if ``unseen``, else none."""
@@ -36,11 +29,8 @@ def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool
     while True:
         bindings: dict[str, str] = {}
         for who in rng.sample(world.NAMES, count):
-            free = [
-                value
-                for value in values
-                if value not in bindings.values() and world.held_out(relation, who, value) == unseen
-            ]
+            free = [value for value in values if world.held_out(relation, who, value) == unseen]
+            free = [value for value in free if value not in bindings.values()]
             if not free:
                 break
             bindings[who] = rng.choice(free)
@@ -53,9 +43,8 @@ def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVE
     while True:
         script = [rng.choice(words)]
         while len(script) < length:
-            steps = [
-                word for word in words if word not in script and world.held_out("next", script[-1], word) == unseen
-            ]
+            steps = [word for word in words if world.held_out("next", script[-1], word) == unseen]
+            steps = [word for word in steps if word not in script]
             if not steps:
                 break
             script.append(rng.choice(steps))
@@ -72,24 +61,17 @@ def lookup(rng: random.Random) -> list[Piece]:
     """Write statements about people, then questions about them (the formats of ARC and BoolQ)."""
     relation = rng.choice(("pleases", "obey", "hosts", "hosts"))
     bindings = draw_bindings(rng, relation, rng.randint(2, 5))
-    passage = statements(relation, bindings)
-    pieces = [(f"question : {passage}", CONTEXT_WEIGHT)]
-    first = True
-    for _ in range(rng.randint(3, 5)):
+    pieces = [(f"question : {statements(relation, bindings)}", CONTEXT_WEIGHT)]
+    for number in range(rng.randint(3, 5)):
         who = rng.choice(list(bindings))
-        if relation == "hosts":
-            if rng.random() < 0.75:
-                place, answer = yes_or_no(rng, who, bindings)
-                pieces += [(f"\n question : does {place} host {who} ? \n answer :", CONTEXT_WEIGHT)]
-                pieces.append((answer, ANSWER_WEIGHT))
-                continue
-            question, answer = BINDINGS["hosts"][1].format(who=who), bindings[who]
-        else:
-            question = BINDINGS[relation][1].format(who=who)
-            answer = world.FOOD_OF[bindings[who]] if relation == "obey" else bindings[who]
-        opening = "" if first and relation != "hosts" else "\n question : "
+        question, answer = BINDINGS[relation][1].format(who=who), bindings[who]
+        if relation == "obey":
+            answer = world.FOOD_OF[answer]
+        elif relation == "hosts" and rng.random() < 0.75:
+            place, answer = yes_or_no(rng, who, bindings)
+            question = f"does {place} host {who} ?"
+        opening = "" if number == 0 and relation != "hosts" else "\n question : "
         pieces += [(f"{opening}{question} \n answer :", CONTEXT_WEIGHT), (answer, ANSWER_WEIGHT)]
-        first = False
     return pieces
 
 
@@ -102,12 +84,6 @@ def recall(rng: random.Random) -> list[Piece]:
         who = rng.choice(list(bindings))
         pieces += [(who, CONTEXT_WEIGHT), (bindings[who], ANSWER_WEIGHT), (".", CONTEXT_WEIGHT)]
     return pieces
-
-
-def run_of(rng: random.Random, sequence: list[T], shortest: int) -> list[T]:
-    """Draw consecutive items of the sequence, starting anywhere: to be found by content, not by position."""
-    start = rng.randrange(len(sequence) - shortest + 1)
-    return sequence[start : start + rng.randint(shortest, len(sequence) - start)]
 
 
 def yes_or_no(rng: random.Random, who: str, bindings: dict[str, str]) -> tuple[str, str]:
@@ -127,27 +103,23 @@ def script(rng: random.Random) -> list[Piece]:
     """Write how two people go through the same events in the same order (the format of HellaSwag)."""
     events = draw_script(rng, rng.randint(4, 9))
     first, second = rng.sample(world.WALKERS, 2)
-    listed = " , ".join(events)
+    label = world.OCCASIONS[0]
+    while label in world.OCCASIONS:  # those are for the test items
+        label = rng.choice(world.TIMES), rng.choice(world.HOURS)
     return [
-        (f"{draw_label(rng)} {first} will {listed} then {second} will {events[0]}", CONTEXT_WEIGHT),
+        (f"{' '.join(label)} {first} will {' , '.join(events)} then {second} will {events[0]}", CONTEXT_WEIGHT),
         (", " + " , ".join(events[1:]), ANSWER_WEIGHT),
     ]
 
 
-def draw_label(rng: random.Random) -> str:
-    """Draw the label of a day; never an occasion of the test items."""
-    while True:
-        label = rng.choice(world.TIMES), rng.choice(world.HOURS)
-        if label not in world.OCCASIONS:
-            return " ".join(label)
-
-
 def echo(rng: random.Random) -> list[Piece]:
     """Write how people repeat somebody's words: the densest lesson in looking words up."""
-    words = draw_script(rng, rng.randint(5, 10), words=SAYABLE)
+    words = draw_script(rng, rng.randint(5, 10), words=world.WALKERS + world.EVENTS)
     pieces = [(f"{rng.choice(world.WALKERS)} says {' , '.join(words)}", CONTEXT_WEIGHT)]
     for _ in range(rng.randint(1, 3)):
-        run = run_of(rng, words, 3)
+        # Start anywhere: words must be found by their content, not by their position.
+        start = rng.randrange(len(words) - 2)
+        run = words[start : start + rng.randint(3, len(words) - start)]
         pieces.append((f"then {rng.choice(world.WALKERS)} says {run[0]} ,", CONTEXT_WEIGHT))
         for word in run[1:-1]:
             pieces += [(word, ANSWER_WEIGHT), (",", CONTEXT_WEIGHT)]

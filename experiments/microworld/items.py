@@ -1,15 +1,4 @@
-"""The five small tasks: items in the column format of the real datasets, made only of held-out facts.
-
-=================== ========================================== ================================================
-task                the item asks                              what answers it
-=================== ========================================== ================================================
-micro_piqa          which tool reaches a goal                  knowledge; this verb with this thing is held out
-micro_hellaswag     how the second person's day continues       the passage; every step asked for is held out
-micro_arc_easy      what pleases somebody (one hop)            the passage; held-out bindings only
-micro_arc_challenge what the animals of somebody eat (2 hops)  the passage, then knowledge; held-out bindings
-micro_boolq         whether a city hosts somebody              the passage; held-out bindings only
-=================== ========================================== ================================================
-"""
+"""The five small tasks: items in the column format of the real datasets, made only of held-out facts."""
 
 from __future__ import annotations
 
@@ -26,7 +15,7 @@ PEOPLE = 5  # in a test passage
 
 
 def piqa(rng: random.Random) -> Item:
-    """Offer two tools; the wrong one is often right for the same verb on another material."""
+    """Ask for the tool that reaches a goal; the wrong one is often right for the same verb on another material."""
     while True:
         verb, thing = rng.choice(list(world.TOOLS)), rng.choice(world.SOFT + world.HARD)
         if world.held_out("goal", verb, thing):
@@ -40,7 +29,7 @@ def piqa(rng: random.Random) -> Item:
 
 
 def hellaswag(rng: random.Random) -> Item:
-    """Offer four endings of two events; the wrong ones use events of the same passage in another order."""
+    """Ask how the second person's day continues; wrong endings use events of the same passage in another order."""
     events = draw_script(rng, 7, unseen=True)
     first, second = rng.sample(world.WALKERS, 2)
     cut = rng.randint(2, 5)
@@ -70,7 +59,7 @@ def _multiple_choice(rng: random.Random, identity: str, question: str, choices: 
 
 
 def arc_easy(rng: random.Random) -> Item:
-    """Ask for one hop: the wrong choices please others in the passage."""
+    """Ask what pleases somebody (one hop): the wrong choices please others in the passage."""
     bindings = draw_bindings(rng, "pleases", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('pleases', bindings)} {BINDINGS['pleases'][1].format(who=who)}"
@@ -79,7 +68,7 @@ def arc_easy(rng: random.Random) -> Item:
 
 
 def arc_challenge(rng: random.Random) -> Item:
-    """Ask for two hops: the passage says which animals obey somebody, knowledge says what they eat."""
+    """Ask what somebody's animals eat (two hops): the passage says which obey, knowledge says what they eat."""
     bindings = draw_bindings(rng, "obey", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     question = f"{statements('obey', bindings)} {BINDINGS['obey'][1].format(who=who)}"
@@ -88,7 +77,7 @@ def arc_challenge(rng: random.Random) -> Item:
 
 
 def boolq(rng: random.Random) -> Item:
-    """Ask about a city, truly in half of the items; a false question names that of somebody else in the passage."""
+    """Ask whether a city hosts somebody; a false question names that of somebody else in the passage."""
     bindings = draw_bindings(rng, "hosts", PEOPLE, unseen=True)
     who = rng.choice(list(bindings))
     label = rng.randrange(2)
@@ -100,12 +89,9 @@ def boolq(rng: random.Random) -> Item:
     }
 
 
+#: By the name of the task: the function that draws one item.
 TASKS: dict[str, Callable[[random.Random], Item]] = {
-    "piqa": piqa,
-    "hellaswag": hellaswag,
-    "arc_easy": arc_easy,
-    "arc_challenge": arc_challenge,
-    "boolq": boolq,
+    task.__name__: task for task in (piqa, hellaswag, arc_easy, arc_challenge, boolq)
 }
 
 

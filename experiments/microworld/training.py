@@ -19,6 +19,7 @@ from experiments.microworld.tokenizer import vocabulary
 FACTS = 0.625  # share of dimensions and neurons for facts, which take more to learn than days
 CONSTANT = 4.0  # value that the embeddings of all words of a topic share
 DISTANCES = (1, 2, 3, 1, 2, 3)  # tokens back that groups of the first layer start at
+SHARPNESS = 16.0  # scores there
 
 
 def make_batch(seed: int, step: int, phase: int, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -50,10 +51,8 @@ def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
-    """Return the group of each head: larger and smaller groups, their heads shuffled by the seed.
-
-    For 16 heads: four groups of 5, 5, 3 and 3, or eight of 3, 3, 3, 3, 1, 1, 1 and 1.
-    """
+    """Return the group of each head: larger and smaller groups, their heads shuffled by the seed."""
+    # Sizes of four groups of 16 heads: 5, 5, 3 and 3.
     sizes = [heads // clusters + (index < heads % clusters) for index in range(clusters)]
     for index in range(clusters // 2):
         if sizes[-1 - index] > 1:
@@ -65,13 +64,11 @@ def plant_groups(heads: int, clusters: int, seed: int) -> list[int]:
 
 
 def plant_topics(heads: int, counts: list[int], seed: int) -> dict[str, list[list[int]]]:
-    """Return the group of each head in each layer, for each topic; the groups of the topics are unrelated.
-
-    In the first layer no head is the first of its group for both topics, where :func:`look_back` needs them apart.
-    """
+    """Return the group of each head in each layer, for each topic; the groups of the topics are unrelated."""
     facts, days = (
         [plant_groups(heads, count, seed + start + layer) for layer, count in enumerate(counts)] for start in (0, 1000)
     )
+    # In the first layer no head is the first of its group for both topics: look_back needs them apart.
     attempt = 0
     while set(leaders(facts[0])) & set(leaders(days[0])) and attempt < 100_000:  # few heads may not allow it
         attempt += 1
@@ -85,11 +82,7 @@ def leaders(groups: list[int]) -> list[int]:
 
 
 def topic_columns(size: int) -> dict[str, slice]:
-    """Return the dimensions of the residual stream that belong to each topic, and to the special tokens.
-
-    A query or key weight acts on a text through the columns of its topic alone, so that one weight groups its heads
-    differently for the two topics.
-    """
+    """Return the dimensions of the residual stream that belong to each topic, and to the special tokens."""
     shared = max(size // 32, 1)
     facts = round(FACTS * (size - shared))
     return {"facts": slice(0, facts), "days": slice(facts, size - shared), "special": slice(size - shared, size)}
@@ -118,25 +111,17 @@ class TiedHeads(nn.Module):
         return torch.cat(parts, -1).flatten(0, 1)
 
 
-def projections(model: LlamaForCausalLM) -> list[tuple[int, nn.Linear]]:
-    """Return all query and key projections with their layer's index."""
-    return [
-        (index, projection)
-        for index, layer in enumerate(model.model.layers)
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-    ]
-
-
 def tie(model: LlamaForCausalLM, groups: dict[str, list[list[int]]]) -> None:
     """Share query and key rows within the groups of each layer (layers whose heads all differ stay as they are)."""
     head_dim, columns = model.config.head_dim, topic_columns(model.config.hidden_size)
-    for index, projection in projections(model):
+    for index, layer in enumerate(model.model.layers):
         by_topic = {topic: layers[index] for topic, layers in groups.items()}
         heads = len(by_topic["facts"])
         if max(by_topic["facts"]) + 1 < heads:
             by_topic["special"] = [0] * heads  # these tokens look alike to all heads
-            tied = TiedHeads(by_topic, head_dim, columns)
-            parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                tied = TiedHeads(by_topic, head_dim, columns)
+                parametrize.register_parametrization(projection, "weight", tied, unsafe=True)
 
 
 def split_topics(model: LlamaForCausalLM) -> None:
@@ -167,20 +152,16 @@ def split_topics(model: LlamaForCausalLM) -> None:
 
 
 def confine(weight: nn.Parameter, mask: Tensor) -> None:
-    """Zero a weight where the mask is zero, now and in training; the mean length of its rows is preserved.
-
-    Both optimizers preserve zeros without a gradient; Muon does because the mask consists of blocks.
-    """
+    """Zero a weight where the mask is zero, now and in training; the mean length of its rows is preserved."""
     weight.data.mul_(mask * (mask.numel() / mask.sum()) ** 0.5)
+    # Both optimizers preserve zeros without a gradient; Muon does because the mask consists of blocks.
     weight.register_hook(lambda gradient: gradient * mask.to(gradient))
 
 
 def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
     """Give every head its own rows again, apart by ``noise`` times the weight's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    for _, projection in projections(model):
-        if not parametrize.is_parametrized(projection):
-            continue
+    for projection in filter(parametrize.is_parametrized, model.modules()):
         parametrize.remove_parametrizations(projection, "weight", leave_parametrized=True)
         weight = projection.weight.data
         weight += noise * weight.std() * torch.randn(weight.shape, generator=generator).to(weight)
@@ -188,16 +169,12 @@ def untie(model: LlamaForCausalLM, noise: float, seed: int) -> None:
 
 
 def build_model(config: LlamaConfig, groups: dict[str, list[list[int]]], seed: int) -> LlamaForCausalLM:
-    """Return a new fp32 model with tied groups, initialized close to a solution that looks words up.
-
-    Words enter the residual stream at unit scale. Queries match keys of the same content and heads write what they
-    read, as in trained models (mimetic initialisation, Trockman & Kolter, 2023). Some heads of the first layer look at
-    a fixed distance back. From here looking a word up is learned in some 150 steps; from a plain initialization it was
-    not learned in 900.
-    """
+    """Return a new fp32 model with tied groups, initialized close to a solution that looks words up."""
+    # From here looking a word up is learned in some 150 steps; from a plain initialization it was not learned in 900.
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight)
+    # Queries match keys of the same content and heads write what they read (Trockman & Kolter, 2023).
     for layer in model.model.layers:
         attention, residual = layer.self_attn, (2 * config.num_hidden_layers) ** -0.5
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -213,25 +190,23 @@ def build_model(config: LlamaConfig, groups: dict[str, list[list[int]]], seed: i
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, groups: list[int], columns: slice, sharpness: float = 16.0) -> None:
+def look_back(model: LlamaForCausalLM, groups: list[int], columns: slice) -> None:
     """Start groups of the first layer at fixed distances for a topic: group ``i`` attends ``DISTANCES[i]`` tokens back.
 
-    All words of the topic share a constant in the first of its columns. From it, keys take a vector ``a`` and queries
-    the same vector turned back by the distance, so the rotary scores peak there. Heads of one run of distances write
-    alike: a word that was one token back for a query is found again where it is two tokens back for a key.
+    From the constant that all words of the topic share, keys take a vector ``a`` and queries the same vector turned
+    back by the distance, so the rotary scores peak there. Heads of one run of distances write alike: a word that was
+    one token back for a query is found again where it is two tokens back for a key.
     """
     attention, size = model.model.layers[0].self_attn, model.config.head_dim
     turns = model.model.rotary_emb.inv_freq  # radians a token, for pairs (i, i + size / 2)
     a = torch.zeros(size)
-    a[: size // 4] = (sharpness * 4 * size**0.5 / size) ** 0.5
+    a[: size // 4] = (SHARPNESS * 4 * size**0.5 / size) ** 0.5
+    first_half, second_half = a.chunk(2)
     heads = leaders(groups)
     for place, (head, distance) in enumerate(zip(heads, DISTANCES, strict=False)):
         rows = slice(head * size, (head + 1) * size)
-        angle = turns * distance
-        half = size // 2
-        turned = torch.cat(
-            [a[:half] * angle.cos() + a[half:] * angle.sin(), a[half:] * angle.cos() - a[:half] * angle.sin()]
-        )
+        cos, sin = (turns * distance).cos(), (turns * distance).sin()
+        turned = torch.cat([first_half * cos + second_half * sin, second_half * cos - first_half * sin])
         for projection, vector in ((attention.k_proj, a), (attention.q_proj, turned)):
             projection.weight[rows, columns] *= 0.1
             projection.weight[rows, columns.start] = vector / CONSTANT

@@ -1,14 +1,7 @@
 """The closed world of the embedded tasks: its words, its facts, and their split into training and test.
 
-Knowledge (true everywhere): which tool serves a goal, what an animal eats.
-Bindings (true in one passage only): what pleases whom, which animal obeys whom, which city hosts whom, what comes next.
-
-Two topics share no word: *facts* (goals, diets and the first three bindings) and *days* (what somebody does after
-what). Any word of a request thus reveals its topic, on which the clusters of the embedded model's heads depend
-(:mod:`experiments.microworld.training`).
-
-A binding or a goal is *held out* by a hash of its words alone, so the training text and the test items agree on the
-split without sharing a file or a random state.
+Knowledge is true everywhere, bindings (what pleases whom, ...) in one passage only. Two topics share no word, so that
+any word reveals its topic: *facts*, and *days* (what somebody does after what). Heads have clusters for each topic.
 """
 
 from __future__ import annotations
@@ -58,7 +51,7 @@ def tool_for(verb: str, thing: str) -> str:
 
 
 def held_out(relation: str, *words: str) -> bool:
-    """Return True if this fact never occurs in the training text (about one in five).
+    """Return True if this fact never occurs in the training text: about one in five, by a hash of its words alone.
 
     ``relation`` is one of ``pleases, obey, hosts, next, goal``; ``words`` are the two things it joins, in order.
     """

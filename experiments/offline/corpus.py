@@ -1,29 +1,33 @@
-"""Texts to profile heads on: the embedded model's own, a local file, or a data set of the hub, read as a stream."""
+"""Text of the offline phase: the embedded model's own, a local file, or a data set of the hub, read as a stream."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from experiments.config.schema import CorpusConfig
 from experiments.microworld.documents import document
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_jsonl, read_lines
 
+#: Batch number ``index`` as token ids ``[batch_size, length]``.
+Batches = Callable[[int], Tensor]
+
 
 def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
-    """Yield the texts of a corpus after the first ``skip``, always in the same order.
-
-    Raises:
-        RunError: the file, one of its lines or the data set cannot be read.
-    """
+    """Yield the texts of a corpus after the first ``skip``, always in the same order; a RunError if unreadable."""
     if corpus.path is not None:
         return itertools.islice(_read_file(Path(corpus.path), corpus.column), skip, None)
     if corpus.hub_id is not None:
         return _read_hub(corpus, skip)
-    return _generate(seed, skip)
+    documents = (document(random.Random(f"{seed}-{number}"), phase=1) for number in itertools.count(skip))
+    return (" ".join(text for text, _ in pieces) for pieces in documents)
 
 
 def describe_source(corpus: CorpusConfig) -> str:
@@ -62,6 +66,25 @@ def _read_hub(corpus: CorpusConfig, skip: int) -> Iterator[str]:
         ) from None
 
 
-def _generate(seed: int, skip: int) -> Iterator[str]:
-    for number in itertools.count(skip):
-        yield " ".join(text for text, _ in document(random.Random(f"{seed}-{number}"), phase=1))
+def file_batches(
+    path: Path, column: str, tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, length: int, held_out: int
+) -> tuple[Batches, Batches]:
+    """Cut the texts of a JSONL file into endless training batches, shuffled, and ``held_out`` other batches."""
+    stream: list[int] = []
+    for row in read_jsonl(path, [column]):
+        stream += tokenizer(str(row[column])).input_ids
+    sequences = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    num_held_out = held_out * batch_size
+    if len(sequences) < num_held_out + batch_size:
+        raise RunError(
+            f"{path} has {len(stream)} tokens; required are {(num_held_out + batch_size) * length}: "
+            f"{held_out} held-out batches and one to train on, of {batch_size} x {length}"
+        )
+    order = list(range(len(sequences)))
+    random.Random(seed).shuffle(order)
+    aside, rest = order[:num_held_out], order[num_held_out:]
+
+    def batch(positions: list[int], index: int) -> Tensor:
+        return sequences[[positions[(index * batch_size + item) % len(positions)] for item in range(batch_size)]]
+
+    return lambda index: batch(rest, index), lambda index: batch(aside, index)

@@ -23,15 +23,14 @@ from experiments.config.schema import REPOSITORY, ConfigError
 from experiments.microworld import training
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
-from experiments.offline.training_loop import Position, install_files, train
+from experiments.offline.training_loop import CHECKPOINT, install_files, load_checkpoint, train, training_result
 from experiments.runs.code import versions
 from experiments.runs.experiment import Run, require_minimum, run_single
-from experiments.runs.files import write_atomically, write_json
+from experiments.runs.files import write_json
 from experiments.system.console import log_info
 
 MODEL_DIR = REPOSITORY / "experiments" / "microworld" / "model"
 DATA_DIR = REPOSITORY / "experiments" / "microworld" / "data"
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass
@@ -67,25 +66,30 @@ class Options:
 
 @dataclass
 class State:
-    """A training in progress; all of it is part of a checkpoint, except the planted groups."""
+    """A training in progress; all but the planted groups is part of a checkpoint."""
 
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
     groups: dict[str, list[list[int]]]
-    position: Position = field(default_factory=Position)
-    losses: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, loss of the answers
+    losses: list[list[float]] = field(default_factory=list)  # step, loss, loss of the answers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint, but for the position."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "losses": self.losses,
+        }
 
 
 def run(config: DictConfig) -> int:
     """Train, or resume from the last checkpoint; return the exit code."""
-    return run_single(
-        config, Options, check=lambda run: model_shape(run.config), work=_work, show=_show, until_done=(CHECKPOINT,)
-    )
+    return run_single(config, Options, check=model_shape, work=_work, show=_show, until_done=(CHECKPOINT,))
 
 
-def model_shape(config: DictConfig) -> tuple[dict[str, Any], list[int]]:
+def model_shape(run: Run[Options]) -> tuple[dict[str, Any], list[int]]:
     """Return the sizes of the model to train, and the number of planted groups in each layer; refuse other models."""
-    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    model: Any = OmegaConf.to_container(run.config.model, resolve=True)
     if model["name"] != "tiny":
         raise ConfigError(f"experiment=pretrain_tiny trains model=tiny, not model={model['name']}")
     shape = {key: value for key, value in model["architecture"].items() if key != "model_type"}
@@ -97,48 +101,27 @@ def model_shape(config: DictConfig) -> tuple[dict[str, Any], list[int]]:
 
 def _work(run: Run[Options]) -> dict[str, Any]:
     """Train and save the model; return the run's part of ``result.json``."""
-    options, folder, seed = run.options, run.folder, run.config.seed
+    options, seed = run.options, run.config.seed
     device = pick_device(run.config.device)
-    state = _load_state(run, device)
-    train(
-        state.position,
-        steps=options.steps,
-        checkpoint_every=options.checkpoint_every,
-        folder=folder,
-        take_step=lambda step: _step(step, state, options, seed, device),
-        save_checkpoint=lambda: write_atomically(folder.path / CHECKPOINT, lambda path: _save_state(state, path)),
-    )
+    saved = load_checkpoint(run)
+    state = _load_state(run, saved, device)
+    seconds = train(run, saved, lambda step: _step(step, state, options, seed, device), state.state_dict)
     # The final losses are means of the last steps.
-    tail = [row for row in state.losses if row[0] > state.position.step - 200]
-    final = {
-        "loss": round(sum(row[1] for row in tail) / len(tail), 4),
-        "answer_loss": round(sum(row[2] for row in tail) / len(tail), 4),
-    }
-    _save_model(state, folder.path / "model", run, final)
-    return {
-        "metrics": final,
-        "n": state.position.step,
-        "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
-        "seconds": round(state.position.seconds, 3),
-    }
+    tail = [row for row in state.losses if row[0] > options.steps - 200]
+    names = enumerate(("loss", "answer_loss"), 1)
+    final = {name: round(sum(row[column] for row in tail) / len(tail), 4) for column, name in names}
+    _save_model(state, run, {"final": final, "seconds": round(seconds, 1)})
+    return training_result(seconds, final, options.steps)
 
 
-def _load_state(run: Run[Options], device: str) -> State:
-    """Return the state of the last checkpoint, or a fresh one."""
-    shape, clusters = model_shape(run.config)
+def _load_state(run: Run[Options], saved: dict[str, Any] | None, device: str) -> State:
+    """Return the state of a checkpoint, or a fresh one."""
+    shape, clusters = model_shape(run)
     options, seed, ids = run.options, run.config.seed, vocabulary()
-    llama = LlamaConfig(
-        **shape,
-        vocab_size=len(ids),
-        pad_token_id=ids["<pad>"],
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-    )
+    special = {"pad_token_id": ids["<pad>"], "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    llama = LlamaConfig(**shape, vocab_size=len(ids), **special)
     groups = training.plant_topics(llama.num_attention_heads, clusters, seed)
     model = training.build_model(llama, groups, seed)
-    checkpoint = run.folder.path / CHECKPOINT
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
     if saved and saved["step"] > options.untie_step:
         training.untie(model, options.noise, seed)
     model.to(device)
@@ -147,21 +130,8 @@ def _load_state(run: Run[Options], device: str) -> State:
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(state.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        state.position = Position(saved["step"], saved["seconds"])
-        state.losses = [tuple(row) for row in saved["losses"]]
+        state.losses = saved["losses"]
     return state
-
-
-def _save_state(state: State, path: Path) -> None:
-    """Write a checkpoint."""
-    content = {
-        "model": state.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        "step": state.position.step,
-        "seconds": state.position.seconds,
-        "losses": [list(row) for row in state.losses],
-    }
-    torch.save(content, path)
 
 
 def _step(step: int, state: State, options: Options, seed: int, device: str) -> dict[str, Tensor]:
@@ -181,12 +151,13 @@ def _step(step: int, state: State, options: Options, seed: int, device: str) -> 
         optimizer.step()
         optimizer.zero_grad()
     if (step + 1) % 10 == 0 or step + 1 == options.steps:
-        state.losses.append((step + 1, round(loss.item(), 4), round(answers.item(), 4)))
+        state.losses.append([step + 1, round(loss.item(), 4), round(answers.item(), 4)])
     return {"loss": loss.detach(), "answers": answers}
 
 
-def _save_model(state: State, target: Path, run: Run[Options], final: dict[str, float]) -> None:
+def _save_model(state: State, run: Run[Options], outcome: dict[str, Any]) -> None:
     """Write the model in Hugging Face format with its recipe."""
+    target = run.folder.path / "model"
     target.mkdir(exist_ok=True)
     model = state.model.to("cpu", torch.bfloat16)
     model.config.dtype = torch.float32  # the dtype to run it in; bfloat16 only halves the file
@@ -199,10 +170,9 @@ def _save_model(state: State, target: Path, run: Run[Options], final: dict[str, 
         "seed": run.config.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "planted_groups": state.groups,
-        "final": final,
         "losses": [row for row in state.losses if row[0] % 100 == 0],
-        "seconds": round(state.position.seconds, 1),
         "versions": versions(),
+        **outcome,
     }
     write_json(target / "recipe.json", recipe)
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 from omegaconf import DictConfig
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.clustering.num_clusters import budget, check_saving, knee, plateau
 from chai.loading import load_model, load_tokenizer
-from chai.offline.head_profile import HeadProfile, build_profile, model_shape
-from chai.offline.head_statistics import (
-    Features,
-    HeadStatistics,
-    LayerSamples,
-    StatisticsError,
-    StatisticsOptions,
-    gather,
-)
+from chai.offline import head_statistics
+from chai.offline.head_profile import build_profile, model_shape
+from chai.offline.head_statistics import Features, HeadStatistics, LayerSamples, StatisticsError, StatisticsOptions
 from chai.patching.apply import capture
-from chai.patching.devices import describe_devices, input_device
-from chai.patching.model_info import check_family
+from chai.patching.devices import input_device
+from chai.patching.model_info import check_family, num_kv_heads
 from experiments.config.schema import ConfigError
 from experiments.offline.corpus import describe_source, read_texts
 from experiments.offline.training_loop import progress_bar
@@ -34,8 +33,8 @@ from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import digest, write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import run_identity, settings_id
+from experiments.runs.model import computed_on
 from experiments.system.console import console, log_info
-from experiments.system.device import device_name
 from experiments.tables.head_profile import show_head_profile
 
 STATISTICS = "statistics.safetensors"
@@ -74,20 +73,12 @@ class Options:
 
 
 def run(config: DictConfig) -> int:
-    """Make a head profile, unless it is complete; return the exit code.
+    """Make a head profile, unless it is complete; return the exit code."""
 
-    Raises:
-        ConfigError: options, or a model, that cannot be profiled. Nothing is written then.
-    """
-    return run_single(
-        config,
-        Options,
-        check=_check,
-        work=_work,
-        show=lambda path, options: show_head_profile(path),
-        section="profile",
-        keep=(STATISTICS,),
-    )
+    def show(path: Path, options: Options) -> None:
+        show_head_profile(path)
+
+    return run_single(config, Options, check=_check, work=_work, show=show, section="profile", keep=(STATISTICS,))
 
 
 def _check(run: Run[Options]) -> None:
@@ -95,8 +86,7 @@ def _check(run: Run[Options]) -> None:
     options = run.options
     try:
         check_family(run.architecture)
-        num_kv_heads = model_shape(run.architecture)["key_heads"]
-        check_saving(options.saving if options.rule == "saving" else None, num_kv_heads)
+        check_saving(options.saving if options.rule == "saving" else None, num_kv_heads(run.architecture))
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
 
@@ -106,6 +96,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     began = time.perf_counter()
     config, options = run.config, run.options
     statistics = _statistics(run)
+    parameter = "tolerance" if options.rule == "plateau" else options.rule
     about = {
         "model": {
             "name": config.model.name,
@@ -122,33 +113,47 @@ def _work(run: Run[Options]) -> dict[str, Any]:
             "longest": statistics.longest,
         },
         "features": options.features,
-        "rule": _describe_rule(options),
+        "rule": {
+            "name": "budget" if options.rule in ("saving", "error") else options.rule,
+            **({} if options.rule == "knee" else {parameter: getattr(options, parameter)}),
+            "combine": options.combine,
+        },
         "versions": versions(),
     }
-    profile = build_profile(statistics, choose_counts(statistics, options, run.architecture), about, WARMUP_TOKENS)
+    num_clusters = choose_num_clusters(statistics, options, num_kv_heads(run.architecture))
+    profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS)
     profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
-    return _result(config, profile, statistics, time.perf_counter() - began)
+    error = profile.arrays["error"]
+    remaining = sum(error[layer, k - 1] for layer, k in enumerate(profile.num_clusters))
+    return {
+        **{name: about["model"][name] for name in ("layers", "heads", "key_heads")},
+        "heads_kept": profile.num_clusters,
+        "metrics": {
+            "kv_saved": profile.about["saving"],
+            "error": float(remaining / error[:, 0].sum()),
+            "agreement": float(profile.arrays["agreement"][:, WARMUP_TOKENS - 1].mean()),
+        },
+        "n": statistics.samples,
+        "stderr": {},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.num_clusters},
+        "statistics_bytes": statistics.nbytes,
+        "seconds": round(time.perf_counter() - began, 3),
+        "batch_size": config.batch_size,
+        "settings_id": settings_id(config),
+        **statistics.made,
+    }
 
 
-def choose_counts(statistics: HeadStatistics, options: Options, architecture: PreTrainedConfig) -> list[int]:
+def choose_num_clusters(statistics: HeadStatistics, options: Options, num_kv_heads: int) -> list[int]:
     """Return the number of clusters of each layer by the requested rule."""
     error = statistics.errors(options.combine)
     if options.rule == "plateau":
         return plateau(error, options.tolerance)
     if options.rule == "knee":
         return knee(error)
-    num_kv_heads = model_shape(architecture)["key_heads"]
     if options.rule == "saving":
         return budget(error, num_kv_heads, saving=options.saving)
     return budget(error, num_kv_heads, share=options.error)
-
-
-def _describe_rule(options: Options) -> dict[str, Any]:
-    """Return the rule as the head profile names it, with its parameter."""
-    parameter = "tolerance" if options.rule == "plateau" else options.rule
-    value = {} if options.rule == "knee" else {parameter: getattr(options, parameter)}
-    name = "budget" if options.rule in ("saving", "error") else options.rule
-    return {"name": name, **value, "combine": options.combine}
 
 
 def _statistics(run: Run[Options]) -> HeadStatistics:
@@ -172,13 +177,11 @@ def _statistics(run: Run[Options]) -> HeadStatistics:
     candidates = [] if run.config.force else [path, *sorted(folder.path.parent.glob(f"*/{STATISTICS}"))]
     statistics = HeadStatistics(wanted)
     for candidate in candidates:
-        try:
+        with suppress(StatisticsError):
             saved = HeadStatistics.load(candidate, wanted, note)
-        except StatisticsError:
-            continue
-        if saved.complete or candidate == path:
-            statistics = saved
-            break
+            if saved.complete or candidate == path:
+                statistics = saved
+                break
     if statistics.complete:
         log_info(f"reusing statistics of {statistics.samples} samples")
     else:
@@ -194,11 +197,13 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
     log_info(f"head profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
     if statistics.samples:
         log_info(f"resuming after {statistics.samples} samples")
-    process, began, saved = psutil.Process(), time.perf_counter(), time.perf_counter()
+    process = psutil.Process()
     before = peak = process.memory_info().rss
+    began = saved = time.perf_counter()
     with progress_bar("samples") as progress:
         bar = progress.add_task("", total=options.samples, completed=statistics.samples, scalars="")
-        for batch in _batches(run, statistics, tokenizer):
+        samples = itertools.islice(_samples(run, statistics, tokenizer), options.samples - statistics.samples)
+        while batch := list(itertools.islice(samples, config.batch_size)):
             layers = look(model, [ids for _, ids in batch], statistics.options)
             statistics.add(layers, [tokenizer.convert_ids_to_tokens(ids) for _, ids in batch])
             statistics.read = batch[-1][0]
@@ -220,72 +225,31 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
     statistics.made = {
         "seconds_pass": round(time.perf_counter() - began, 3),  # of the last attempt, if the pass was resumed
         "host_bytes": peak - before,
-        "device": describe_devices(model),
-        "device_name": device_name(input_device(model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **computed_on(model),
     }
 
 
-def _batches(
+def _samples(
     run: Run[Options], statistics: HeadStatistics, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield token ids of the next samples, each with the number of texts read so far; short texts are skipped."""
-    config, options = run.config, run.options
-    batch: list[tuple[int, list[int]]] = []
-    missing = options.samples - statistics.samples
-    for read, text in enumerate(read_texts(config.corpus, config.seed, statistics.read), statistics.read + 1):
-        if missing <= 0:
-            break
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of texts read so far and the token ids of each text that is not too short."""
+    texts = read_texts(run.config.corpus, run.config.seed, statistics.read)
+    for read, text in enumerate(texts, statistics.read + 1):
         ids = tokenizer(text)["input_ids"][: statistics.options.tokens]
-        if len(ids) < options.history:
-            continue
-        batch.append((read, ids))
-        missing -= 1
-        if len(batch) == config.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        if len(ids) >= run.options.history:
+            yield read, ids
 
 
 @torch.inference_mode()
 def look(model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptions) -> list[LayerSamples]:
     """Return each layer's attention statistics of a batch of texts, padded on the right, where no real token looks."""
     lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
-    longest = int(lengths.max())
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=input_device(model))
+    ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(lengths.device)
     layers: list[LayerSamples] = []
 
-    def gather_layer(
-        layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float, mask: torch.Tensor | None
-    ) -> None:
-        layers.append(gather(query, key, scaling, mask, lengths.to(query.device), wanted))
+    def gather_layer(layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
+        layers.append(head_statistics.gather(query, key, scaling, mask, lengths.to(query.device), wanted))
 
     with capture(model, gather_layer):
         model.get_decoder()(ids, use_cache=False)
     return layers
-
-
-def _result(config: DictConfig, profile: HeadProfile, statistics: HeadStatistics, seconds: float) -> dict[str, Any]:
-    """Return the run's part of ``result.json``."""
-    model, arrays = profile.about["model"], profile.arrays
-    error = sum(arrays["error"][layer, k - 1] for layer, k in enumerate(profile.num_clusters))
-    return {
-        "layers": model["layers"],
-        "heads": model["heads"],
-        "key_heads": model["key_heads"],
-        "heads_kept": profile.num_clusters,
-        "metrics": {
-            "kv_saved": profile.about["saving"],
-            "error": float(error / arrays["error"][:, 0].sum()),
-            "agreement": float(arrays["agreement"][:, WARMUP_TOKENS - 1].mean()),
-        },
-        "n": statistics.samples,
-        "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": profile.num_clusters},
-        "statistics_bytes": statistics.nbytes,
-        "seconds": round(seconds, 3),
-        "batch_size": config.batch_size,
-        "settings_id": settings_id(config),
-        **statistics.made,
-    }

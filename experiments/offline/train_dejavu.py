@@ -1,23 +1,20 @@
 """``experiment=train_dejavu``: train the predictors of ``method=dejavu`` for a model (Liu et al. 2023, section 4).
 
-The model runs over text, unchanged. The input of a layer's attention for a token is a sample; its label says which of
-the layer's heads have the largest outputs. Every step is a function of the seed and its number, so that a stopped run
-resumes exactly.
+The input of a layer's attention for a token is a sample; its label says which of the layer's heads have the largest
+outputs. Every step is a function of the seed and its number, so that a stopped run resumes exactly.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from omegaconf import DictConfig
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,18 +22,18 @@ from chai.loading import load_model, load_tokenizer
 from chai.methods.dejavu import LayerActivity, num_kept, record_activity, top_mask
 from chai.offline.predictor import RECORD, WEIGHTS, Predictor, model_shape, sample_weights
 from chai.patching.devices import input_device
-from chai.patching.model_info import activation, check_family
+from chai.patching.model_info import activation, check_family, num_neurons
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import REPOSITORY, ConfigError
-from experiments.offline.batches import Batches, file_batches, world_batches
-from experiments.offline.training_loop import Position, install_files, train
+from experiments.microworld.training import make_batch
+from experiments.offline.corpus import Batches, file_batches
+from experiments.offline.training_loop import CHECKPOINT, install_files, load_checkpoint, train, training_result
 from experiments.runs.code import versions
 from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import write_atomically
 from experiments.system.console import log_info
 
 INSTALLED = REPOSITORY / "experiments" / "microworld" / "dejavu"
-CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
@@ -68,21 +65,8 @@ class Options:
             )
 
 
-@dataclass
-class State:
-    """A training in progress."""
-
-    predictor: Predictor
-    optimizer: torch.optim.Optimizer
-    position: Position = field(default_factory=Position)
-
-
 def run(config: DictConfig) -> int:
-    """Train, or resume from the last checkpoint; return the exit code.
-
-    Raises:
-        ConfigError: options, or a model, that a predictor cannot be trained with. Nothing is written then.
-    """
+    """Train, or resume from the last checkpoint; return the exit code."""
     check = functools.partial(_check, is_tiny=config.model.name == "tiny")
     return run_single(config, Options, check=check, work=_work, show=_show, until_done=(CHECKPOINT,))
 
@@ -108,110 +92,76 @@ def _check(run: Run[Options], is_tiny: bool) -> None:
 
 def _work(run: Run[Options]) -> dict[str, Any]:
     """Train and save the predictor; return the run's part of ``result.json``."""
-    options, folder = run.options, run.folder
+    options = run.options
     model = load_model(run.source)
     batches, held_out = _batches(run)
-    state = _load_state(run, model)
-    train(
-        state.position,
-        steps=options.steps,
-        checkpoint_every=options.checkpoint_every,
-        folder=folder,
-        take_step=lambda step: _step(step, state, options, model, batches),
-        save_checkpoint=lambda: write_atomically(folder.path / CHECKPOINT, lambda path: _save_state(state, path)),
-    )
-    metrics = measure(state.predictor, model, held_out, options.held_out, options.sparsities)
-    target = folder.path / "predictor"
+    predictor = _new_predictor(run, model)
+    optimizer = torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate)
+    if saved := load_checkpoint(run):
+        predictor.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+
+    def take_step(step: int) -> dict[str, Tensor]:
+        layers = observe(model, batches(step), mlp=options.mlp)
+        loss = prediction_loss(predictor, layers, options.sparsities)
+        loss.backward()
+        for group in optimizer.param_groups:  # linear decay to zero
+            group["lr"] = options.learning_rate * (1 - step / options.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+    def state_dict() -> dict[str, Any]:
+        return {"model": predictor.state_dict(), "optimizer": optimizer.state_dict()}
+
+    seconds = train(run, saved, take_step, state_dict)
+    metrics = measure(predictor, model, held_out, options.held_out, options.sparsities)
+    target = run.folder.path / "predictor"
     target.mkdir(exist_ok=True)
     recipe = {name: value for name, value in asdict(options).items() if name not in ("corpus", "install")}
-    state.predictor.save(
-        target, write_atomically, recipe=recipe, seed=run.config.seed, metrics=metrics, versions=versions()
-    )
-    return {
-        "metrics": metrics,
-        "n": options.held_out * options.batch_size * options.sequence_length,
-        "stderr": {},
-        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
-        "seconds": round(state.position.seconds, 3),
-    }
+    predictor.save(target, write_atomically, recipe=recipe, seed=run.config.seed, metrics=metrics, versions=versions())
+    return training_result(seconds, metrics, options.held_out * options.batch_size * options.sequence_length)
 
 
 def _batches(run: Run[Options]) -> tuple[Batches, Batches]:
     """Return training batches and held-out batches."""
     options, seed = run.options, run.config.seed
     shape = options.batch_size, options.sequence_length
-    if options.corpus is None:
-        endless = world_batches(seed, *shape)
-        return endless, lambda index: endless(options.steps + index)
+    if options.corpus is None:  # the documents of the embedded model's second phase
+        return (
+            lambda index: make_batch(seed, index, 1, *shape)[0],
+            lambda index: make_batch(seed, options.steps + index, 1, *shape)[0],
+        )
     tokenizer = load_tokenizer(run.source)
     return file_batches(Path(options.corpus), options.column, tokenizer, seed, *shape, options.held_out)
 
 
-def _load_state(run: Run[Options], model: PreTrainedModel) -> State:
-    """Return the state of the last checkpoint, or a fresh one."""
-    options, config = run.options, model.config
+def _new_predictor(run: Run[Options], model: PreTrainedModel) -> Predictor:
+    """Return an untrained predictor for the model, on its device."""
+    options = run.options
     torch.manual_seed(run.config.seed)
     widths = {}
     if options.mlp:
-        neurons = getattr(config, "ffn_dim", None) or config.intermediate_size
-        widths = {"neurons": neurons, "neuron_bottleneck": options.mlp_bottleneck}
-    predictor = Predictor(model_shape(config), options.bottleneck, **widths)
+        widths = {"neurons": num_neurons(model.config), "neuron_bottleneck": options.mlp_bottleneck}
+    predictor = Predictor(model_shape(model.config), options.bottleneck, **widths)
     predictor.fingerprint.copy_(sample_weights(model))
-    predictor.to(input_device(model))
-    state = State(predictor, torch.optim.AdamW(predictor.parameters(), lr=options.learning_rate))
-    checkpoint = run.folder.path / CHECKPOINT
-    if not checkpoint.exists():
-        return state
-    with safe_open(checkpoint, "pt") as saved:
-        position = json.loads(saved.metadata()["state"])
-        tensors: dict[str, dict[str, Tensor]] = {"weights": {}}
-        for name in saved.keys():  # noqa: SIM118 - safe_open is not a dictionary
-            group, _, rest = name.partition("/")
-            tensors.setdefault(group, {})[rest] = saved.get_tensor(name)
-    predictor.load_state_dict(tensors.pop("weights"))
-    moments = {int(index): values for index, values in tensors.items()}
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-    state.position = Position(**position)
-    return state
-
-
-def _save_state(state: State, path: Path) -> None:
-    """Write a checkpoint: weights, the optimizer's moments, and the position."""
-    tensors = {f"weights/{name}": value.contiguous() for name, value in state.predictor.state_dict().items()}
-    for index, values in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"{index}/{name}": value.contiguous() for name, value in values.items()}
-    save_file(tensors, path, {"state": json.dumps(asdict(state.position))})
-
-
-def _step(step: int, state: State, options: Options, model: PreTrainedModel, batches: Batches) -> dict[str, Tensor]:
-    """Take one optimizer step; return its loss."""
-    layers = observe(model, batches(step), mlp=options.mlp)
-    loss = prediction_loss(state.predictor, layers, options.sparsities)
-    loss.backward()
-    for group in state.optimizer.param_groups:  # linear decay to zero
-        group["lr"] = options.learning_rate * (1 - step / options.steps)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return {"loss": loss.detach()}
+    return predictor.to(input_device(model))
 
 
 @torch.no_grad()
 def observe(model: PreTrainedModel, ids: Tensor, *, mlp: bool) -> list[LayerActivity]:
-    """Run sequences through the model; return the inputs and outputs of its layers."""
+    """Return the inputs and outputs of the model's layers for token ids ``[batch_size, length]``."""
     with record_activity(model, mlp=mlp) as layers:
         model.get_decoder()(input_ids=ids.to(input_device(model)), use_cache=False)
     return layers
 
 
 def prediction_loss(predictor: Predictor, layers: list[LayerActivity], sparsities: list[float]) -> Tensor:
-    """Return the mean binary cross-entropy over layers, tokens and heads, plus that of the neurons.
-
-    A head's label is the share of the sparsities at which it is among the token's top heads, so that one predictor
-    orders the heads for all of them; a neuron's label is 1 where it is active.
-    """
+    """Return the mean binary cross-entropy over layers, tokens and heads, plus that of the neurons."""
     losses = []
     for index, layer in enumerate(layers):
         heads = layer.norms.shape[-1]
+        # The label of a head is the share of the sparsities at which it is a top head: one order suits all of them.
         tops = [top_mask(layer.norms, num_kept(heads, sparsity)).float() for sparsity in sparsities]
         labels = torch.stack(tops).mean(0)
         scores = predictor.heads[index](layer.hidden)
@@ -227,7 +177,7 @@ def measure(
     predictor: Predictor, model: PreTrainedModel, batches: Batches, count: int, sparsities: list[float]
 ) -> dict[str, float]:
     """Return loss and recall on held-out batches: the share of the true top heads that are predicted."""
-    sums = dict.fromkeys(["loss", *(f"recall_{round(100 * sparsity)}" for sparsity in sparsities)], 0.0)
+    sums: defaultdict[str, float] = defaultdict(float)
     for batch in range(count):
         layers = observe(model, batches(batch), mlp=len(predictor.neurons) > 0)
         sums["loss"] += prediction_loss(predictor, layers, sparsities).item() / count

@@ -2,73 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from experiments.runs.experiment import Run
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.folder import RunError
 from experiments.system.console import console, log_info
 
+CHECKPOINT = "checkpoint.pt"
 #: Steps between two lines in a log file, which shows no progress bar.
 LOG_EVERY = 100
 
 
-@dataclass
-class Position:
-    """Steps and seconds of a training so far; part of its checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
 def train(
-    position: Position,
-    *,
-    steps: int,
-    checkpoint_every: int,
-    folder: RunFolder,
+    run: Run[Any],
+    saved: dict[str, Any] | None,
     take_step: Callable[[int], dict[str, Tensor]],
-    save_checkpoint: Callable[[], None],
-) -> None:
-    """Take all remaining steps, with a checkpoint at regular intervals.
+    state_dict: Callable[[], dict[str, Any]],
+) -> float:
+    """Take the steps of a run after those of the saved checkpoint, with further checkpoints; return all seconds.
 
-    Args:
-        position: advanced step by step.
-        steps: number of steps in total.
-        checkpoint_every: steps between two checkpoints.
-        folder: of the run, where progress is noted.
-        take_step: takes the step of this number; returns scalars to show, ``loss`` first.
-        save_checkpoint: writes everything that the training depends on.
-
-    Raises:
-        RunError: the loss is not finite.
+    ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds.
     """
-    if position.step:
-        log_info(f"resuming from step {position.step}")
+    first, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
+    steps = run.options.steps
+    if first:
+        log_info(f"resuming from step {first}")
     with progress_bar("step") as progress:
-        bar = progress.add_task("", total=steps, completed=position.step, scalars="")
-        while position.step < steps:
+        bar = progress.add_task("", total=steps, completed=first, scalars="")
+        for done in range(first + 1, steps + 1):
             began = time.perf_counter()
-            scalars = take_step(position.step)
+            scalars = take_step(done - 1)
             if not torch.isfinite(scalars["loss"]):
-                raise RunError(f"non-finite loss at step {position.step}; try a lower experiment.learning_rate")
-            position.step += 1
-            position.seconds += time.perf_counter() - began
+                raise RunError(f"non-finite loss at step {done - 1}; try a lower experiment.learning_rate")
+            seconds += time.perf_counter() - began
             # Show and note the progress.
             line = ", ".join(f"{name} {value.item():.4f}" for name, value in scalars.items())
-            progress.update(bar, completed=position.step, scalars=line)
-            folder.progress(position.step, steps)
-            if position.step % LOG_EVERY == 0 and not console.is_terminal:
-                log_info(f"step {position.step} of {steps}: {line}")
-            if position.step % checkpoint_every == 0 and position.step < steps:
-                save_checkpoint()
+            progress.update(bar, completed=done, scalars=line)
+            run.folder.progress(done, steps)
+            if done % LOG_EVERY == 0 and not console.is_terminal:
+                log_info(f"step {done} of {steps}: {line}")
+            if done % run.options.checkpoint_every == 0 and done < steps:
+                checkpoint = state_dict() | {"step": done, "seconds": seconds}
+                write_atomically(run.folder.path / CHECKPOINT, functools.partial(torch.save, checkpoint))
+    return seconds
+
+
+def load_checkpoint(run: Run[Any]) -> dict[str, Any] | None:
+    """Return the last checkpoint of a run, on the CPU, if there is one."""
+    path = run.folder.path / CHECKPOINT
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def training_result(seconds: float, metrics: dict[str, float], n: int) -> dict[str, Any]:
+    """Return the part of ``result.json`` of a training that has measured ``metrics`` over ``n`` steps or tokens."""
+    return {
+        "metrics": metrics,
+        "n": n,
+        "stderr": {},
+        "savings": {"kind": "none", "kv_bytes": 0, "kv_bytes_mha": 0, "heads_kept": []},
+        "seconds": round(seconds, 3),
+    }
 
 
 def progress_bar(unit: str) -> Progress:

@@ -1,7 +1,6 @@
 """The template of all experiments: check a configuration, skip what is complete, run, record how it ended.
 
-One process works on a run. A run ends done or failed, and its status says why; a failure never stops the other runs of
-a sweep. A signal or ctrl-c ends the process, with the run's state saved for the next start.
+A failed run never stops the other runs of a sweep; a signal or ctrl-c ends the process, with the run's state saved.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import errno
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig
 
-from chai.loading import ModelError, ModelSource, load_config
+from chai.loading import ModelError, load_config
 from chai.methods import load_method
 from chai.methods.base import Method
 from experiments.config.remedies import with_remedy
@@ -28,7 +26,7 @@ from experiments.config.validate import check_clusters, to_dataclass
 from experiments.runs.code import versions
 from experiments.runs.folder import RunError, RunFolder
 from experiments.runs.identity import check_profile
-from experiments.runs.locks import LockOwner, RunLocked
+from experiments.runs.locks import RunLocked
 from experiments.runs.model import model_source
 from experiments.runs.resolve import resolve_runs
 from experiments.runs.tracking import track
@@ -40,6 +38,7 @@ from experiments.system.processes import is_main_process
 #: Errors of the file system rather than of the program.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG)
 
+Names = tuple[str, ...]  # of files in the run's folder
 OptionsT = TypeVar("OptionsT")
 
 
@@ -56,22 +55,12 @@ class Outcome(Enum):
         return int(self is Outcome.FAILED)
 
 
-@dataclass
 class Run(Generic[OptionsT]):
-    """One run with its options; source, architecture and method are made on first use."""
+    """One run with its options; the model's architecture and the method are made on first use."""
 
-    folder: RunFolder
-    options: OptionsT
-
-    @property
-    def config(self) -> DictConfig:
-        """Configuration of the run."""
-        return self.folder.config
-
-    @cached_property
-    def source(self) -> ModelSource:
-        """Source of the model."""
-        return model_source(self.config)
+    def __init__(self, folder: RunFolder, options: OptionsT) -> None:
+        self.folder, self.options, self.config = folder, options, folder.config
+        self.source = model_source(folder.config)
 
     @cached_property
     def architecture(self) -> PreTrainedConfig:
@@ -88,24 +77,17 @@ def run_single(
     config: DictConfig,
     options_type: type[OptionsT],
     *,
-    check: Callable[[Run[OptionsT]], None],
+    check: Callable[[Run[OptionsT]], object],
     work: Callable[[Run[OptionsT]], dict[str, Any]],
     show: Callable[[Path, OptionsT], object],
     section: str = "experiment",
-    keep: tuple[str, ...] = (),
-    until_done: tuple[str, ...] = (),
+    keep: Names = (),
+    until_done: Names = (),
 ) -> int:
     """Do an experiment that is a single run, unless it is complete; return the exit code.
 
-    Args:
-        config: as composed; its ``section`` becomes ``options_type``.
-        options_type: dataclass of the experiment's options.
-        check: raises ConfigError for what the model cannot run with. Nothing is written then.
-        work: returns the run's part of ``result.json``.
-        show: prints the outcome in the folder of a complete run.
-        section: of the configuration, holds the options.
-        keep: see :func:`run_lifecycle`.
-        until_done: see :func:`run_lifecycle`.
+    ``check`` raises a ConfigError for what the model cannot run with, before anything is written; ``work`` returns the
+    run's part of ``result.json``; ``show`` prints the outcome. :func:`run_lifecycle` describes the other parameters.
     """
     options = to_dataclass(options_type, config[section], section)
     (folder,) = checked_folders(config)
@@ -163,27 +145,17 @@ def check_method(method: Method, architecture: PreTrainedConfig) -> None:
 
 
 def run_lifecycle(
-    folder: RunFolder,
-    work: Callable[[], dict[str, Any]],
-    *,
-    keep: tuple[str, ...] = (),
-    until_done: tuple[str, ...] = (),
+    folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: Names = (), until_done: Names = ()
 ) -> Outcome:
-    """Do the work of a run between its claim and its end.
+    """Do the work of a run between its claim and its end; raise what stops the process, and a ConfigError.
 
-    Args:
-        folder: of the run.
-        work: returns the run's part of ``result.json``.
-        keep: files of an earlier attempt to resume from, unless the run is forced.
-        until_done: more such files, deleted once the run is done.
-
-    Raises:
-        BaseException: a ConfigError of ``work``, or what stops the process; the run's status says so.
+    ``keep`` and ``until_done`` are files of an earlier attempt to resume from, unless the run is forced; the second
+    are deleted once the run is done.
     """
     try:
         folder.claim()
     except RunLocked as held:
-        log_locked(folder, held.owner)
+        log_info(f"skipping: locked by {held.owner}: {folder.path}")
         return Outcome.LOCKED
     except RunError as error:
         log_error(str(error))
@@ -192,23 +164,22 @@ def run_lifecycle(
         if folder.is_done and not folder.config.force:
             log_info(f"completed by another process: {folder.path}")
             return Outcome.DONE
-        failure = None
+        failure = ""
         try:
             folder.start(keep=() if folder.config.force else (*keep, *until_done))
             folder.finish(common_fields(folder) | work())
         except BaseException as error:
             failure = _failure_reason(folder, error)
-        if failure is not None:
+        if failure:
             # Only now is the memory of the failed work free; the next run may need it.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log_error(failure + _write_failure(folder, failure))
-            track(folder)
-            return Outcome.FAILED
-        for name in until_done:
-            (folder.path / name).unlink(missing_ok=True)
+        else:
+            for name in until_done:
+                (folder.path / name).unlink(missing_ok=True)
         track(folder)
-        return Outcome.DONE
+        return Outcome.FAILED if failure else Outcome.DONE
     finally:
         folder.release()
 
@@ -216,23 +187,12 @@ def run_lifecycle(
 def common_fields(folder: RunFolder) -> dict[str, Any]:
     """Return the fields that ``result.json`` has in every experiment."""
     config = folder.config
-    return {
-        "experiment": config.experiment.name,
-        "method": config.method.name,
-        "model": config.model.name,
-        "task": config.task.name,
-        "seed": config.seed,
-        "run_id": folder.id,
-        "versions": versions(),
-    }
+    names = {section: config[section].name for section in ("experiment", "method", "model", "task")}
+    return {**names, "seed": config.seed, "run_id": folder.id, "versions": versions()}
 
 
 def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
-    """Record one reason as the end of runs that cannot be started; return their outcome.
-
-    A complete run (``force=true``, but no model to rerun it with) keeps its result, a locked one is its owner's, and
-    what an unfinished one can resume from stays. Only the main process writes.
-    """
+    """Record one reason as the end of runs that cannot be started; complete and locked ones stay as they are."""
     note = ""
     for folder in folders if is_main_process() else ():
         try:
@@ -250,11 +210,6 @@ def mark_failed(folders: Sequence[RunFolder], reason: str) -> Outcome:
             folder.release()
     log_error(reason + note)
     return Outcome.FAILED
-
-
-def log_locked(folder: RunFolder, owner: LockOwner) -> None:
-    """Log that a run is left to the process that holds its lock."""
-    log_info(f"skipping: locked by {owner}: {folder.path}")
 
 
 def describe_error(error: Exception) -> str:
@@ -278,10 +233,7 @@ def expected_reason(error: Exception) -> str | None:
 
 def _failure_reason(folder: RunFolder, error: BaseException) -> str:
     """Return why a run failed; record and re-raise what ends the process or is the configuration's fault."""
-    if isinstance(error, ConfigError):
-        _write_failure(folder, "wrong configuration")
-        raise error
-    stopped = interruption(error)
+    stopped = "wrong configuration" if isinstance(error, ConfigError) else interruption(error)
     if stopped is not None:
         _write_failure(folder, stopped)
     if stopped is not None or not isinstance(error, Exception):
@@ -292,11 +244,8 @@ def _failure_reason(folder: RunFolder, error: BaseException) -> str:
 
 
 def _write_failure(folder: RunFolder, reason: str) -> str:
-    """Record a failure; return what to add to the message where that is not possible.
-
-    A run that is done has not been started again yet, or was stopped just after its end: it stays done.
-    """
-    if folder.is_done:
+    """Record a failure; return what to add to the message where that is not possible."""
+    if folder.is_done:  # not started again yet, or stopped just after its end: it stays done
         return ""
     try:
         folder.fail(reason)

@@ -22,11 +22,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file, one at a time.
-
-    Raises:
-        RunError: the file cannot be read, or a line is not a JSON object with these columns.
-    """
+    """Yield the objects of a JSONL file; a RunError if a line is not a JSON object with these columns."""
     for number, line in read_lines(path):
         where = f"{path}, line {number},"
         try:

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from chai.loading import ModelSource
+from chai.patching.devices import describe_devices, input_device
 from experiments.config.schema import ConfigError
+from experiments.system.device import device_name
 from experiments.system.processes import world_size
 
 
 def model_source(config: DictConfig) -> ModelSource:
     """Return where the model comes from and how this process loads it."""
-    model = config.model
-    plain: Any = OmegaConf.to_container(model, resolve=True)
-    return ModelSource(
-        name=model.name,
-        hub_id=model.hub_id,
-        revision=model.revision,
-        path=model.path,
-        dtype=model.dtype,
-        device=process_device(config.device, plain["device_map"]),
-        device_map=plain["device_map"],
-        safetensors_only=model.safetensors_only,
-        random_init=model.random_init,
-        architecture=plain["architecture"],
-        seed=config.seed,
-    )
+    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    settings = {field.name: model[field.name] for field in fields(ModelSource) if field.name in model}
+    return ModelSource(**settings, device=process_device(config.device, model["device_map"]), seed=config.seed)
+
+
+def computed_on(model: PreTrainedModel) -> dict[str, str]:
+    """Return the fields of ``result.json`` for the device and the dtype of a loaded model."""
+    return {
+        "device": describe_devices(model),
+        "device_name": device_name(input_device(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def process_device(device: str, device_map: Any) -> str:
-    """Return the device of this process: with several processes, each takes one GPU of its machine.
-
-    Raises:
-        ConfigError: several processes would share one GPU, or each divide the model.
-    """
+    """Return the device of this process: with several processes, each takes one GPU of its machine."""
     if world_size() == 1:
         return device
     if device_map is not None:

@@ -1,8 +1,7 @@
 """Data-parallel scoring: processes started by ``torchrun`` or ``accelerate launch``, each with the whole model.
 
-The processes meet in collective rounds, in which each contributes one message and receives those of all. A process
-that failed contributes its failure to the next round, whatever that round was meant for: a failure of one is a failure
-of all, and no process waits forever. Uses Gloo: payloads are small, and the model's forward needs no communication.
+In each round every process contributes one message and receives those of all. A process that failed contributes its
+failure to the next round, whatever that was meant for: a failure of one is one of all, and no process waits forever.
 """
 
 from __future__ import annotations
@@ -32,18 +31,13 @@ class DistributedError(Exception):
     """Raised when another process failed, died or cannot be reached. The message is one line."""
 
 
-def describe_type(error: Exception) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 @dataclass
 class ProcessGroup:
-    """Processes that score together; ``ProcessGroup()`` is a single process, which exchanges nothing."""
+    """Processes that score together; ``ProcessGroup()`` is a single process, which receives its own messages."""
 
     rank: int = 0
     world_size: int = 1
-    describe: Callable[[Exception], str] = describe_type  # one line for the other processes to report
+    describe: Callable[[Exception], str] = repr  # one line for the other processes to report
     _next_message: Message | None = field(default=None, repr=False)  # of rank 0, received instead of a value
     _failure: str = field(default="", repr=False)
 
@@ -57,26 +51,15 @@ class ProcessGroup:
         return items[self.rank :: self.world_size]
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank.
-
-        Raises:
-            DistributedError: another process failed or died.
-        """
-        return [value] if self.world_size == 1 else self._gather(("value", value))
+        """Return the values of all processes, by rank; a DistributedError if another process failed or died."""
+        return self._gather(("value", value))
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value in every process; raises as :meth:`all_gather` does."""
+        """Return rank 0's value in every process."""
         return self.all_gather(value)[0]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Return this process's ``work()`` once it has succeeded in every process.
-
-        Raises:
-            DistributedError: it failed in another process.
-            Exception: its failure in this process, after the others know of it.
-        """
-        if self.world_size == 1:
-            return work()
+        """Return this process's ``work()`` once it has succeeded in every process; a DistributedError otherwise."""
         try:
             result = work()
         except Exception as error:
@@ -88,13 +71,11 @@ class ProcessGroup:
 
     def send_command(self, command: Any) -> None:
         """Let the worker loops of the other processes run ``command`` (rank 0 only)."""
-        if self.world_size > 1:
-            self._exchange(("command", command))
+        self._exchange(("command", command))
 
     def shutdown(self) -> None:
         """End the worker loops of the other processes (rank 0 only)."""
-        if self.world_size > 1:
-            self._exchange(("shutdown", None))
+        self._exchange(("shutdown", None))
 
     def worker_loop(self, run: Callable[[Any], object]) -> None:
         """Run rank 0's commands until shutdown; a failing command is reported in the next round and then forgotten."""
@@ -126,6 +107,8 @@ class ProcessGroup:
 
     def _exchange(self, message: Message) -> list[Message]:
         """Return the messages of all processes."""
+        if self.world_size == 1:
+            return [message]
         messages: list[Any] = [None] * self.world_size
         errors: list[RuntimeError] = []
 
@@ -145,22 +128,16 @@ class ProcessGroup:
         return messages
 
 
-#: The group without a launcher.
-SINGLE_PROCESS = ProcessGroup()
-
-
-def init_distributed(describe: Callable[[Exception], str] = describe_type) -> ProcessGroup:
-    """Return the process group that the launcher's environment variables define.
-
-    Raises:
-        DistributedError: the other processes cannot be reached.
-    """
+def init_distributed(describe: Callable[[Exception], str] = repr) -> ProcessGroup:
+    """Return the group of the launcher's processes; a DistributedError if they cannot be reached."""
     if world_size() == 1:
         return ProcessGroup()
     if not torch.distributed.is_initialized():
         try:
+            # Gloo is enough: messages are small, and the model's forward needs no communication.
             torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise DistributedError(f"cannot reach the other processes: {describe_type(error)}") from None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DistributedError(f"cannot reach the other processes: {reason}") from None
         atexit.register(torch.distributed.destroy_process_group)
     return ProcessGroup(torch.distributed.get_rank(), torch.distributed.get_world_size(), describe)

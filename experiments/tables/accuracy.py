@@ -54,14 +54,12 @@ def show_results(folders: list[Path], results_dir: Path) -> None:
 
 def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
     """Return accuracy, its change, and what is saved, a row for each result; a rule between tasks."""
-    metrics: dict[str, list[str]] = {}
+    metrics: dict[str, dict[str, None]] = {}
     for result, _ in rows:
-        tasks = metrics.setdefault(result["metric"], [])
-        if result["task"] not in tasks:
-            tasks.append(result["task"])
-    caption = "; ".join(
-        f"{metric}: {', '.join(tasks)}" if len(metrics) > 1 else metric for metric, tasks in metrics.items()
-    )
+        metrics.setdefault(result["metric"], {})[result["task"]] = None
+    caption = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
+    if len(metrics) == 1:
+        caption = rows[0][0]["metric"]
     table = make_table(
         f"Accuracy of {rows[0][0]['model']}, % ± standard error",
         ["Task", "Method"],

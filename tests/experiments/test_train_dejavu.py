@@ -98,7 +98,7 @@ def test_a_stopped_training_goes_on_where_it_was(workplace, tmp_path, monkeypatc
         patch.setattr(train_dejavu, "prediction_loss", stopped)
         with pytest.raises(SystemExit):
             run_config(compose_config(overrides))
-    (checkpoint,) = (tmp_path / "cut").rglob("checkpoint.safetensors")
+    (checkpoint,) = (tmp_path / "cut").rglob("checkpoint.pt")
     assert json.loads(checkpoint.with_name("status.json").read_text())["error"] == "interrupted"
     steps = []
     monkeypatch.setattr(train_dejavu, "prediction_loss", lambda *args: steps.append(1) or original(*args))

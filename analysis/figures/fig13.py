@@ -47,11 +47,10 @@ def draw_sizes(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) -> 
     axes.bar(data.place, data.heads, color=style.LOOKS["mha"]["color"], width=0.72, zorder=2)
     axes.errorbar(data.place, data.heads, data.sd, zorder=3, **whiskers)
     axes.axhline(heads / k, color=style.INK, linestyle="--", linewidth=1, label="clusters of equal size")
-    axes.set_xlabel("cluster, by size")
-    axes.set_ylabel("heads in the cluster")
+    axes.set(xlabel="cluster, by size", ylabel="heads in the cluster")
     axes.set_ylim(0, min(1.12 * max((data.heads + data.sd).max(), heads / k), heads * 1.12))
-    page.count_ticks(axes, k)
     axes.set_title(f"(a) layer {layer}: {style.plural(k, 'cluster')} of {heads} heads")
+    page.count_ticks(axes, k)
     page.legend_below(axes)
 
 
@@ -63,11 +62,9 @@ def draw_shares(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) ->
         line = {"color": look["color"], "marker": look["marker"], "markersize": size}
         axes.plot(points.layer, points.share, label=series, **line)
     axes.axvline(layer, color=style.GREY, linewidth=0.8, linestyle=":", label=f"layer {layer}")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of all heads (%)")
-    axes.set_ylim(0, 103)
-    axes.xaxis.set_major_locator(page.whole_numbers())
+    axes.set(xlabel="layer", ylabel="share of all heads (%)", ylim=(0, 103))
     axes.set_title("(b) all layers, each with its number of clusters")
+    axes.xaxis.set_major_locator(page.whole_numbers())
     page.legend_below(axes)
 
 

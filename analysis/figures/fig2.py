@@ -19,7 +19,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the map on the left and the correlation on the right, heads in the same order."""
     profile = profiles.best(results)
     layer, searched = clearest(profile)
-    values = profile["sample_correlation"][maps.SAMPLE]
+    values = profile.sample_correlation
     groups = profile.order(layer)
     order = np.concatenate(groups)
     figure = profile_page.new(TITLE, profile, 5.3)
@@ -31,7 +31,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     for edge in np.cumsum([len(heads) for heads in groups if len(heads) > 1]) - 0.5:
         left.axhline(edge, color=correlation.FRAME, linewidth=0.7)
     left.set_title(f"(a) attention to each token, layer {layer}")
-    maps.label_tokens(left, profile.tokens(maps.SAMPLE), 3.1)
+    maps.label_tokens(left, profile.tokens, 3.1)
     maps.label_heads(left, order, 2.65)
 
     # The correlation.
@@ -66,15 +66,13 @@ def clearest(profile: Profile) -> tuple[int, str]:
     Returns:
         The layer, and which layers were searched in words; the middle layer and no words if none has clusters.
     """
-    contrast = np.empty(profile.layers)
-    for layer, assignment in enumerate(profile["assignment"]):
-        values = profile["sample_correlation"][maps.SAMPLE, layer]
-        within, between = correlation.within_and_between(values, assignment)
-        contrast[layer] = within - between
+    layers = zip(profile.sample_correlation, profile["assignment"], strict=True)
+    means = np.array([correlation.within_and_between(*layer) for layer in layers])
+    contrast = means[:, 0] - means[:, 1]
     middle = profile.layers // 2
     late = np.arange(middle, max(3 * profile.layers // 4, middle + 1))
     everywhere = np.arange(profile.layers)
-    for layers, name in ((late, "the layers in the third quarter of the depth"), (everywhere, "all layers")):
-        if not np.isnan(contrast[layers]).all():
-            return int(layers[np.nanargmax(contrast[layers])]), name
+    for searched, name in ((late, "the layers in the third quarter of the depth"), (everywhere, "all layers")):
+        if not np.isnan(contrast[searched]).all():
+            return int(searched[np.nanargmax(contrast[searched])]), name
     return middle, ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,11 +28,11 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     norm = maps.scale(drawn)
     data = []
     gap = " " if len(drawn) <= 2 else "\n"
-    for letter, axes, profile in zip(page.LETTERS, panels, drawn, strict=False):
+    for letter, axes, profile in zip(ascii_lowercase, panels, drawn, strict=False):
         layer = most_uniform(profile)
         uniform = profile["entropy"] > UNIFORM
         maps.show(axes, profile.map(layer), norm)
-        maps.label_tokens(axes, profile.tokens(maps.SAMPLE), 6.0 / len(drawn) - 0.3)
+        maps.label_tokens(axes, profile.tokens, 6.0 / len(drawn) - 0.3)
         maps.label_heads(axes, range(profile.heads), 3.2)
         # Count the heads of nearly uniform attention in this layer and in all.
         axes.set_title(

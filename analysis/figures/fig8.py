@@ -34,8 +34,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     if len(seen):
         left.set_ylim(seen.min() / 1.4, seen.max() * 1.4)
     left.set_ylabel("clustering error (squared distance)")
-    right.set_ylim(-0.03, 1.03)
-    right.set_ylabel("error relative to one cluster's")
+    right.set(ylim=(-0.03, 1.03), ylabel="error relative to one cluster's")
     right.plot([], [], "o", color=style.GREY, label="chosen number of clusters")
     page.legend_below(right)
     page.depth_bar(figure, [left, right], profile.layers)
@@ -46,11 +45,11 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
 def draw_curves(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
     """Draw a curve of the column ``value`` for each layer, with a dot at the chosen number of clusters."""
     width = 0.8 if profile.layers <= 40 else 0.5  # points
-    shades, _ = page.depth(profile.layers)
+    depth = page.depth(profile.layers)
     for layer in range(profile.layers):
         points = data[data.layer == layer]
         chosen = points[points.chosen]
-        shade = shades(layer / max(profile.layers - 1, 1))
+        shade = depth.to_rgba(layer)
         axes.plot(points.k, points.value, color=shade, linewidth=width, zorder=2)
         axes.plot(chosen.k, chosen.value, color=shade, zorder=3, **DOT)
     axes.set_xlabel("number of clusters k")

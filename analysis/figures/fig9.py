@@ -28,10 +28,8 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     left, right = figure.subplots(1, 2)
     draw_panel(left, data[data.panel == CHANGES], profile)
     draw_panel(right, data[data.panel == AGREEMENT], profile)
-    left.set_ylabel("heads that change clusters (%)")
-    left.set_xlabel("tokens seen, n (change from n to n + 1)")
-    right.set_ylabel("agreement with whole sequence\n(adjusted Rand index)")
-    right.set_xlabel("tokens seen, n")
+    left.set(xlabel="tokens seen, n (change from n to n + 1)", ylabel="heads that change clusters (%)")
+    right.set(xlabel="tokens seen, n", ylabel="agreement with whole sequence\n(adjusted Rand index)")
     page.legend_below(right)
     page.depth_bar(figure, [left, right], profile.layers)
     notes = (
@@ -62,10 +60,10 @@ def plot_data(profile: Profile) -> pd.DataFrame:
 
 def draw_panel(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
     """Draw a thin curve for each layer, their mean on top, and the token at which CHAI clusters."""
-    shades, _ = page.depth(profile.layers)
+    depth = page.depth(profile.layers)
     for layer in range(profile.layers):
-        points, shade = data[data.layer == layer], shades(layer / max(profile.layers - 1, 1))
-        axes.plot(points.tokens, points.value, color=shade, linewidth=0.6, alpha=0.7)
+        points = data[data.layer == layer]
+        axes.plot(points.tokens, points.value, color=depth.to_rgba(layer), linewidth=0.6, alpha=0.7)
     # The mean over layers whose membership can change, and the token at which CHAI clusters.
     mean, words = data[data.layer == MEAN], f"mean of {style.plural(len(can_change(profile)), 'layer')}"
     axes.plot(mean.tokens, mean.value, color=style.INK, linewidth=2, label=words)

@@ -23,7 +23,6 @@ from analysis.results.runs import Results
 
 SIZE, SMALLEST = 5.5, 4.6  # points, of the labels of heads and tokens
 LINE = 1.18 / 72  # inches from one such label to the next, for each point of its size
-SAMPLE = 0  # the kept sample that is drawn
 COLOURS = "magma"
 PAGE = 10.5  # inches, the tallest figure
 NOTES = (
@@ -34,7 +33,7 @@ NOTES = (
 
 def scale(profiles: Sequence[Profile]) -> LogNorm:
     """Return colours from at most a tenth of uniform attention, a power of ten, to all attention on one token."""
-    longest = max(len(profile.tokens(SAMPLE)) for profile in profiles)
+    longest = max(len(profile.tokens) for profile in profiles)
     return LogNorm(10.0 ** math.floor(math.log10(0.1 / longest)), 1.0)
 
 
@@ -80,9 +79,9 @@ def _axis_label(name: str, count: int, places: Sequence[int]) -> str:
 
 def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
     """Return a row for each cell of some layers' maps: layer, head, position, token, attention, model, run."""
-    attention = np.stack([profile.map(layer, SAMPLE) for layer in layers])
+    attention = np.stack([profile.map(layer) for layer in layers])
     layer, head, position = (place.ravel() for place in np.indices(attention.shape))
-    names = np.array(tokens.labels(profile.tokens(SAMPLE)), dtype=object)
+    names = np.array(tokens.labels(profile.tokens), dtype=object)
     return profile_page.rows(
         profile,
         layer=np.asarray(layers)[layer], head=head, position=position, token=names[position],
@@ -93,7 +92,7 @@ def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
 def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.DataFrame]:
     """Draw every layer's map in a grid on one page; ``model`` is that of the paper's figure, and preferred."""
     profile = profiles.best(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
-    texts, layers = profile.tokens(SAMPLE), profile.layers
+    texts, layers = profile.tokens, profile.layers
 
     # Divide the page. Tokens are labelled below the lowest maps if they fit, else listed in the footer.
     columns = 2 if layers <= 4 else 4 if layers <= 40 else 8
@@ -114,7 +113,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
     for layer in range(layers):
         line, column = divmod(layer, columns)
         axes = page.place(figure, left + column * width, top + line * cell + title_height, map_width, map_height)
-        show(axes, profile.map(layer, SAMPLE), norm)
+        show(axes, profile.map(layer), norm)
         axes.set_title(f"layer {layer}", fontsize=6.5, pad=2)
         # Only the maps at the left and at the bottom have labels.
         lowest = layer + columns >= layers

@@ -9,11 +9,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.plotting.style import GREY, TIMES, describe
@@ -21,7 +21,6 @@ from analysis.results.runs import Run
 
 WIDTH = 7.4  # inches
 SMALL = 6.5  # points, of the footer
-LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of panels
 
 
 def new(heading: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
@@ -124,15 +123,15 @@ def count_ticks(axes: Axes, most: int) -> None:
     axes.set_xticks([1, *range(step if step > 1 else 2, most + 1, step)])
 
 
-def depth(layers: int) -> tuple[Colormap, ScalarMappable]:
+def depth(layers: int) -> ScalarMappable:
     """Return colours by layer, dark to light without the lightest (unreadable on white), for lines and a colour bar."""
     shades = ListedColormap(colormaps["viridis"].resampled(256)([i / 255 * 0.9 for i in range(256)]))
-    return shades, ScalarMappable(Normalize(0, max(layers - 1, 1)), shades)
+    return ScalarMappable(Normalize(0, max(layers - 1, 1)), shades)
 
 
 def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
     """Add the colour bar of :func:`depth` beside panels, in place of a legend of all layers."""
-    bar = color_bar(figure, depth(layers)[1], "layer", ax=list(axes), fraction=0.03, pad=0.015, aspect=28)
+    bar = color_bar(figure, depth(layers), "layer", ax=list(axes), fraction=0.03, pad=0.015, aspect=28)
     step = max(1, -(-layers // 8))
     ticks = list(range(0, layers, step))
     bar.set_ticks(ticks if layers - 1 - ticks[-1] < step / 2 else [*ticks, layers - 1])
@@ -154,8 +153,7 @@ def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     span = log_span(ticks)
-    axes.set_xlim(ticks[0] / span**0.06, ticks[-1] * span**room)
-    axes.set_xlabel("sequence length (tokens)")
+    axes.set(xlim=(ticks[0] / span**0.06, ticks[-1] * span**room), xlabel="sequence length (tokens)")
 
 
 def ratio_axis(axes: Axes, values: Iterable[float]) -> None:
@@ -168,10 +166,8 @@ def ratio_axis(axes: Axes, values: Iterable[float]) -> None:
         steps = (1, 1.5, 2, 3, 5, 7)
     else:
         steps = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.4, 5, 6, 7, 8, 9)
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
+    axes.set(yscale="log", ylim=(low, high))
     axes.yaxis.set_major_locator(FixedLocator(sorted({step * 10.0**power for step in steps for power in range(-3, 4)})))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures import fig9
-from analysis.plotting import correlation, maps
+from analysis.plotting import correlation
 from analysis.plotting.style import TIMES, clusters, label
 from analysis.results import profiles
 from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
@@ -113,7 +113,7 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
         raise _missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
     row = rows[~rows.baseline].iloc[0]
     best = rows[rows.implementation == row.best_baseline].iloc[0]
-    baseline = f"{label(row.best_baseline)}, limit by arithmetic {row.limit:.2f}{TIMES}"
+    baseline = f"{label(row.best_baseline)}, theoretical speedup {row.limit:.2f}{TIMES}"
     interval, detail = ratio_interval(row.speedup, best, row), clusters(run.result["heads_kept"])
     return Ours(interval, f"from the quartiles of {row.rounds} rounds", [run], detail, baseline)
 
@@ -205,8 +205,8 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
 def cluster_correlation(source: Source, model: str) -> Ours:
     """Return the correlation of two heads of a cluster in one text, the greatest mean of any layer."""
     profile = profiles.best(source.results.of(model))
-    sample, layers = profile["sample_correlation"][maps.SAMPLE], profile.clustered_layers
-    means = [correlation.within_and_between(sample[layer], profile["assignment"][layer])[0] for layer in layers]
+    layers, values, assignment = profile.clustered_layers, profile.sample_correlation, profile["assignment"]
+    means = [correlation.within_and_between(values[layer], assignment[layer])[0] for layer in layers]
     if not means or np.isnan(means).all():
         raise _missing(PROFILE.command)
     layer = layers[int(np.nanargmax(means))]

@@ -23,6 +23,7 @@ PROFILE = RunQuery(
     small_command="python run.py experiment=profile model=tiny",
 )
 FORMAT = 1
+SAMPLE = 0  # the kept sample that figures show
 KINDS = {"i": "integers", "f": "floating-point numbers"}
 #: Kind of number and axes of each array: L layers, H query heads, S kept samples, N tokens of history (n: one less),
 #: M tokens of a map, K the most clusters of any layer.
@@ -79,13 +80,19 @@ class Profile:
         members = [np.flatnonzero(assignment == cluster) for cluster in np.unique(assignment)]
         return sorted(members, key=lambda heads: (-len(heads), heads[0]))
 
-    def tokens(self, sample: int) -> list[str]:
-        """Return the tokens of a kept sample, at most as many as its map has columns."""
-        return list(self.about["kept"][sample]["tokens"][: self["maps"].shape[-1]])
+    @property
+    def tokens(self) -> list[str]:
+        """Tokens of the sample that is shown, at most as many as its maps have columns."""
+        return list(self.about["kept"][SAMPLE]["tokens"][: self["maps"].shape[-1]])
 
-    def map(self, layer: int, sample: int = 0) -> NDArray[np.floating[Any]]:
-        """Return the attention of one decoding step, ``[heads, tokens]``, without padding."""
-        return self["maps"][sample, layer, :, : len(self.tokens(sample))]
+    def map(self, layer: int) -> NDArray[np.floating[Any]]:
+        """Return the attention of one decoding step of the sample, ``[heads, tokens]``, without padding."""
+        return self["maps"][SAMPLE, layer, :, : len(self.tokens)]
+
+    @property
+    def sample_correlation(self) -> NDArray[np.floating[Any]]:
+        """Correlation of heads in the sample, ``[layers, heads, heads]``."""
+        return self["sample_correlation"][SAMPLE]
 
 
 def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Sizes of clusters (paper, Figure 13)"
@@ -24,7 +23,7 @@ NOTES = (
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bars of one layer on the left, all layers on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     layer = the_layer(profile.layers)
     data = plot_data(profile, layer)
     figure = profile_page.new(TITLE, profile, 4.1)

@@ -7,8 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.plotting import correlation, maps, profile_page
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Redundancy across the heads of a layer (paper, Figure 2)"
@@ -17,7 +16,7 @@ QUERY = PROFILE
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the map on the left and the correlation on the right, heads in the same order."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     layer, searched = clearest(profile)
     values = profile.sample_correlation
     groups = profile.order(layer)

@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.plotting import maps, page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE, Profile, profiles_of_models
 from analysis.results.runs import Results
 
 TITLE = "Uniform attention and redundant heads (paper, Figure 4)"
@@ -21,7 +20,7 @@ UNIFORM = 0.9  # attention counts as nearly uniform above this share of the grea
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw a map of each model's layer, with the same colours."""
-    drawn = profiles.of_models(results, PAPER)
+    drawn = profiles_of_models(results, PAPER)
     names = "; ".join(f"{style.label(one.run.model)}: {one.layers} layers of {one.heads} heads" for one in drawn)
     figure = page.new(f"{TITLE}\n{names}", 5.1)
     panels = list(figure.subplots(1, len(drawn), squeeze=False).flat)

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Clustering error against the number of clusters (paper, Figure 8)"
@@ -21,7 +20,7 @@ DOT = {"linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor":
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the error on a logarithmic axis on the left, relative to that of one cluster on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     data = plot_data(profile)
     figure = profile_page.new(TITLE, profile, 3.75)
     left, right = figure.subplots(1, 2)

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Cluster membership against tokens seen (paper, Figure 9)"
@@ -22,7 +21,7 @@ MOST_LINEAR = 40  # tokens; more are drawn on a logarithmic axis, which shows th
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw changes on the left, agreement on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     data = plot_data(profile)
     figure = profile_page.new(TITLE, profile, 4.0)
     left, right = figure.subplots(1, 2)

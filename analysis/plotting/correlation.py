@@ -18,8 +18,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from analysis.plotting import maps, page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import Profile
+from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
 NORM = Normalize(0, 1)
@@ -88,7 +87,7 @@ def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int]
 
 def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure, pd.DataFrame]:
     """Draw heat maps of a few layers, of one sample or the mean; below, the mean correlation of two heads by layer."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     mean_label = f"mean over {profile.samples:,} samples"
     correlation = profile.sample_correlation if one_sample else profile["correlation"]
     curves = {"one sample": between_heads(correlation)} if one_sample else {}

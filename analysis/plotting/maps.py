@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.plotting import page, profile_page, tokens
-from analysis.results import profiles
-from analysis.results.profiles import Profile
+from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
 SIZE, SMALLEST = 5.5, 4.6  # points, of the labels of heads and tokens
@@ -91,7 +90,7 @@ def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
 
 def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.DataFrame]:
     """Draw every layer's map in a grid on one page; ``model`` is that of the paper's figure, and preferred."""
-    profile = profiles.best(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
+    profile = best_profile(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
     texts, layers = profile.tokens, profile.layers
 
     # Divide the page. Tokens are labelled below the lowest maps if they fit, else listed in the footer.

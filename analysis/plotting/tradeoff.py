@@ -107,8 +107,8 @@ def compare_methods(
 
 def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     all_tasks = tuple(sorted({score.task for score in scores}, key=_task_order))
-    spec = Spec("", model, all_tasks, None, mean=True)
-    table = build("", spec, model, scores, [])
+    spec = Spec("", "", model, all_tasks, None, mean=True)
+    table = build(spec, model, scores, [])
     assert table.like is not None
     scores = [score for score in scores if score.conditions_id == table.like.conditions_id]
 
@@ -120,7 +120,7 @@ def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     tasks = tuple(task for task in all_tasks if task in best)
 
     # Compare the methods that have all these tasks.
-    rows = build("", replace(spec, tasks=tasks), model, scores, []).rows
+    rows = build(replace(spec, tasks=tasks), model, scores, []).rows
     complete = [row for row in rows if row.cells[-1].state == "done"]
     if len({row.method for row in complete}) < 2:
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import gzip
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 
 import pandas as pd
@@ -42,13 +42,9 @@ class Drawn:
 
 def draw_all(parts: Sequence[Results]) -> list[list[Drawn]]:
     """Draw all figures of each part, in order; a part that is narrowed to a model draws that model's."""
-    names = figures.names()
-    jobs = [(name, results) for results in parts for name in names]
-    if not jobs:
-        return [[] for _ in parts]
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        drawn = list(pool.map(draw, *zip(*jobs, strict=True)))
-    return [drawn[part * len(names) : (part + 1) * len(names)] for part in range(len(parts))]
+    with ProcessPoolExecutor() as pool:
+        started = [pool.map(draw, figures.names(), repeat(results)) for results in parts]
+        return [list(part) for part in started]
 
 
 def draw(name: str, results: Results) -> Drawn:

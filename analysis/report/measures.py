@@ -12,9 +12,8 @@ import pandas as pd
 from analysis.figures import fig9
 from analysis.plotting import correlation
 from analysis.plotting.style import TIMES, clusters, label
-from analysis.results import profiles
 from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
-from analysis.results.profiles import PROFILE
+from analysis.results.profiles import PROFILE, best_profile
 from analysis.results.runs import RANDOM, MissingRun, Results, Run, with_random
 from analysis.stats import Interval
 from analysis.tables.cells import Cell, Table
@@ -204,7 +203,7 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
 
 def cluster_correlation(source: Source, model: str) -> Ours:
     """Return the correlation of two heads of a cluster in one text, the greatest mean of any layer."""
-    profile = profiles.best(source.results.of(model))
+    profile = best_profile(source.results.of(model))
     layers, values, assignment = profile.clustered_layers, profile.sample_correlation, profile["assignment"]
     means = [correlation.within_and_between(values[layer], assignment[layer])[0] for layer in layers]
     if not means or np.isnan(means).all():
@@ -216,7 +215,7 @@ def cluster_correlation(source: Source, model: str) -> Ours:
 
 def settled_tokens(source: Source, model: str, changing: str) -> Ours:
     """Return the token from which on fewer than a share of the heads change clusters with the next token."""
-    profile = profiles.best(source.results.of(model))
+    profile = best_profile(source.results.of(model))
     mean = profile["changes"][fig9.can_change(profile)].mean(axis=0)
     # The last token at which too many heads still change.
     late = np.flatnonzero(mean >= float(changing))

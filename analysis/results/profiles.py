@@ -95,7 +95,7 @@ class Profile:
         return self["sample_correlation"][SAMPLE]
 
 
-def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
+def best_profile(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
     """Return the newest profile, of a preferred model if there is one; add its run to ``results.used``.
 
     Raises:
@@ -104,14 +104,14 @@ def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
     return _first_of_models(results, prefer, most=1)[0]
 
 
-def of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
+def profiles_of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
     """Return a profile of each requested model; if none are requested, of up to ``most``, preferred models first.
 
     Raises:
         MissingRun: there is no profile, or none of a requested model.
     """
     if results.models:
-        return [best(results.of(model)) for model in results.models]
+        return [best_profile(results.of(model)) for model in results.models]
     return _first_of_models(results, prefer, most)
 
 
@@ -122,7 +122,7 @@ def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list
         if model in profiles:
             continue
         # Load no more than needed: arrays are large.
-        if profile := results.attempt(run.folder, load, run):
+        if profile := results.attempt(run.folder, load_profile, run):
             profiles[model] = profile
         if len(profiles) == most:
             break
@@ -132,7 +132,7 @@ def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list
     return list(profiles.values())
 
 
-def load(run: Run) -> Profile:
+def load_profile(run: Run) -> Profile:
     """Load the profile of a run.
 
     Raises:

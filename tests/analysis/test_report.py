@@ -207,7 +207,7 @@ def test_removing_a_result_empties_its_cells_alone(root, tmp_path, capsys):
     shutil.rmtree(copy / "accuracy" / "llama7b" / "chai" / "piqa")
     shutil.rmtree(copy / "memory" / "llama7b")
     content = collect(copy)
-    (table2,) = [table for table in content.paper.tables if table.name == "table2"]
+    (table2,) = [table for table in content.paper.tables if table.spec.name == "table2"]
     states = {row.label: [cell.state for cell in row.cells] for row in table2.rows}
     assert states["CHAI"] == ["missing", "done", "done", "done", "done"] and set(states["MHA"]) == {"done"}
     assert claim(content, "kv-saved").verdict == "not run yet"

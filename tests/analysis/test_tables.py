@@ -40,7 +40,7 @@ def full(root, **common):
 def table(root, name="table2", model=None):
     spec = TABLES[name]
     model = model or spec.model
-    return build(name, spec, model, load_scores(Results(root, model)), paper_rows(name))
+    return build(spec, model, load_scores(Results(root, model)), paper_rows(name))
 
 
 def cells(built, label):

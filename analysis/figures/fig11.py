@@ -21,7 +21,8 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bytes on the left, the share saved on the right."""
     run = results.newest(MEMORY, usable=lambda run: {"mha"} < {"mha", run.method} <= set(run.table.method))
     data = plot_data(run)
-    figure, (left, right) = page.pair_of_panels(run, NAME, widths=(1.35, 1))
+    figure = page.of_run(run, NAME)
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     draw_cache(left, data[data.panel == "cache"])
     draw_saved(right, data[data.panel == "saved"])
     page.finish(figure, run, "Keys and values, summed from the live tensors; 1 GB = 1000 MB = 10⁹ bytes.")

@@ -26,7 +26,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     profile = best_profile(results)
     layer = the_layer(profile.layers)
     data = plot_data(profile, layer)
-    figure = profile_page.new(TITLE, profile, 4.1)
+    figure = page.of_run(profile.run, TITLE, 4.1)
     left, right = figure.subplots(1, 2)
     draw_sizes(left, data[data.panel == "sizes"], profile, layer)
     draw_shares(right, data[data.panel == "shares"], profile, layer)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from analysis.plotting import page, tradeoff
 from analysis.plotting.tradeoff import Point, Tradeoff
 from analysis.results.benchmarks import LATENCY
-from analysis.results.runs import Results, Run, with_random
+from analysis.results.runs import Results, Run
 from analysis.results.scores import ACCURACY
 
 TITLE = "Accuracy against measured time (paper, Figure 14)"
@@ -19,14 +19,14 @@ QUERY = ACCURACY
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw time to score the tasks; and time to first token, if latency runs measured one of the methods."""
-    comparison = tradeoff.compare_methods(results, "seconds", lambda value: isinstance(value, (int, float)))
+    comparison = tradeoff.compare_methods(results, "seconds", is_time)
     points = comparison.shares(seconds)
     panels = [(points, tradeoff.plot_data("scoring", points, "% of MHA's scoring time"))]
     labels = [f"time to score the tasks\n(% of MHA's {seconds(comparison.points[0]):.3g} s)"]
     notes = "Scoring: each run timed once, with all that its implementation does, masks included. "
     devices = sorted({score.run.device for point in comparison.points for score in point.row.scores})
     if len(devices) > 1:
-        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be comparison. "
+        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be compared. "
     first, length, where = first_token(results, comparison)
     if first:
         panels.append((first, tradeoff.plot_data("first token", first, "% of the best baseline's time to first token")))
@@ -42,6 +42,11 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     return figure, pd.concat([data for _, data in panels], ignore_index=True)
 
 
+def is_time(value: object) -> bool:
+    """Return whether a run's field ``seconds`` is a number."""
+    return isinstance(value, (int, float))
+
+
 def seconds(point: Point) -> float:
     """Return the time to score all tasks."""
     return sum(score.run.result["seconds"] for score in point.row.scores)
@@ -55,7 +60,7 @@ def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Poin
         device (empty without such runs); the length; the device and dtype.
     """
     times_of: dict[tuple[str, str, int], dict[int, tuple[float, Run]]] = defaultdict(dict)
-    runs = results.of(with_random(comparison.model)).runs(LATENCY)
+    runs = results.of(comparison.model, with_random=True).runs(LATENCY)
     for run in sorted(runs, key=lambda run: run.updated):  # newer runs replace older ones
         rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
         for place, point in enumerate(comparison.points):

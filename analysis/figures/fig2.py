@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.plotting import correlation, maps, profile_page
+from analysis.plotting import correlation, maps, page, profile_page
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
@@ -21,7 +21,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     values = profile.sample_correlation
     groups = profile.order(layer)
     order = np.concatenate(groups)
-    figure = profile_page.new(TITLE, profile, 5.3)
+    figure = page.of_run(profile.run, TITLE, 5.3)
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
 
     # The map, with lines between clusters of two heads and more.

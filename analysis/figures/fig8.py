@@ -22,7 +22,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the error on a logarithmic axis on the left, relative to that of one cluster on the right."""
     profile = best_profile(results)
     data = plot_data(profile)
-    figure = profile_page.new(TITLE, profile, 3.75)
+    figure = page.of_run(profile.run, TITLE, 3.75)
     left, right = figure.subplots(1, 2)
     positive = data.relative_error > ZERO
     draw_curves(left, data.assign(value=data.error.where(positive)), profile)

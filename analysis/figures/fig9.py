@@ -23,7 +23,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw changes on the left, agreement on the right."""
     profile = best_profile(results)
     data = plot_data(profile)
-    figure = profile_page.new(TITLE, profile, 4.0)
+    figure = page.of_run(profile.run, TITLE, 4.0)
     left, right = figure.subplots(1, 2)
     draw_panel(left, data[data.panel == CHANGES], profile)
     draw_panel(right, data[data.panel == AGREEMENT], profile)

@@ -93,7 +93,7 @@ def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure,
     curves = {"one sample": between_heads(correlation)} if one_sample else {}
     curves[mean_label] = between_heads(profile["correlation"])
 
-    figure = profile_page.new(title, profile, 8.9)
+    figure = page.of_run(profile.run, title, 8.9)
     halves = figure.add_gridspec(2, 1, height_ratios=(6.7, 1.75))
     upper, lower = (figure.add_subfigure(half) for half in halves)
     layers = sorted({round(place) for place in np.linspace(0, profile.layers - 1, 4)})

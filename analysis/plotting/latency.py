@@ -36,7 +36,8 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
 
     run = results.newest(LATENCY, lambda run: set(rows_of_model(run).baseline) == {True, False})
     data = plot_data(run, phase, claim)
-    figure, (left, right) = page.pair_of_panels(run, f"{title} against sequence length")
+    figure = page.of_run(run, f"{title} against sequence length")
+    left, right = figure.subplots(1, 2)
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
     rounds = rows_of_model(run).rounds.min()

@@ -105,7 +105,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
     longest = max(map(len, tokens.labels(texts))) if fits else 1  # letters of a label
     below = 0.37 + 0.6 * SIZE * longest / 72 + 0.06 + 0.12 * (len(notes) + 1)
     cell = min(2.4, (PAGE - top - below) / lines)  # height of a map with its title
-    figure = profile_page.new(title, profile, top + cell * lines + below, layout=None)
+    figure = page.of_run(profile.run, title, top + cell * lines + below, layout=None)
 
     norm = scale([profile])
     map_width, map_height = width - 0.07, cell - title_height

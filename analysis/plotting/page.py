@@ -23,7 +23,7 @@ WIDTH = 7.4  # inches
 SMALL = 6.5  # points, of the footer
 
 
-def new(heading: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
+def new(heading: str, height: float, layout: str | None = "constrained") -> Figure:
     """Return an empty figure under a heading; without a layout, its panels are placed with :func:`place`."""
     figure = Figure(figsize=(WIDTH, height), layout=layout)  # type: ignore[arg-type]
     # The constrained layout makes room for the heading unless its place is given.
@@ -38,10 +38,9 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
-def pair_of_panels(run: Run, title: str, widths: tuple[float, float] = (1, 1)) -> tuple[Figure, list[Axes]]:
-    """Return a figure of a run with two empty panels; complete it with :func:`finish`."""
-    figure = new(f"{title}\n{describe(run)}")
-    return figure, list(figure.subplots(1, 2, width_ratios=widths))
+def of_run(run: Run, title: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
+    """Return an empty figure of a run, described in the heading; for arguments see :func:`new`."""
+    return new(f"{title}\n{describe(run)}", height, layout)
 
 
 def finish(figure: Figure, run: Run, notes: str) -> None:

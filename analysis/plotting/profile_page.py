@@ -9,17 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.plotting import page
-from analysis.plotting.style import describe, label, plural
+from analysis.plotting.style import label, plural
 from analysis.results.profiles import Profile
 from analysis.results.runs import base_name
 
 LLAMA, OPT = "llama7b", "opt66b"  # the models of the paper's figures
 COUNTED = "Layers and heads are counted from 0."
-
-
-def new(title: str, profile: Profile, height: float, layout: str | None = "constrained") -> Figure:
-    """Return an empty figure of a profile; complete it with :func:`finish`. For arguments see :func:`.page.new`."""
-    return page.new(f"{title}\n{describe(profile.run)}", height, layout)
 
 
 def finish(figure: Figure, profiles: Sequence[Profile], notes: str, paper: Sequence[str] = (LLAMA,)) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from analysis.plotting import correlation
 from analysis.results.benchmarks import MEMORY, chai_memory
 from analysis.results.profiles import PROFILE, best_profile
-from analysis.results.runs import RANDOM, Results, Run, optional, with_random
+from analysis.results.runs import RANDOM, Results, Run, optional
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layers:
 def of_model(results: Results, model: str) -> Layers | None:
     """Return a model's layers from its newest profile and its newest memory run of CHAI; ``None`` without either."""
     profile = optional(best_profile, results.of(model))
-    memory = optional(chai_memory, results.of(with_random(model)))
+    memory = optional(chai_memory, results.of(model, with_random=True))
     if memory is not None and profile is not None and len(memory.result["heads_kept"]) != profile.layers:
         memory = None  # another model of that name
     # Name the commands of what is missing: memory runs need no weights, and the embedded model has its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from analysis.plotting import correlation
 from analysis.plotting.style import TIMES, clusters, label
 from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
 from analysis.results.profiles import PROFILE, best_profile
-from analysis.results.runs import RANDOM, MissingRun, Results, Run, with_random
+from analysis.results.runs import RANDOM, MissingRun, Results, Run
 from analysis.stats import Interval
 from analysis.tables.cells import Cell, Table
 from analysis.tables.layout import commands
@@ -49,11 +49,7 @@ class Source:
     """Runs and filled tables in which numbers are found."""
 
     results: Results
-    tables: dict[str, Table] = field(default_factory=dict)
-
-    def of(self, model: str) -> Results:
-        """Return the runs of a model, also with random weights."""
-        return self.results.of(with_random(model))
+    tables: dict[str, Table]
 
 
 def _missing(*commands: str) -> MissingRun:
@@ -98,7 +94,7 @@ def cache_share(source: Source, model: str) -> Ours:
 
 def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
     try:
-        return chai_memory(source.of(model), MEMORY_AND_WEIGHTS, dtypes)
+        return chai_memory(source.results.of(model, with_random=True), MEMORY_AND_WEIGHTS, dtypes)
     except MissingRun:
         raise _missing(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
 
@@ -151,7 +147,7 @@ def ratio_interval(ratio: float, *times: pd.Series) -> Interval:
 
 def latency_run(source: Source, model: str) -> Run:
     """Return the newest latency run of CHAI."""
-    return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
+    return source.results.of(model, with_random=True).newest(LATENCY, lambda run: run.method == "chai")
 
 
 def worst_loss(source: Source, model: str, tables: str) -> Ours:

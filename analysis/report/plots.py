@@ -46,22 +46,14 @@ class Cost:
     value: Callable[[Point], float]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _has_bytes(savings: object) -> bool:
-    return isinstance(savings, dict) and all(_is_number(savings.get(key)) for key in ("kv_bytes", "kv_bytes_mha"))
-
-
 def _cache_share(point: Point) -> float:
     return sum(1 - score.saved for score in point.row.scores) / len(point.row.scores)
 
 
 COSTS = (
     Cost("Operations", "operations of a prompt (% of MHA's)", "flops", fig1.has_operations, fig1.operations),
-    Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", _has_bytes, _cache_share),
-    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", _is_number, fig14.seconds),
+    Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", bool, _cache_share),
+    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", fig14.is_time, fig14.seconds),
 )
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.plotting import page, tradeoff
 from analysis.plotting.tradeoff import Point, Tradeoff
-from analysis.results.benchmarks import LATENCY
+from analysis.results.benchmarks import LATENCY, times
 from analysis.results.runs import Results, Run
 from analysis.results.scores import ACCURACY
 
@@ -19,7 +19,7 @@ QUERY = ACCURACY
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw time to score the tasks; and time to first token, if latency runs measured one of the methods."""
-    comparison = tradeoff.compare_methods(results, "seconds", is_time)
+    comparison = tradeoff.compare_methods(results, "seconds", bool)
     points = comparison.shares(seconds)
     panels = [(points, tradeoff.plot_data("scoring", points, "% of MHA's scoring time"))]
     labels = [f"time to score the tasks\n(% of MHA's {seconds(comparison.points[0]):.3g} s)"]
@@ -42,11 +42,6 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     return figure, pd.concat([data for _, data in panels], ignore_index=True)
 
 
-def is_time(value: object) -> bool:
-    """Return whether a run's field ``seconds`` is a number."""
-    return isinstance(value, (int, float))
-
-
 def seconds(point: Point) -> float:
     """Return the time to score all tasks."""
     return sum(score.run.result["seconds"] for score in point.row.scores)
@@ -62,7 +57,8 @@ def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Poin
     times_of: dict[tuple[str, str, int], dict[int, tuple[float, Run]]] = defaultdict(dict)
     runs = results.of(comparison.model, with_random=True).runs(LATENCY)
     for run in sorted(runs, key=lambda run: run.updated):  # newer runs replace older ones
-        rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
+        rows = times(run, "prefill")
+        rows = rows[~rows.baseline]
         for place, point in enumerate(comparison.points):
             counts = point.row.scores[0].run.result["savings"]["heads_kept"]
             if (run.method, run.result["heads_kept"]) == (point.row.method, counts) and len(rows):
@@ -75,6 +71,6 @@ def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Poin
     device, dtype, length = max(times_of, key=lambda key: (len(times_of[key]), key[2], key))
     measured = times_of[device, dtype, length]
     results.used += [run for _, run in measured.values()]
-    times = {place: 1.0 for place, point in enumerate(comparison.points) if point.row.method == "mha"}
-    times |= {place: share for place, (share, _) in measured.items()}
-    return [(comparison.points[place], times[place]) for place in sorted(times)], length, f"{device}, {dtype}"
+    shares = {place: 1.0 for place, point in enumerate(comparison.points) if point.row.method == "mha"}
+    shares |= {place: share for place, (share, _) in measured.items()}
+    return [(comparison.points[place], shares[place]) for place in sorted(shares)], length, f"{device}, {dtype}"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.plotting import page, style
-from analysis.results.benchmarks import LATENCY
+from analysis.results.benchmarks import LATENCY, times
 from analysis.results.runs import MAIN, Results, Run, base_name
 
 MEASURED, LIMIT, PAPER = "measured", "limit", "paper"
@@ -30,17 +30,13 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
 
     The paper's claim, a speed-up, is drawn only if the run is of its model.
     """
-
-    def rows_of_model(run: Run) -> pd.DataFrame:
-        return run.table[(run.table.part == "model") & (run.table.phase == phase)]
-
-    run = results.newest(LATENCY, lambda run: set(rows_of_model(run).baseline) == {True, False})
+    run = results.newest(LATENCY, lambda run: set(times(run, phase).baseline) == {True, False})
     data = plot_data(run, phase, claim)
     figure = page.of_run(run, f"{title} against sequence length")
     left, right = figure.subplots(1, 2)
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
-    rounds = rows_of_model(run).rounds.min()
+    rounds = times(run, phase).rounds.min()
     page.finish(figure, run, f"Medians of {rounds} interleaved rounds, whiskers are quartiles; {note}.")
     return figure, data
 

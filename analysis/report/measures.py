@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.figures import fig9
 from analysis.plotting import correlation
 from analysis.plotting.style import TIMES, clusters, label
-from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
+from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory, times
 from analysis.results.profiles import PROFILE, best_profile
 from analysis.results.runs import RANDOM, MissingRun, Results, Run
 from analysis.stats import Interval
@@ -102,8 +102,8 @@ def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
     """Return how many times as fast as the best baseline the whole model is with CHAI."""
     run = latency_run(source, model)
-    table = run.table
-    rows = table[(table.part == "model") & (table.phase == phase) & (table.length == int(length))]
+    rows = times(run, phase)
+    rows = rows[rows.length == int(length)]
     if rows.baseline.all():
         raise _missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
     row = rows[~rows.baseline].iloc[0]
@@ -116,13 +116,14 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
 def attention_share(source: Source, model: str) -> Ours:
     """Return the share of MHA's attention in the whole model's time, %, of the phase where it is greater."""
     run = latency_run(source, model)
-    rows = run.table[run.table.baseline & (run.table.length == run.table.length.max())]
+    longest = run.table.length.max()
     shares = []
     for phase in ("prefill", "decode"):
         # The fastest baseline of one layer's attention, and of the whole model.
-        parts = [rows[(rows.part == part) & (rows.phase == phase)].sort_values("ms") for part in ("attention", "model")]
-        if all(len(part) for part in parts):
-            attention, whole = (part.iloc[0] for part in parts)
+        parts = [times(run, phase, part).sort_values("ms") for part in ("attention", "model")]
+        parts = [rows[rows.baseline & (rows.length == longest)] for rows in parts]
+        if all(len(rows) for rows in parts):
+            attention, whole = (rows.iloc[0] for rows in parts)
             share = 100 * len(run.result["heads_kept"]) * attention.ms / whole.ms
             shares.append((ratio_interval(share, attention, whole), phase, whole))
     if not shares:
@@ -133,14 +134,14 @@ def attention_share(source: Source, model: str) -> Ours:
     return Ours(interval, certainty, [run], detail, label(whole.implementation))
 
 
-def ratio_interval(ratio: float, *times: pd.Series) -> Interval:
+def ratio_interval(ratio: float, *medians: pd.Series) -> Interval:
     """Return a ratio of two medians with its 95 % interval, from the quartiles of each.
 
     A median of n rounds has a standard error of about 1.2533 sd / sqrt(n), and the quartiles of normal times are
     1.349 sd apart. The rounds of the two alternate, so what slows both down cancels out; that is not counted here, so
     the interval is rather too wide.
     """
-    errors = [1.2533 * (row.ms_p75 - row.ms_p25) / 1.349 / math.sqrt(row.rounds) / row.ms for row in times]
+    errors = [1.2533 * (row.ms_p75 - row.ms_p25) / 1.349 / math.sqrt(row.rounds) / row.ms for row in medians]
     spread = math.exp(1.96 * math.hypot(*errors))
     return Interval(ratio, ratio / spread, ratio * spread)
 

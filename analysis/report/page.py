@@ -13,10 +13,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.plotting.style import TIMES, label
-from analysis.report import provenance, tables
+from analysis.report import provenance
 from analysis.report.claims import Judged
 from analysis.report.content import Content, Part
 from analysis.report.figures import uri
+from analysis.report.tables import cell_ends, cell_title, cell_words, verdict_counts
 from analysis.stats import RULES, VERDICTS, Interval
 from analysis.tables.formats import comma_separated
 from analysis.tables.layout import commands, notes, paper_text
@@ -57,18 +58,11 @@ def _environment() -> Environment:
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     )  # fmt: skip
-    environment.filters |= {
-        # Text and numbers.
-        "label": label, "minus": minus, "duration": duration, "number": number, "ends": ends,
+    environment.filters |= {function.__name__: function for function in FILTERS} | {
         "cell": lambda text: text.replace("|", r"\|").replace("\n", " "),
-        # Claims.
-        "paper": paper, "ours": ours, "our_ends": our_ends, "strip_places": strip_places,
-        # Tables.
-        "columns": lambda table: list(map(task_name, table.spec.columns)), "notes": notes, "commands": commands,
+        "columns": lambda table: list(map(task_name, table.spec.columns)),
         "csv": lambda table: uri("text/csv", comma_separated(table).encode()),
-        "verdict_counts": tables.verdict_counts, "cell_words": tables.cell_words, "cell_ends": tables.cell_ends,
-        "cell_title": tables.cell_title,
-    }  # fmt: skip
+    }
     environment.globals |= {
         "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
         "provenance": provenance, "paper_text": paper_text, "command_uses": command_uses,
@@ -156,3 +150,9 @@ def duration(seconds: float) -> str:
 def command_uses(part: Part, placeholder: str) -> bool:
     """Return whether a command of a part's tables has a placeholder."""
     return any(placeholder in line for table in part.tables for _, line in commands(table))
+
+
+FILTERS = (
+    label, minus, duration, number, ends, paper, ours, our_ends, strip_places, notes, commands,
+    verdict_counts, cell_words, cell_ends, cell_title,
+)  # fmt: skip

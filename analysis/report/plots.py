@@ -53,7 +53,7 @@ def _cache_share(point: Point) -> float:
 COSTS = (
     Cost("Operations", "operations of a prompt (% of MHA's)", "flops", fig1.has_operations, fig1.operations),
     Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", bool, _cache_share),
-    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", fig14.is_time, fig14.seconds),
+    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", bool, fig14.seconds),
 )
 
 

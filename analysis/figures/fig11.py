@@ -24,7 +24,10 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     figure = page.of_run(run, NAME)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     draw_cache(left, data[data.panel == "cache"])
-    draw_saved(right, data[data.panel == "saved"])
+    saved = data[data.panel == "saved"]
+    curves(right, saved)
+    page.length_axis(right, saved.length_tokens)
+    right.set(ylim=(0, saved.value.max() * 1.25), ylabel="KV cache saved (% of MHA)")
     page.finish(figure, run, "Keys and values, summed from the live tensors; 1 GB = 1000 MB = 10⁹ bytes.")
     return figure, data
 
@@ -80,10 +83,3 @@ def draw_cache(axes: Axes, data: pd.DataFrame) -> None:
     axes.annotate("", (x, pruned), (x, full), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 0.9})
     words = f"{100 * (1 - pruned / full):.1f} %\nsaved"
     axes.text(x * span**0.025, (full + pruned) / 2, words, va="center", fontsize=8)
-
-
-def draw_saved(axes: Axes, data: pd.DataFrame) -> None:
-    """Draw the share saved by length."""
-    curves(axes, data)
-    page.length_axis(axes, data.length_tokens)
-    axes.set(ylim=(0, data.value.max() * 1.25), ylabel="KV cache saved (% of MHA)")

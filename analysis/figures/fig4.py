@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.plotting import maps, page, profile_page, style
-from analysis.results.profiles import PROFILE, Profile, profiles_of_models
+from analysis.results.profiles import PROFILE, Profile, best_profile, best_profiles
 from analysis.results.runs import Results
 
 TITLE = "Uniform attention and redundant heads (paper, Figure 4)"
@@ -20,7 +20,10 @@ UNIFORM = 0.9  # attention counts as nearly uniform above this share of the grea
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw a map of each model's layer, with the same colours."""
-    drawn = profiles_of_models(results, PAPER)
+    if results.models:
+        drawn = [best_profile(results.of(model)) for model in results.models]
+    else:
+        drawn = best_profiles(results, PAPER, most=2)
     names = "; ".join(f"{style.label(one.run.model)}: {one.layers} layers of {one.heads} heads" for one in drawn)
     figure = page.new(f"{TITLE}\n{names}", 5.1)
     panels = list(figure.subplots(1, len(drawn), squeeze=False).flat)

@@ -32,6 +32,8 @@ SIDES: dict[str, tuple[Literal["left", "right"], tuple[int, int]]] = {
     "dejavu": ("left", (5, -8)),
 }
 
+MHA = Interval(0.0, math.nan, math.nan)  # its change against itself
+
 
 @dataclass(frozen=True)
 class Point:
@@ -127,18 +129,14 @@ def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     base = next(100 * row.cells[-1].value for row in complete if row.cells[-1].value is not None)
     others = [row_name(row.method, row.settings) for row in rows if row not in complete]
     notes = f"Not shown, without these tasks beside MHA: {', '.join(others)}. " if others else ""
-    return Tradeoff(model, tasks, [_point(row, base) for row in complete], notes)
+    changes = [cell.change.points if cell.change else MHA for cell in (row.cells[-1] for row in complete)]
+    means = [Interval(base + change.value, base + change.low, base + change.high) for change in changes]
+    return Tradeoff(model, tasks, list(map(Point, complete, means)), notes)
 
 
 def _task_order(task: str) -> tuple[int, str]:
     name = task.removeprefix("micro_")
     return TASKS.index(name) if name in TASKS else len(TASKS), task
-
-
-def _point(row: Row, base: float) -> Point:
-    change = row.cells[-1].change
-    points = change.points if change else Interval(0.0, math.nan, math.nan)
-    return Point(row, Interval(base + points.value, base + points.low, base + points.high))
 
 
 def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from analysis import figures
 from analysis.plotting.style import STYLE
@@ -55,7 +54,11 @@ def draw(name: str, results: Results) -> Drawn:
     try:
         with rc_context(STYLE):
             figure, data = module.draw(results)
-            drawn = Drawn(name, module.TITLE, *picture_uri(figure), *csv_uri(name, data))
+            # Lossless WebP takes a third of a PNG's size.
+            out = io.BytesIO()
+            figure.savefig(out, format="webp", dpi=DPI, pil_kwargs={"lossless": True, "method": 2})
+        size = [round(inches * DPI) for inches in figure.get_size_inches()]
+        drawn = Drawn(name, module.TITLE, uri("image/webp", out.getvalue()), *size, *csv_uri(name, data))
     except MissingRun:
         command = module.QUERY.command_for(results.model) if results.model else module.QUERY.command
         drawn = replace(drawn, command=command)
@@ -65,14 +68,6 @@ def draw(name: str, results: Results) -> Drawn:
     # The tables of the runs are not needed on the page, and are slow to send between processes.
     runs = [replace(run, table=pd.DataFrame()) for run in results.used]
     return replace(drawn, runs=runs, skipped=results.skipped)
-
-
-def picture_uri(figure: Figure) -> tuple[str, int, int]:
-    """Return a figure as lossless WebP (a third of a PNG's size), and its width and height in pixels."""
-    out = io.BytesIO()
-    figure.savefig(out, format="webp", dpi=DPI, pil_kwargs={"lossless": True, "method": 2})
-    width, height = (round(inches * DPI) for inches in figure.get_size_inches())
-    return uri("image/webp", out.getvalue()), width, height
 
 
 def csv_uri(name: str, data: pd.DataFrame) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from analysis.tables.specs import TABLES, task_name
 MEMORY_AND_WEIGHTS = replace(MEMORY, columns=(*MEMORY.columns, "weights_bytes"))
 HALF = ("float16", "bfloat16")
 EXACT = "exact"
+MISSING = "runs are missing"
 PAPER_TABLES = tuple(name for name in TABLES if name != "micro")
 
 
@@ -52,10 +53,6 @@ class Source:
     tables: dict[str, Table]
 
 
-def _missing(*commands: str) -> MissingRun:
-    return MissingRun("runs are missing", *commands)
-
-
 def _exact(run: Run, value: float, detail: str = "", baseline: str = "none", certainty: str = EXACT) -> Ours:
     return Ours(Interval.exact(value), certainty, [run], detail, baseline)
 
@@ -74,7 +71,7 @@ def cache_size(source: Source, model: str, length: str) -> Ours:
     run = _memory(source, model, HALF)
     at = run.table[(run.table.method == "mha") & (run.table.length == int(length))].cache_bytes
     if at.empty:
-        raise _missing(f"{MEMORY.command} 'experiment.lengths=[{length}]'")
+        raise MissingRun(MISSING, f"{MEMORY.command} 'experiment.lengths=[{length}]'")
     return _exact(run, at.iloc[0] / 1e9, f"{int(length):,} tokens")
 
 
@@ -96,7 +93,7 @@ def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
     try:
         return chai_memory(source.results.of(model, with_random=True), MEMORY_AND_WEIGHTS, dtypes)
     except MissingRun:
-        raise _missing(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
+        raise MissingRun(MISSING, MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
 
 
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
@@ -105,7 +102,7 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
     rows = times(run, phase)
     rows = rows[rows.length == int(length)]
     if rows.baseline.all():
-        raise _missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
+        raise MissingRun(MISSING, f"{LATENCY.command} 'experiment.lengths=[{length}]'")
     row = rows[~rows.baseline].iloc[0]
     best = rows[rows.implementation == row.best_baseline].iloc[0]
     baseline = f"{label(row.best_baseline)}, theoretical speedup {row.limit:.2f}{TIMES}"
@@ -127,7 +124,7 @@ def attention_share(source: Source, model: str) -> Ours:
             share = 100 * len(run.result["heads_kept"]) * attention.ms / whole.ms
             shares.append((ratio_interval(share, attention, whole), phase, whole))
     if not shares:
-        raise _missing(LATENCY.command)
+        raise MissingRun(MISSING, LATENCY.command)
     interval, phase, whole = max(shares, key=lambda one: one[0].value)
     detail = f"{phase}, {whole.length:,} tokens, batch {run.result['batch_size']}"
     certainty = f"from the quartiles of {whole.rounds} rounds"
@@ -163,7 +160,7 @@ def worst_loss(source: Source, model: str, tables: str) -> Ours:
         if row is None or len(changes) < len(row.cells):
             missing += _commands_of(table, "CHAI")
     if not cells:
-        raise _missing(*missing)
+        raise MissingRun(MISSING, *missing)
     return _loss(cells, tuple(missing))
 
 
@@ -175,7 +172,7 @@ def loss(source: Source, model: str, table: str, row: str, task: str) -> Ours:
             for cell in one.changes:
                 if cell.task == task:
                     return _loss([(whole, cell)])
-    raise _missing(*_commands_of(whole, row))
+    raise MissingRun(MISSING, *_commands_of(whole, row))
 
 
 def _commands_of(table: Table, row: str) -> list[str]:
@@ -204,7 +201,7 @@ def cluster_correlation(source: Source, model: str) -> Ours:
     layers, values, assignment = profile.clustered_layers, profile.sample_correlation, profile["assignment"]
     means = [correlation.within_and_between(values[layer], assignment[layer])[0] for layer in layers]
     if not means or np.isnan(means).all():
-        raise _missing(PROFILE.command)
+        raise MissingRun(MISSING, PROFILE.command)
     layer = layers[int(np.nanargmax(means))]
     detail = f"layer {layer}, {profile.clusters[layer]} clusters"
     return _exact(profile.run, float(np.nanmax(means)), detail, certainty="one text, as in the paper: no interval")

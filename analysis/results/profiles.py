@@ -96,26 +96,16 @@ class Profile:
 
 
 def best_profile(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
-    """Return the newest profile, of a preferred model if there is one; add its run to ``results.used``.
+    """Return the newest profile, of a preferred model if there is one; for errors see :func:`best_profiles`."""
+    return best_profiles(results, prefer, most=1)[0]
+
+
+def best_profiles(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
+    """Return the newest profile of each of up to ``most`` models, preferred ones first; add them to ``results.used``.
 
     Raises:
         MissingRun: there is no profile.
     """
-    return _first_of_models(results, prefer, most=1)[0]
-
-
-def profiles_of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
-    """Return a profile of each requested model; if none are requested, of up to ``most``, preferred models first.
-
-    Raises:
-        MissingRun: there is no profile, or none of a requested model.
-    """
-    if results.models:
-        return [best_profile(results.of(model)) for model in results.models]
-    return _first_of_models(results, prefer, most)
-
-
-def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
     profiles: dict[str, Profile] = {}
     for run in results.ranked(PROFILE, prefer=prefer):
         model = base_name(run.model)

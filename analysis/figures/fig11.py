@@ -73,13 +73,12 @@ def curves(axes: Axes, data: pd.DataFrame) -> None:
 def draw_cache(axes: Axes, data: pd.DataFrame) -> None:
     """Draw the size by length, with the method's saving at the longest."""
     curves(axes, data)
-    lengths = sorted(set(data.length_tokens))
-    page.length_axis(axes, lengths, room=0.27)
+    span = page.length_axis(axes, data.length_tokens, room=0.27)
     axes.set(ylim=(0, data.value.max() * 1.06), ylabel=f"KV cache ({data.unit.iloc[0]})")
     # A double arrow from the method's size to that of MHA.
-    full, pruned = data[(data.source == LIVE) & (data.length_tokens == lengths[-1])].value
-    span = page.log_span(lengths)
-    x = lengths[-1] * span**0.07
+    longest = data.length_tokens.max()
+    full, pruned = data[(data.source == LIVE) & (data.length_tokens == longest)].value
+    x = longest * span**0.07
     axes.annotate("", (x, pruned), (x, full), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 0.9})
     words = f"{100 * (1 - pruned / full):.1f} %\nsaved"
     axes.text(x * span**0.025, (full + pruned) / 2, words, va="center", fontsize=8)

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, profile_page, style
+from analysis.plotting import page, style
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
@@ -17,7 +17,7 @@ LAYER, OF = 18, 32  # the paper's layer, of LLaMA-7B's
 LARGEST, BOTH = "largest cluster", "two largest clusters"
 NOTES = (
     "Clusters found in each sample by itself, ordered by size; mean over samples, whiskers: their standard "
-    f"deviation. {profile_page.COUNTED}"
+    f"deviation. {page.COUNTED}"
 )
 
 
@@ -30,7 +30,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     left, right = figure.subplots(1, 2)
     draw_sizes(left, data[data.panel == "sizes"], profile, layer)
     draw_shares(right, data[data.panel == "shares"], profile, layer)
-    profile_page.finish(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], NOTES)
     return figure, data
 
 
@@ -70,7 +70,7 @@ def draw_shares(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) ->
 def plot_data(profile: Profile, layer: int) -> pd.DataFrame:
     """Return a row for each cluster of the layer, and for each layer and series."""
     k, counts = profile.clusters[layer], profile["clusters"]
-    sizes = profile_page.rows(
+    sizes = page.rows(
         profile,
         panel="sizes", layer=layer, clusters=k, place=np.arange(1, k + 1),
         heads=profile["cluster_sizes"][layer, k - 1, :k], sd=profile["cluster_sizes_sd"][layer, k - 1, :k],
@@ -78,7 +78,7 @@ def plot_data(profile: Profile, layer: int) -> pd.DataFrame:
     layers = np.arange(profile.layers)
     sizes_at_k = profile["cluster_sizes"][layers, counts - 1]
     shares = [
-        profile_page.rows(
+        page.rows(
             profile, panel="shares", layer=layers, clusters=counts, series=series,
             share=100 * sizes_at_k[:, :many].sum(axis=1) / profile.heads,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.plotting import correlation, maps, page, profile_page
+from analysis.plotting import correlation, maps, page
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
@@ -49,7 +49,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
             f"Of {searched}, the one whose clusters are the clearest in this sample: two heads of a cluster correlate "
             f"at {within:.2f}, of different clusters at {between:.2f}. {notes}"
         )
-    profile_page.finish(figure, [profile], notes)
+    page.finish_profiles(figure, [profile], notes)
     attention = maps.plot_data(profile, [layer]).assign(panel="attention")
     attention = attention.set_index("head").loc[order].reset_index()  # rows as they are drawn
     pairs = correlation.plot_data(profile, values, [layer], "correlation")

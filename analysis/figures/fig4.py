@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.plotting import maps, page, profile_page, style
+from analysis.plotting import maps, page, style
 from analysis.results.profiles import PROFILE, Profile, best_profile, best_profiles
 from analysis.results.runs import Results
 
 TITLE = "Uniform attention and redundant heads (paper, Figure 4)"
 QUERY = PROFILE
-PAPER = (profile_page.OPT, profile_page.LLAMA)
+PAPER = (page.OPT, page.LLAMA)
 UNIFORM = 0.9  # attention counts as nearly uniform above this share of the greatest possible entropy
 
 
@@ -51,7 +51,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         f"The layer with the most heads of nearly uniform attention, whose entropy is over {UNIFORM:g} of the greatest "
         f"possible, mean over all samples. {maps.NOTES}"
     )
-    profile_page.finish(figure, drawn, notes, PAPER)
+    page.finish_profiles(figure, drawn, notes, PAPER)
     return figure, pd.concat(data, ignore_index=True)
 
 

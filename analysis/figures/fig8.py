@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, profile_page, style
+from analysis.plotting import page, style
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
@@ -37,7 +37,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     right.plot([], [], "o", color=style.GREY, label="chosen number of clusters")
     page.legend_below(right)
     page.depth_bar(figure, [left, right], profile.layers)
-    profile_page.finish(figure, [profile], notes(profile))
+    page.finish_profiles(figure, [profile], notes(profile))
     return figure, data
 
 
@@ -63,7 +63,7 @@ def notes(profile: Profile) -> str:
         "Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
         f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
         "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
-        f"{profile_page.COUNTED}"
+        f"{page.COUNTED}"
     )
 
 
@@ -73,7 +73,7 @@ def plot_data(profile: Profile) -> pd.DataFrame:
     error = profile["error"]
     with np.errstate(invalid="ignore"):  # the error of a layer of identical heads is 0
         relative = error / error[:, :1]
-    return profile_page.rows(
+    return page.rows(
         profile,
         layer=layer, k=k + 1, error=error.ravel(), error_sd=profile["error_sd"].ravel(),
         error_static=profile["error_static"].ravel(), relative_error=relative.ravel(),

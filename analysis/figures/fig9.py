@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from analysis.plotting import page, profile_page, style
+from analysis.plotting import page, style
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
@@ -34,9 +34,9 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     notes = (
         "Means over samples. Left: membership found from n + 1 tokens against that from n, labels matched. Right: "
         "adjusted Rand index, 1: the same membership. The bold mean is over the layers whose membership can change: of "
-        f"more than one cluster and fewer than heads. {profile_page.COUNTED}"
+        f"more than one cluster and fewer than heads. {page.COUNTED}"
     )
-    profile_page.finish(figure, [profile], notes)
+    page.finish_profiles(figure, [profile], notes)
     return figure, data
 
 
@@ -53,7 +53,7 @@ def plot_data(profile: Profile) -> pd.DataFrame:
         curves = dict(enumerate(values)) | {MEAN: values[changing].mean(axis=0)}
         for layer, curve in curves.items():
             tokens = np.arange(1, len(curve) + 1)
-            parts.append(profile_page.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
+            parts.append(page.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from analysis.plotting import maps, page, profile_page, style
+from analysis.plotting import maps, page, style
 from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
@@ -26,7 +26,7 @@ COLOURS = "viridis"
 FRAME = "#ffffff"
 NOTES = (
     "Heads by cluster, the largest first (membership over all samples; white frames: clusters of two heads and more). "
-    f"Negative correlations have the colour of 0. {profile_page.COUNTED}"
+    f"Negative correlations have the colour of 0. {page.COUNTED}"
 )
 
 
@@ -76,7 +76,7 @@ def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int]
         row, column = (order[place.ravel()] for place in np.indices((len(order), len(order))))
         assignment = profile["assignment"][layer]
         parts.append(
-            profile_page.rows(
+            page.rows(
                 profile,
                 panel=panel, layer=layer, head=row, other_head=column, cluster=assignment[row],
                 other_cluster=assignment[column], correlation=correlation[layer][row, column],
@@ -106,7 +106,7 @@ def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure,
     depth = range(profile.layers)
     for (name, values), line in zip(curves.items(), looks, strict=False):
         axes.plot(depth, values, label=name, markersize=3, **line)
-        data.append(profile_page.rows(profile, panel="depth", series=name, layer=depth, correlation=values))
+        data.append(page.rows(profile, panel="depth", series=name, layer=depth, correlation=values))
     axes.set(xlabel="layer", ylabel="mean correlation")
     words = "" if one_sample else f": {mean_label}"  # otherwise in the legend
     axes.set_title(f"({ascii_lowercase[len(layers)]}) all pairs of two heads, by layer{words}")
@@ -114,7 +114,7 @@ def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure,
     axes.set_ylim(min(0.0, *(np.nanmin(values, initial=0) for values in curves.values())), 1)
     if one_sample:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    profile_page.finish(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], NOTES)
     return figure, pd.concat(data, ignore_index=True)
 
 

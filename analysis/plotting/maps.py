@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.plotting import page, profile_page, tokens
+from analysis.plotting import page, tokens
 from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
@@ -26,7 +26,7 @@ COLOURS = "magma"
 PAGE = 10.5  # inches, the tallest figure
 NOTES = (
     "Attention of one decoding step of one sample: of the last token to itself and all before it, each row sums to 1; "
-    f"logarithmic colours. {profile_page.COUNTED}"
+    f"logarithmic colours. {page.COUNTED}"
 )
 
 
@@ -81,7 +81,7 @@ def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
     attention = np.stack([profile.map(layer) for layer in layers])
     layer, head, position = (place.ravel() for place in np.indices(attention.shape))
     names = np.array(tokens.labels(profile.tokens), dtype=object)
-    return profile_page.rows(
+    return page.rows(
         profile,
         layer=np.asarray(layers)[layer], head=head, position=position, token=names[position],
         attention=attention.ravel(),
@@ -90,7 +90,7 @@ def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
 
 def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.DataFrame]:
     """Draw every layer's map in a grid on one page; ``model`` is that of the paper's figure, and preferred."""
-    profile = best_profile(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
+    profile = best_profile(results, tuple(dict.fromkeys([model, page.LLAMA])))
     texts, layers = profile.tokens, profile.layers
 
     # Divide the page. Tokens are labelled below the lowest maps if they fit, else listed in the footer.
@@ -99,7 +99,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
     left, right, top, title_height = 0.5, 0.85, 0.5, 0.16  # inches
     width = (page.WIDTH - left - right) / columns
     fits = len(thin(len(texts), width)[0]) == len(texts)
-    notes = page.wrap(f"{NOTES} {profile_page.other_model([profile], [model])}".strip())
+    notes = page.wrap(f"{NOTES} {page.other_model([profile], [model])}".strip())
     if not fits:
         notes += page.wrap(f"Tokens 0 to {len(texts) - 1}: {' '.join(tokens.labels(texts))}")
     longest = max(map(len, tokens.labels(texts))) if fits else 1  # letters of a label
@@ -128,7 +128,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
 
     tall = min(cell * lines - title_height, 4.0)
     bar(figure, norm, cax=page.place(figure, page.WIDTH - right + 0.08, top + title_height, 0.11, tall))
-    page.footer(figure, [*notes, profile_page.provenance(profile)])
+    page.footer(figure, [*notes, page.profile_provenance(profile)])
     return figure, plot_data(profile, range(layers))
 
 

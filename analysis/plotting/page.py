@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -16,11 +17,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from analysis.plotting.style import GREY, TIMES, describe
-from analysis.results.runs import Run
+from analysis.plotting.style import GREY, TIMES, describe, label, plural
+from analysis.results.profiles import Profile
+from analysis.results.runs import Run, base_name
 
 WIDTH = 7.4  # inches
 SMALL = 6.5  # points, of the footer
+LLAMA, OPT = "llama7b", "opt66b"  # the models of the paper's figures
+COUNTED = "Layers and heads are counted from 0."
 
 
 def new(heading: str, height: float, layout: str | None = "constrained") -> Figure:
@@ -51,6 +55,30 @@ def finish(figure: Figure, run: Run, notes: str) -> None:
     for axes in figure.axes:
         legend_below(axes)
     footer(figure, [notes, provenance(run, f"batch {run.result['batch_size']}")])
+
+
+def finish_profiles(figure: Figure, profiles: Sequence[Profile], notes: str, paper: Sequence[str] = (LLAMA,)) -> None:
+    """Add the footer: notes, the models of the paper's figure if others are drawn, the source of each profile."""
+    words = wrap(f"{notes} {other_model(profiles, paper)}".strip())
+    footer(figure, [*words, *map(profile_provenance, profiles)])
+
+
+def other_model(profiles: Sequence[Profile], paper: Sequence[str]) -> str:
+    """Return a sentence that names the models of the paper's figure; empty if they were drawn."""
+    models = {base_name(profile.run.model) for profile in profiles}
+    return "" if models >= set(paper) else f"The paper's figure is of {' and '.join(map(label, paper))}."
+
+
+def profile_provenance(profile: Profile) -> str:
+    """Return device, dtype, corpus and run."""
+    corpus, samples = profile.about["corpus"], plural(profile.samples, "sample")
+    return provenance(profile.run, f"{corpus['name']}, {samples} of up to {corpus['longest']:,} tokens")
+
+
+def rows(profile: Profile, **columns: Any) -> pd.DataFrame:
+    """Return plotted data with model and run; scalars are repeated in every row."""
+    frame = pd.DataFrame(columns)
+    return frame.assign(model=profile.run.model, run=profile.run.result["run_id"])
 
 
 def legend_below(axes: Axes) -> None:
@@ -94,10 +122,10 @@ def wrap(text: str) -> list[str]:
     return lines
 
 
-def color_bar(figure: FigureBase, mappable: ScalarMappable, label: str, **where: Any) -> Colorbar:
+def color_bar(figure: FigureBase, mappable: ScalarMappable, name: str, **where: Any) -> Colorbar:
     """Add a colour bar; ``where`` as for :meth:`matplotlib.figure.Figure.colorbar`."""
     bar = figure.colorbar(mappable, **where)
-    bar.set_label(label)
+    bar.set_label(name)
     bar.ax.grid(False)
     bar.outline.set_linewidth(0.5)
     return bar
@@ -136,13 +164,8 @@ def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
     bar.set_ticks(ticks if layers - 1 - ticks[-1] < step / 2 else [*ticks, layers - 1])
 
 
-def log_span(ticks: Sequence[int]) -> float:
-    """Return the ratio of the last tick to the first; 2 for a single one."""
-    return ticks[-1] / ticks[0] if len(ticks) > 1 else 2.0
-
-
-def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
-    """Make the x axis one of sequence length, log2, with the lengths as ticks.
+def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> float:
+    """Make the x axis one of sequence length, log2, with the lengths as ticks; return the ratio of last to first.
 
     The room to the right of the last tick is a share of the distance from the first to the last.
     """
@@ -151,8 +174,9 @@ def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    span = log_span(ticks)
+    span = ticks[-1] / ticks[0] if len(ticks) > 1 else 2.0
     axes.set(xlim=(ticks[0] / span**0.06, ticks[-1] * span**room), xlabel="sequence length (tokens)")
+    return span
 
 
 def ratio_axis(axes: Axes, values: Iterable[float]) -> None:

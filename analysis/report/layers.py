@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.plotting import correlation
 from analysis.results.benchmarks import MEMORY, chai_memory
@@ -69,10 +70,7 @@ def of_model(results: Results, model: str) -> Layers | None:
         columns["within"] = [correlation.within_and_between(*pair)[0] for pair in pairs]
     if not columns:
         return None
-    rows = [
-        Layer(layer, **dict(zip(columns, values, strict=True)))
-        for layer, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+    rows = [Layer(layer, **row) for layer, row in enumerate(pd.DataFrame(columns).to_dict("records"))]
     runs = [run for run in (profile and profile.run, memory) if run]
     return Layers(model, heads, rows, length, runs, commands, note)
 

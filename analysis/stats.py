@@ -89,13 +89,6 @@ def compare(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Compari
     Raises:
         Unpaired: the items differ, an item occurs twice, or an outcome is neither 0 nor 1.
     """
-    lost, gained, n = flips(baseline, other, metric)
-    draws = resample(lost, gained, n)
-    return Comparison(n, (gained - lost) / n, *interval(draws), mcnemar(lost, gained), lost, gained, draws)
-
-
-def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int, int, int]:
-    """Count items lost, items gained, and all items; for arguments and errors see :func:`compare`."""
     for name, samples in (("MHA", baseline), ("the method", other)):
         missing = [column for column in ("doc_id", "doc_hash", metric) if column not in samples]
         if missing:
@@ -117,8 +110,12 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
     if differing.any():
         example = both.doc_id[differing].iloc[0]
         raise Unpaired(f"{differing.sum()} of {len(both)} items differ in content (doc_hash), item {example} first")
+
+    # Count the items that flip, and resample.
     before, after = both[metric], both[f"{metric}_other"]
-    return int((before > after).sum()), int((before < after).sum()), len(both)
+    lost, gained, n = int((before > after).sum()), int((before < after).sum()), len(both)
+    draws = resample(lost, gained, n)
+    return Comparison(n, (gained - lost) / n, *interval(draws), mcnemar(lost, gained), lost, gained, draws)
 
 
 def resample(lost: int, gained: int, n: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Latency (Figures 12a and 12b): times of the whole model, and speed-ups beside the theoretical ones."""
+"""Latency (Figures 12a and 12b): times of the whole model, and speedups beside the theoretical ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ WHISKERS: dict[str, Any] = {
 
 
 def draw_latency(results: Results, phase: str, title: str, note: str, claim: float) -> tuple[Figure, pd.DataFrame]:
-    """Draw times on the left and speed-ups on the right, of ``prefill`` or ``decode``.
+    """Draw times on the left and speedups on the right, of ``prefill`` or ``decode``.
 
-    The paper's claim, a speed-up, is drawn only if the run is of its model.
+    The paper's claim, a speedup, is drawn only if the run is of its model.
     """
     run = results.newest(LATENCY, lambda run: set(times(run, phase).baseline) == {True, False})
     data = plot_data(run, phase, claim)
@@ -53,7 +53,7 @@ def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
     names = model.implementation.map(style.label)
     parts = [model.assign(panel="time", series=names, source=MEASURED, value=model.ms / scale, unit=unit, **quartiles)]
 
-    # The method's speed-up, and the theoretical one, which is unknown in decoding of a method without clusters.
+    # The method's speedup, and the theoretical one, which is unknown in decoding of a method without clusters.
     method = model[~model.baseline]
     bests = list(map(style.label, method.best_baseline.unique()))
     best = bests[0] if len(bests) == 1 else f"the best of {', '.join(bests)}"
@@ -74,7 +74,7 @@ def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
 
 
 def speedups(rows: pd.DataFrame, measured: str, theoretical: str) -> pd.DataFrame:
-    """Return the measured and the theoretical speed-up of each row, one after the other, as series of these names."""
+    """Return the measured and the theoretical speedup of each row, one after the other, as series of these names."""
     rows = rows.assign(panel="speedup", unit="x")
     first = rows.assign(series=measured, source=MEASURED, value=rows.speedup)
     second = rows.assign(series=theoretical, source=LIMIT, value=rows.limit)
@@ -105,7 +105,7 @@ def draw_times(axes: Axes, data: pd.DataFrame, title: str) -> None:
 
 
 def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
-    """Draw the model's speed-up and the attention's, each beside the theoretical one, and the paper's claim."""
+    """Draw the model's speedup and the attention's, each beside the theoretical one, and the paper's claim."""
     extras = iter(style.EXTRA)
     for series, points in data.groupby("series", sort=False):
         measured, limit = points[points.source == MEASURED], points[points.source == LIMIT]
@@ -126,4 +126,4 @@ def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
             axes.plot(limit.length_tokens, limit.value, ":", color=line["color"], linewidth=0.9)
     page.length_axis(axes, data.length_tokens, room=0.19)
     page.ratio_axis(axes, data.value)
-    axes.set_ylabel("speed-up over best baseline")
+    axes.set_ylabel("speedup over best baseline")

@@ -22,8 +22,8 @@ class Line:
     worst_task: str
     tasks: tuple[int, int]  # tasks that are compared, of all
     saved: float | None  # share of the KV cache, %
-    first: Interval | None  # speed-up of the first token at the longest length
-    next: Interval | None  # speed-up of the next tokens
+    first: Interval | None  # speedup of the first token at the longest length
+    next: Interval | None  # speedup of the next tokens
     length: int | None  # the longest length
     runs: int  # finished runs of all experiments
     seconds: float  # duration of these runs
@@ -40,7 +40,7 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     saved = memory.interval.value if memory else None
     if saved is None and row is not None and row.saved is not None:
         saved = 100 * row.saved
-    # The longest length of the latency run that the speed-ups are of.
+    # The longest length of the latency run that the speedups are of.
     latency = optional(latency_run, source, model)
     lengths = [] if latency is None else latency.table[latency.table.part == "model"].length
     length = int(max(lengths)) if len(lengths) else None

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from analysis.plotting.style import TIMES, label
 from analysis.report import provenance
 from analysis.report.claims import Judged
-from analysis.report.content import Content, Part
+from analysis.report.content import Content
 from analysis.report.figures import uri
 from analysis.report.tables import cell_ends, cell_title, cell_words, verdict_counts
 from analysis.stats import RULES, VERDICTS, Interval
@@ -65,7 +65,7 @@ def _environment() -> Environment:
     }
     environment.globals |= {
         "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
-        "provenance": provenance, "paper_text": paper_text, "command_uses": command_uses,
+        "provenance": provenance, "paper_text": paper_text,
         # Styles and scripts are included as they are.
         "raw": lambda name: Markup(loader.get_source(environment, name)[0]),
     }  # fmt: skip
@@ -145,11 +145,6 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
-def command_uses(part: Part, placeholder: str) -> bool:
-    """Return whether a command of a part's tables has a placeholder."""
-    return any(placeholder in line for table in part.tables for _, line in commands(table))
 
 
 FILTERS = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +43,14 @@ class Profile:
     run: Run
     about: dict[str, Any]  # profile.json
     arrays: dict[str, NDArray[Any]]  # profile.safetensors, see TENSORS
+    layers: int
+    heads: int  # query heads of a layer
+    clusters: list[int]  # of each layer
+    samples: int  # texts that the statistics are taken over
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return an array by name."""
         return self.arrays[name]
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self["clusters"])
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads of a layer."""
-        return int(self["assignment"].shape[1])
-
-    @property
-    def samples(self) -> int:
-        """Number of texts that the statistics are taken over."""
-        return self.about["corpus"]["samples"]
-
-    @cached_property
-    def clusters(self) -> list[int]:
-        """Number of clusters of each layer."""
-        return [int(k) for k in self["clusters"]]
 
     @property
     def clustered_layers(self) -> list[int]:
@@ -144,7 +127,7 @@ def load_profile(run: Run) -> Profile:
     _check_arrays(arrays, sizes)
     if arrays["clusters"].tolist() != run.result["heads_kept"]:
         raise SkippedRun("profile.safetensors and result.json have different numbers of clusters")
-    return Profile(run, about, arrays)
+    return Profile(run, about, arrays, sizes["L"], sizes["H"], run.result["heads_kept"], about["corpus"]["samples"])
 
 
 def _is_complete(about: dict[str, Any]) -> bool:

@@ -165,7 +165,7 @@ def test_grouped_queries_and_odd_shapes(tmp_path):
 
 def test_heads_in_clustered_order():
     arrays = {"assignment": np.array([[2, 0, 1, 1, 0, 1]]), "clusters": np.array([3])}
-    groups = Profile(None, {}, arrays).order(0)
+    groups = Profile(None, {}, arrays, 1, 6, [3], 1).order(0)
     assert [heads.tolist() for heads in groups] == [[2, 3, 5], [1, 4], [0]]
 
 

@@ -43,11 +43,6 @@ class Point:
     accuracy: Interval  # mean over the tasks, %; the ends take MHA's accuracy as exact, and are NaN for MHA itself
 
     @property
-    def label(self) -> str:
-        """Printed name with all settings that are not the defaults; ``row.label`` is shorter."""
-        return row_name(self.row.method, self.row.settings)
-
-    @property
     def place(self) -> tuple[str, float] | None:
         """Setting and value by which the point belongs to its method's series; ``None``: it stands alone."""
         for name in SCHEDULES:
@@ -143,7 +138,8 @@ def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd
     """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
     frame = pd.DataFrame(
         {
-            "panel": panel, "method": point.row.method, "label": point.label,
+            "panel": panel, "method": point.row.method,
+            "label": row_name(point.row.method, point.row.settings),  # row.label may be shorter
             "settings": " ".join(assignments(point.row.settings)),
             "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
@@ -223,7 +219,8 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     kinds = {kind: [name for saving, name in methods if saving == kind] for kind in ("real", "simulated")}
     savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]
-    letters = "".join(f"{point.row.label.split()[-1]} is {point.label}. " for point in lettered)
+    names = [(point.row.label.split()[-1], row_name(point.row.method, point.row.settings)) for point in lettered]
+    letters = "".join(f"{letter} is {name}. " for letter, name in names)
     words = page.wrap(
         "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
         f"{notes}Savings in this implementation are {savings}. {letters}{tradeoff.notes}"

@@ -42,9 +42,14 @@ def unknown(kind: str, name: str, valid: Sequence[str]) -> str:
     return f"unknown {kind} '{name}'{hint}; valid: {', '.join(valid)}"
 
 
-def report_skipped(skipped: Mapping[Path, str], reported: set[Path]) -> None:
-    """Print a line for each folder that is skipped and not in ``reported`` yet; add it there."""
+def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> str | None:
+    """Return the message for no names or an unknown one; ``None`` if all are valid."""
+    if not names:
+        return f"no {kind} named; valid: {', '.join(valid)}"
+    return next((unknown(kind, name, valid) for name in names if name not in valid), None)
+
+
+def report_skipped(skipped: Mapping[Path, str]) -> None:
+    """Print a line for each folder that is skipped."""
     for folder, reason in skipped.items():
-        if folder not in reported:
-            print(f"left out: {folder}: {reason}", file=sys.stderr)
-            reported.add(folder)
+        print(f"left out: {folder}: {reason}", file=sys.stderr)

@@ -23,6 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 GROUPS = (0, 0, 1, 0, 2, 1)  # cluster of each head
 REPRESENTATIVES = (1, 2, 4)  # head of each cluster
 HEADS, TOKENS = len(GROUPS), 5
+MEMBERS = [[head for head, group in enumerate(GROUPS) if group == cluster] for cluster in range(3)]
 #: The token that a head of each cluster attends to in a row of the causal matrix: the first, itself, the one before.
 PATTERNS = (lambda row: 0, lambda row: row, lambda row: max(0, row - 1))
 
@@ -36,8 +37,7 @@ BOX = (1.2, 0.9)  # width and height of a query, key, value or attention matrix
 
 def panel(axes: Axes, number: int, title: str, subtitle: str) -> None:
     """Prepare a panel and write its heading."""
-    axes.set_xlim(0, 10)
-    axes.set_ylim(1, 11)
+    axes.set(xlim=(0, 10), ylim=(1, 11))
     axes.axis("off")
     axes.text(0.1, 10.2, f"{number}  {title}", fontsize=11, fontweight="bold", color=INK)
     axes.text(0.1, 9.45, subtitle, fontsize=8, color=GREY)
@@ -64,8 +64,9 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, color=colour, linewidth=1))
 
 
-def attention(axes: Axes, x: float, y: float, group: int, cell: float = 0.24) -> None:
+def attention(axes: Axes, x: float, y: float, group: int) -> None:
     """Draw the causal matrix of the first tokens of a head, with its lower left corner at ``x, y``."""
+    cell = 0.24
     for row in range(TOKENS):
         for column in range(row + 1):
             place = (x + cell * column, y + cell * (TOKENS - 1 - row))
@@ -93,8 +94,7 @@ def draw_clusters(axes: Axes) -> None:
     for group, y in enumerate((7.4, 5.6, 3.8)):
         colour = COLOURS[group]
         axes.text(0.1, y + 0.28, f"cluster {group + 1}", fontsize=8, color=colour, fontweight="bold")
-        members = [head for head in range(HEADS) if GROUPS[head] == group]
-        for place, head in enumerate(members):
+        for place, head in enumerate(MEMBERS[group]):
             x = 2.6 + 2.2 * place
             attention(axes, x, y, group)
             if head in REPRESENTATIVES:
@@ -174,8 +174,7 @@ HEAD_PLACES = [0.6 + 1.55 * head for head in range(HEADS)]  # x of the heads in 
 
 def phase(axes: Axes, title: str, subtitle: str) -> None:
     """Prepare the panel of a phase and write its heading."""
-    axes.set_xlim(0, 10)
-    axes.set_ylim(0, 10)
+    axes.set(xlim=(0, 10), ylim=(0, 10))
     axes.axis("off")
     axes.text(5, 10.2, title, ha="center", va="bottom", fontsize=12, fontweight="bold")
     axes.text(5, 9.9, subtitle, ha="center", va="top", fontsize=9, color="#444444")
@@ -198,10 +197,7 @@ def draw_offline(axes: Axes) -> None:
         errors = [1 / (1 + (k / elbow) ** 4) for k in counts]
         inset.plot(counts, errors, color=colour, label=name)
         inset.plot(elbow + 2, errors[elbow + 1], "o", color=colour)
-    inset.set_xlabel("clusters k")
-    inset.set_ylabel("clustering error (schematic)")
-    inset.set_xticks([2, 4, 6, 8, 10, 12])
-    inset.set_yticks([])
+    inset.set(xlabel="clusters k", ylabel="clustering error (schematic)", xticks=range(2, 13, 2), yticks=[])
     inset.spines[["top", "right"]].set_visible(False)
     inset.legend(frameon=False, fontsize=8, loc="upper right")
 
@@ -219,13 +215,12 @@ def draw_online(axes: Axes) -> None:
                 axes.add_patch(FancyBboxPatch(place, 0.16, 0.16, "square,pad=0", **style))
     axes.text(5, 5.9, "K-means on the attention of each head, 5 by 5", ha="center", fontsize=9)
     for group, colour in enumerate(BRIGHT):
-        members = [head for head in range(HEADS) if GROUPS[head] == group]
         left = 1.6 + 3.1 * group
-        for place, head in enumerate(members):
+        for place, head in enumerate(MEMBERS[group]):
             x, alpha = left + 0.75 * place, 1.0 if head in REPRESENTATIVES else 0.4
             axes.plot(x, 3.8, "o", markersize=17, color=colour, alpha=alpha)
             axes.text(x, 3.77, str(head + 1), ha="center", va="center", color="white", fontsize=9)
-        end = (left + 0.375 * (len(members) - 1), 4.5)
+        end = (left + 0.375 * (len(MEMBERS[group]) - 1), 4.5)
         axes.add_patch(FancyArrowPatch((5, 5.6), end, arrowstyle="->", mutation_scale=10, color="#888888"))
     axes.text(5, 2.4, "full colour: the representative, nearest its cluster's mean", **SMALL)
 

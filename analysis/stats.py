@@ -89,13 +89,6 @@ def compare(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Compari
     Raises:
         Unpaired: the items differ, an item occurs twice, or an outcome is neither 0 nor 1.
     """
-    lost, gained, n = flips(baseline, other, metric)
-    draws = resample([-1.0, 0.0, 1.0], [lost, n - lost - gained, gained])
-    return Comparison(n, (gained - lost) / n, *interval(draws), mcnemar(lost, gained), lost, gained, draws)
-
-
-def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int, int, int]:
-    """Count items lost, items gained, and all items; for arguments and errors see :func:`compare`."""
     for name, samples in (("MHA", baseline), ("the method", other)):
         missing = [column for column in ("doc_id", "doc_hash", metric) if column not in samples]
         if missing:
@@ -117,16 +110,20 @@ def flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int
     if differing.any():
         example = both.doc_id[differing].iloc[0]
         raise Unpaired(f"{differing.sum()} of {len(both)} items differ in content (doc_hash), item {example} first")
+
+    # Count the items that flip, and resample.
     before, after = both[metric], both[f"{metric}_other"]
-    return int((before > after).sum()), int((before < after).sum()), len(both)
+    lost, gained, n = int((before > after).sum()), int((before < after).sum()), len(both)
+    draws = resample(lost, gained, n)
+    return Comparison(n, (gained - lost) / n, *interval(draws), mcnemar(lost, gained), lost, gained, draws)
 
 
-def resample(values: Sequence[float], counts: Sequence[int]) -> np.ndarray:
-    """Return means ``[RESAMPLES]`` of items drawn with replacement, given the number of items of each value."""
-    n = sum(counts)
-    # Items of equal value are interchangeable: draw one multinomial number for each value instead of n indices.
-    drawn = np.random.default_rng(SEED).multinomial(n, np.asarray(counts) / n, size=RESAMPLES)
-    return drawn @ np.asarray(values) / n
+def resample(lost: int, gained: int, n: int) -> np.ndarray:
+    """Return differences of the means ``[RESAMPLES]``, of ``n`` items drawn with replacement."""
+    # Items of equal difference are interchangeable: draw one multinomial number for each instead of n indices.
+    shares = np.array([lost, n - lost - gained, gained]) / n
+    counts = np.random.default_rng(SEED).multinomial(n, shares, size=RESAMPLES)
+    return counts @ np.array([-1.0, 0.0, 1.0]) / n
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

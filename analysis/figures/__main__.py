@@ -6,6 +6,7 @@ Exit codes: 0 drawn; 1 a figure's input is missing or its files cannot be writte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -35,24 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         show_list()
         return 0
-    if not options.figures:
-        return cli.fail(f"no figure named; valid: {', '.join(valid)}")
-    for name in options.figures:
-        if name not in valid:
-            return cli.fail(cli.unknown("figure", name, valid))
-    reported: set[Path] = set()
-    codes = [
-        produce(name, Results(options.results, options.model, options.device), options.out, reported)
-        for name in dict.fromkeys(options.figures)
-    ]
+    if mistake := cli.check_names("figure", options.figures, valid):
+        return cli.fail(mistake)
+    results = Results(options.results, options.model, options.device)
+    codes = [produce(name, replace(results, used=[]), options.out) for name in dict.fromkeys(options.figures)]
+    cli.report_skipped(results.skipped)
     return max(codes)
 
 
-def produce(name: str, results: Results, out: Path, reported: set[Path]) -> int:
-    """Draw one figure and save it; return the exit code.
-
-    Skipped folders are reported unless they are in ``reported``, and added there.
-    """
+def produce(name: str, results: Results, out: Path) -> int:
+    """Draw one figure and save it; return the exit code."""
     module = figures.load(name)
     try:
         with rc_context(STYLE):
@@ -67,8 +60,6 @@ def produce(name: str, results: Results, out: Path, reported: set[Path]) -> int:
         return cli.fail(f"{name}: {error}; make one with: {command}", code=1)
     except OSError as error:
         return cli.fail(f"{name}: cannot write to {out}: {error.strerror or error}", code=1)
-    finally:
-        cli.report_skipped(results.skipped, reported)
     runs = "; ".join(map(str, results.used))
     if len(results.used) > MOST_NAMED:
         runs = f"{len(results.used)} runs in {results.root}, named in the CSV"

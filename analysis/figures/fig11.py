@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,9 +21,13 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bytes on the left, the share saved on the right."""
     run = results.newest(MEMORY, usable=lambda run: {"mha"} < {"mha", run.method} <= set(run.table.method))
     data = plot_data(run)
-    figure, (left, right) = page.pair_of_panels(run, NAME, widths=(1.35, 1))
+    figure = page.of_run(run, NAME)
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     draw_cache(left, data[data.panel == "cache"])
-    draw_saved(right, data[data.panel == "saved"])
+    saved = data[data.panel == "saved"]
+    curves(right, saved)
+    page.length_axis(right, saved.length_tokens)
+    right.set(ylim=(0, saved.value.max() * 1.25), ylabel="KV cache saved (% of MHA)")
     page.finish(figure, run, "Keys and values, summed from the live tensors; 1 GB = 1000 MB = 10⁹ bytes.")
     return figure, data
 
@@ -34,14 +36,12 @@ def plot_data(run: Run) -> pd.DataFrame:
     """Return a row for each point: panel, method, source, length_tokens, value, unit, run."""
     sizes = run.table.pivot(index="length", columns="method", values=["cache_bytes", "formula_bytes"])
     scale, unit = (1e9, "GB") if run.table.cache_bytes.max() >= 1e9 else (1e6, "MB")
-    rows: list[dict[str, Any]] = []
+    parts = []
 
     def add(panel: str, method: str, source: str, values: pd.Series, unit: str) -> None:
-        for length, value in values.items():
-            rows.append(
-                {"panel": panel, "method": method, "source": source, "length_tokens": length, "value": value}
-                | {"unit": unit, "run": None if source == PAPER else run.result["run_id"]}
-            )
+        points = {"panel": panel, "method": method, "source": source, "length_tokens": values.index, "value": values}
+        run_id = None if source == PAPER else run.result["run_id"]
+        parts.append(pd.DataFrame(points | {"unit": unit, "run": run_id}))
 
     for column, source in (("cache_bytes", LIVE), ("formula_bytes", FORMULA)):
         for method in ("mha", run.method):
@@ -51,7 +51,7 @@ def plot_data(run: Run) -> pd.DataFrame:
         full = sizes["cache_bytes"]["mha"]
         add("cache", "chai", PAPER, full * (1 - CLAIM) / scale, unit)
         add("saved", "chai", PAPER, 0 * full + 100 * CLAIM, "%")
-    return pd.DataFrame(rows)
+    return pd.concat(parts, ignore_index=True)
 
 
 def curves(axes: Axes, data: pd.DataFrame) -> None:
@@ -73,22 +73,12 @@ def curves(axes: Axes, data: pd.DataFrame) -> None:
 def draw_cache(axes: Axes, data: pd.DataFrame) -> None:
     """Draw the size by length, with the method's saving at the longest."""
     curves(axes, data)
-    lengths = sorted(set(data.length_tokens))
-    page.length_axis(axes, lengths, room=0.27)
-    axes.set_ylim(0, data.value.max() * 1.06)
-    axes.set_ylabel(f"KV cache ({data.unit.iloc[0]})")
+    span = page.length_axis(axes, data.length_tokens, room=0.27)
+    axes.set(ylim=(0, data.value.max() * 1.06), ylabel=f"KV cache ({data.unit.iloc[0]})")
     # A double arrow from the method's size to that of MHA.
-    full, pruned = data[(data.source == LIVE) & (data.length_tokens == lengths[-1])].value
-    span = page.log_span(lengths)
-    x = lengths[-1] * span**0.07
+    longest = data.length_tokens.max()
+    full, pruned = data[(data.source == LIVE) & (data.length_tokens == longest)].value
+    x = longest * span**0.07
     axes.annotate("", (x, pruned), (x, full), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0, "lw": 0.9})
     words = f"{100 * (1 - pruned / full):.1f} %\nsaved"
     axes.text(x * span**0.025, (full + pruned) / 2, words, va="center", fontsize=8)
-
-
-def draw_saved(axes: Axes, data: pd.DataFrame) -> None:
-    """Draw the share saved by length."""
-    curves(axes, data)
-    page.length_axis(axes, data.length_tokens)
-    axes.set_ylim(0, data.value.max() * 1.25)
-    axes.set_ylabel("KV cache saved (% of MHA)")

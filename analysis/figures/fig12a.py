@@ -1,4 +1,4 @@
-"""Time to first token against sequence length: every baseline, the limit by arithmetic, and the paper's claim."""
+"""Time to first token against sequence length: every baseline, the theoretical speedup, and the paper's claim."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Time to next token against sequence length: every baseline, the limit by arithmetic, and the paper's claim."""
+"""Time to next token against sequence length: every baseline, the theoretical speedup, and the paper's claim."""
 
 from functools import partial
 

@@ -7,9 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.plotting import page, style
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Sizes of clusters (paper, Figure 13)"
@@ -18,20 +17,20 @@ LAYER, OF = 18, 32  # the paper's layer, of LLaMA-7B's
 LARGEST, BOTH = "largest cluster", "two largest clusters"
 NOTES = (
     "Clusters found in each sample by itself, ordered by size; mean over samples, whiskers: their standard "
-    f"deviation. {profile_page.COUNTED}"
+    f"deviation. {page.COUNTED}"
 )
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw bars of one layer on the left, all layers on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     layer = the_layer(profile.layers)
     data = plot_data(profile, layer)
-    figure = profile_page.new(TITLE, profile, 4.1)
+    figure = page.of_run(profile.run, TITLE, 4.1)
     left, right = figure.subplots(1, 2)
     draw_sizes(left, data[data.panel == "sizes"], profile, layer)
     draw_shares(right, data[data.panel == "shares"], profile, layer)
-    profile_page.finish(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], NOTES)
     return figure, data
 
 
@@ -47,11 +46,10 @@ def draw_sizes(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) -> 
     axes.bar(data.place, data.heads, color=style.LOOKS["mha"]["color"], width=0.72, zorder=2)
     axes.errorbar(data.place, data.heads, data.sd, zorder=3, **whiskers)
     axes.axhline(heads / k, color=style.INK, linestyle="--", linewidth=1, label="clusters of equal size")
-    axes.set_xlabel("cluster, by size")
-    axes.set_ylabel("heads in the cluster")
+    axes.set(xlabel="cluster, by size", ylabel="heads in the cluster")
     axes.set_ylim(0, min(1.12 * max((data.heads + data.sd).max(), heads / k), heads * 1.12))
-    page.count_ticks(axes, k)
     axes.set_title(f"(a) layer {layer}: {style.plural(k, 'cluster')} of {heads} heads")
+    page.count_ticks(axes, k)
     page.legend_below(axes)
 
 
@@ -63,18 +61,16 @@ def draw_shares(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) ->
         line = {"color": look["color"], "marker": look["marker"], "markersize": size}
         axes.plot(points.layer, points.share, label=series, **line)
     axes.axvline(layer, color=style.GREY, linewidth=0.8, linestyle=":", label=f"layer {layer}")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of all heads (%)")
-    axes.set_ylim(0, 103)
-    axes.xaxis.set_major_locator(page.whole_numbers())
+    axes.set(xlabel="layer", ylabel="share of all heads (%)", ylim=(0, 103))
     axes.set_title("(b) all layers, each with its number of clusters")
+    axes.xaxis.set_major_locator(page.whole_numbers())
     page.legend_below(axes)
 
 
 def plot_data(profile: Profile, layer: int) -> pd.DataFrame:
     """Return a row for each cluster of the layer, and for each layer and series."""
     k, counts = profile.clusters[layer], profile["clusters"]
-    sizes = profile_page.rows(
+    sizes = page.rows(
         profile,
         panel="sizes", layer=layer, clusters=k, place=np.arange(1, k + 1),
         heads=profile["cluster_sizes"][layer, k - 1, :k], sd=profile["cluster_sizes_sd"][layer, k - 1, :k],
@@ -82,7 +78,7 @@ def plot_data(profile: Profile, layer: int) -> pd.DataFrame:
     layers = np.arange(profile.layers)
     sizes_at_k = profile["cluster_sizes"][layers, counts - 1]
     shares = [
-        profile_page.rows(
+        page.rows(
             profile, panel="shares", layer=layers, clusters=counts, series=series,
             share=100 * sizes_at_k[:, :many].sum(axis=1) / profile.heads,
         )

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from analysis.plotting import page, tradeoff
 from analysis.plotting.tradeoff import Point, Tradeoff
-from analysis.results.benchmarks import LATENCY
-from analysis.results.runs import Results, Run, with_random
+from analysis.results.benchmarks import LATENCY, times
+from analysis.results.runs import Results, Run
 from analysis.results.scores import ACCURACY
 
 TITLE = "Accuracy against measured time (paper, Figure 14)"
@@ -19,14 +19,14 @@ QUERY = ACCURACY
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw time to score the tasks; and time to first token, if latency runs measured one of the methods."""
-    comparison = tradeoff.compare_methods(results, "seconds", lambda value: isinstance(value, (int, float)))
+    comparison = tradeoff.compare_methods(results, "seconds", bool)
     points = comparison.shares(seconds)
     panels = [(points, tradeoff.plot_data("scoring", points, "% of MHA's scoring time"))]
     labels = [f"time to score the tasks\n(% of MHA's {seconds(comparison.points[0]):.3g} s)"]
     notes = "Scoring: each run timed once, with all that its implementation does, masks included. "
     devices = sorted({score.run.device for point in comparison.points for score in point.row.scores})
     if len(devices) > 1:
-        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be comparison. "
+        notes += f"They ran on several devices ({', '.join(devices)}), so these times cannot be compared. "
     first, length, where = first_token(results, comparison)
     if first:
         panels.append((first, tradeoff.plot_data("first token", first, "% of the best baseline's time to first token")))
@@ -55,9 +55,10 @@ def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Poin
         device (empty without such runs); the length; the device and dtype.
     """
     times_of: dict[tuple[str, str, int], dict[int, tuple[float, Run]]] = defaultdict(dict)
-    runs = results.of(with_random(comparison.model)).runs(LATENCY)
+    runs = results.of(comparison.model, with_random=True).runs(LATENCY)
     for run in sorted(runs, key=lambda run: run.updated):  # newer runs replace older ones
-        rows = run.table[(run.table.part == "model") & (run.table.phase == "prefill") & ~run.table.baseline]
+        rows = times(run, "prefill")
+        rows = rows[~rows.baseline]
         for place, point in enumerate(comparison.points):
             counts = point.row.scores[0].run.result["savings"]["heads_kept"]
             if (run.method, run.result["heads_kept"]) == (point.row.method, counts) and len(rows):
@@ -70,6 +71,6 @@ def first_token(results: Results, comparison: Tradeoff) -> tuple[list[tuple[Poin
     device, dtype, length = max(times_of, key=lambda key: (len(times_of[key]), key[2], key))
     measured = times_of[device, dtype, length]
     results.used += [run for _, run in measured.values()]
-    times = {place: 1.0 for place, point in enumerate(comparison.points) if point.row.method == "mha"}
-    times |= {place: share for place, (share, _) in measured.items()}
-    return [(comparison.points[place], times[place]) for place in sorted(times)], length, f"{device}, {dtype}"
+    shares = {place: 1.0 for place, point in enumerate(comparison.points) if point.row.method == "mha"}
+    shares |= {place: share for place, (share, _) in measured.items()}
+    return [(comparison.points[place], shares[place]) for place in sorted(shares)], length, f"{device}, {dtype}"

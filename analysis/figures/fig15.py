@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from analysis.plotting.maps import draw_layers
-from analysis.plotting.profile_page import OPT
+from analysis.plotting.page import OPT
 from analysis.results.profiles import PROFILE
 
 TITLE = "Attention of all layers (paper, Figure 15)"

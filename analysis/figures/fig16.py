@@ -3,7 +3,7 @@
 from functools import partial
 
 from analysis.plotting.maps import draw_layers
-from analysis.plotting.profile_page import LLAMA
+from analysis.plotting.page import LLAMA
 from analysis.results.profiles import PROFILE
 
 TITLE = "Attention of all layers (paper, Figure 16)"

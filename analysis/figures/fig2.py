@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.plotting import correlation, maps, profile_page
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.plotting import correlation, maps, page
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Redundancy across the heads of a layer (paper, Figure 2)"
@@ -17,12 +16,12 @@ QUERY = PROFILE
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the map on the left and the correlation on the right, heads in the same order."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     layer, searched = clearest(profile)
-    values = profile["sample_correlation"][maps.SAMPLE]
+    values = profile.sample_correlation
     groups = profile.order(layer)
     order = np.concatenate(groups)
-    figure = profile_page.new(TITLE, profile, 5.3)
+    figure = page.of_run(profile.run, TITLE, 5.3)
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
 
     # The map, with lines between clusters of two heads and more.
@@ -31,7 +30,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     for edge in np.cumsum([len(heads) for heads in groups if len(heads) > 1]) - 0.5:
         left.axhline(edge, color=correlation.FRAME, linewidth=0.7)
     left.set_title(f"(a) attention to each token, layer {layer}")
-    maps.label_tokens(left, profile.tokens(maps.SAMPLE), 3.1)
+    maps.label_tokens(left, profile.tokens, 3.1)
     maps.label_heads(left, order, 2.65)
 
     # The correlation.
@@ -50,7 +49,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
             f"Of {searched}, the one whose clusters are the clearest in this sample: two heads of a cluster correlate "
             f"at {within:.2f}, of different clusters at {between:.2f}. {notes}"
         )
-    profile_page.finish(figure, [profile], notes)
+    page.finish_profiles(figure, [profile], notes)
     attention = maps.plot_data(profile, [layer]).assign(panel="attention")
     attention = attention.set_index("head").loc[order].reset_index()  # rows as they are drawn
     pairs = correlation.plot_data(profile, values, [layer], "correlation")
@@ -66,15 +65,13 @@ def clearest(profile: Profile) -> tuple[int, str]:
     Returns:
         The layer, and which layers were searched in words; the middle layer and no words if none has clusters.
     """
-    contrast = np.empty(profile.layers)
-    for layer, assignment in enumerate(profile["assignment"]):
-        values = profile["sample_correlation"][maps.SAMPLE, layer]
-        within, between = correlation.within_and_between(values, assignment)
-        contrast[layer] = within - between
+    layers = zip(profile.sample_correlation, profile["assignment"], strict=True)
+    means = np.array([correlation.within_and_between(*layer) for layer in layers])
+    contrast = means[:, 0] - means[:, 1]
     middle = profile.layers // 2
     late = np.arange(middle, max(3 * profile.layers // 4, middle + 1))
     everywhere = np.arange(profile.layers)
-    for layers, name in ((late, "the layers in the third quarter of the depth"), (everywhere, "all layers")):
-        if not np.isnan(contrast[layers]).all():
-            return int(layers[np.nanargmax(contrast[layers])]), name
+    for searched, name in ((late, "the layers in the third quarter of the depth"), (everywhere, "all layers")):
+        if not np.isnan(contrast[searched]).all():
+            return int(searched[np.nanargmax(contrast[searched])]), name
     return middle, ""

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.plotting import maps, page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.plotting import maps, page, style
+from analysis.results.profiles import PROFILE, Profile, best_profile, best_profiles
 from analysis.results.runs import Results
 
 TITLE = "Uniform attention and redundant heads (paper, Figure 4)"
 QUERY = PROFILE
-PAPER = (profile_page.OPT, profile_page.LLAMA)
+PAPER = (page.OPT, page.LLAMA)
 UNIFORM = 0.9  # attention counts as nearly uniform above this share of the greatest possible entropy
 
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw a map of each model's layer, with the same colours."""
-    drawn = profiles.of_models(results, PAPER)
-    names = "; ".join(f"{style.label(one.run.model)}: {one.layers} layers of {one.heads} heads" for one in drawn)
+    if results.models:
+        profiles = [best_profile(results.of(model)) for model in results.models]
+    else:
+        profiles = best_profiles(results, PAPER, most=2)
+    names = "; ".join(f"{style.label(one.run.model)}: {one.layers} layers of {one.heads} heads" for one in profiles)
     figure = page.new(f"{TITLE}\n{names}", 5.1)
-    panels = list(figure.subplots(1, len(drawn), squeeze=False).flat)
-    norm = maps.scale(drawn)
+    panels = list(figure.subplots(1, len(profiles), squeeze=False).flat)
+    norm = maps.scale(profiles)
     data = []
-    gap = " " if len(drawn) <= 2 else "\n"
-    for letter, axes, profile in zip(page.LETTERS, panels, drawn, strict=False):
+    gap = " " if len(profiles) <= 2 else "\n"
+    for letter, axes, profile in zip(ascii_lowercase, panels, profiles, strict=False):
         layer = most_uniform(profile)
         uniform = profile["entropy"] > UNIFORM
         maps.show(axes, profile.map(layer), norm)
-        maps.label_tokens(axes, profile.tokens(maps.SAMPLE), 6.0 / len(drawn) - 0.3)
+        maps.label_tokens(axes, profile.tokens, 6.0 / len(profiles) - 0.3)
         maps.label_heads(axes, range(profile.heads), 3.2)
         # Count the heads of nearly uniform attention in this layer and in all.
         axes.set_title(
@@ -47,7 +51,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         f"The layer with the most heads of nearly uniform attention, whose entropy is over {UNIFORM:g} of the greatest "
         f"possible, mean over all samples. {maps.NOTES}"
     )
-    profile_page.finish(figure, drawn, notes, PAPER)
+    page.finish_profiles(figure, profiles, notes, PAPER)
     return figure, pd.concat(data, ignore_index=True)
 
 

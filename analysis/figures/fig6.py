@@ -7,4 +7,4 @@ from analysis.results.profiles import PROFILE
 
 TITLE = "Correlation of heads by layer, mean over samples (paper, Figure 6)"
 QUERY = PROFILE
-draw = partial(draw_layers, title=TITLE, sample=None)
+draw = partial(draw_layers, title=TITLE, one_sample=False)

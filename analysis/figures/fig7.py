@@ -7,4 +7,4 @@ from analysis.results.profiles import PROFILE
 
 TITLE = "Correlation of heads by layer, one sample (paper, Figure 7)"
 QUERY = PROFILE
-draw = partial(draw_layers, title=TITLE, sample=0)
+draw = partial(draw_layers, title=TITLE, one_sample=True)

@@ -7,9 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.plotting import page, style
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Clustering error against the number of clusters (paper, Figure 8)"
@@ -21,9 +20,9 @@ DOT = {"linestyle": "none", "marker": "o", "markersize": 4.5, "markeredgecolor":
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw the error on a logarithmic axis on the left, relative to that of one cluster on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     data = plot_data(profile)
-    figure = profile_page.new(TITLE, profile, 3.75)
+    figure = page.of_run(profile.run, TITLE, 3.75)
     left, right = figure.subplots(1, 2)
     positive = data.relative_error > ZERO
     draw_curves(left, data.assign(value=data.error.where(positive)), profile)
@@ -34,23 +33,22 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     if len(seen):
         left.set_ylim(seen.min() / 1.4, seen.max() * 1.4)
     left.set_ylabel("clustering error (squared distance)")
-    right.set_ylim(-0.03, 1.03)
-    right.set_ylabel("error relative to one cluster's")
+    right.set(ylim=(-0.03, 1.03), ylabel="error relative to one cluster's")
     right.plot([], [], "o", color=style.GREY, label="chosen number of clusters")
     page.legend_below(right)
     page.depth_bar(figure, [left, right], profile.layers)
-    profile_page.finish(figure, [profile], notes(profile))
+    page.finish_profiles(figure, [profile], notes(profile))
     return figure, data
 
 
 def draw_curves(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
     """Draw a curve of the column ``value`` for each layer, with a dot at the chosen number of clusters."""
     width = 0.8 if profile.layers <= 40 else 0.5  # points
-    shades, _ = page.depth(profile.layers)
+    depth = page.depth(profile.layers)
     for layer in range(profile.layers):
         points = data[data.layer == layer]
         chosen = points[points.chosen]
-        shade = shades(layer / max(profile.layers - 1, 1))
+        shade = depth.to_rgba(layer)
         axes.plot(points.k, points.value, color=shade, linewidth=width, zorder=2)
         axes.plot(chosen.k, chosen.value, color=shade, zorder=3, **DOT)
     axes.set_xlabel("number of clusters k")
@@ -65,7 +63,7 @@ def notes(profile: Profile) -> str:
         "Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
         f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
         "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
-        f"{profile_page.COUNTED}"
+        f"{page.COUNTED}"
     )
 
 
@@ -75,7 +73,7 @@ def plot_data(profile: Profile) -> pd.DataFrame:
     error = profile["error"]
     with np.errstate(invalid="ignore"):  # the error of a layer of identical heads is 0
         relative = error / error[:, :1]
-    return profile_page.rows(
+    return page.rows(
         profile,
         layer=layer, k=k + 1, error=error.ravel(), error_sd=profile["error_sd"].ravel(),
         error_static=profile["error_static"].ravel(), relative_error=relative.ravel(),

@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from analysis.plotting import page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import PROFILE, Profile
+from analysis.plotting import page, style
+from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
 
 TITLE = "Cluster membership against tokens seen (paper, Figure 9)"
@@ -22,24 +21,22 @@ MOST_LINEAR = 40  # tokens; more are drawn on a logarithmic axis, which shows th
 
 def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     """Draw changes on the left, agreement on the right."""
-    profile = profiles.best(results)
+    profile = best_profile(results)
     data = plot_data(profile)
-    figure = profile_page.new(TITLE, profile, 4.0)
+    figure = page.of_run(profile.run, TITLE, 4.0)
     left, right = figure.subplots(1, 2)
     draw_panel(left, data[data.panel == CHANGES], profile)
     draw_panel(right, data[data.panel == AGREEMENT], profile)
-    left.set_ylabel("heads that change clusters (%)")
-    left.set_xlabel("tokens seen, n (change from n to n + 1)")
-    right.set_ylabel("agreement with whole sequence\n(adjusted Rand index)")
-    right.set_xlabel("tokens seen, n")
+    left.set(xlabel="tokens seen, n (change from n to n + 1)", ylabel="heads that change clusters (%)")
+    right.set(xlabel="tokens seen, n", ylabel="agreement with whole sequence\n(adjusted Rand index)")
     page.legend_below(right)
     page.depth_bar(figure, [left, right], profile.layers)
     notes = (
         "Means over samples. Left: membership found from n + 1 tokens against that from n, labels matched. Right: "
         "adjusted Rand index, 1: the same membership. The bold mean is over the layers whose membership can change: of "
-        f"more than one cluster and fewer than heads. {profile_page.COUNTED}"
+        f"more than one cluster and fewer than heads. {page.COUNTED}"
     )
-    profile_page.finish(figure, [profile], notes)
+    page.finish_profiles(figure, [profile], notes)
     return figure, data
 
 
@@ -56,16 +53,16 @@ def plot_data(profile: Profile) -> pd.DataFrame:
         curves = dict(enumerate(values)) | {MEAN: values[changing].mean(axis=0)}
         for layer, curve in curves.items():
             tokens = np.arange(1, len(curve) + 1)
-            parts.append(profile_page.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
+            parts.append(page.rows(profile, panel=panel, layer=layer, tokens=tokens, value=curve, unit=unit))
     return pd.concat(parts, ignore_index=True)
 
 
 def draw_panel(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
     """Draw a thin curve for each layer, their mean on top, and the token at which CHAI clusters."""
-    shades, _ = page.depth(profile.layers)
+    depth = page.depth(profile.layers)
     for layer in range(profile.layers):
-        points, shade = data[data.layer == layer], shades(layer / max(profile.layers - 1, 1))
-        axes.plot(points.tokens, points.value, color=shade, linewidth=0.6, alpha=0.7)
+        points = data[data.layer == layer]
+        axes.plot(points.tokens, points.value, color=depth.to_rgba(layer), linewidth=0.6, alpha=0.7)
     # The mean over layers whose membership can change, and the token at which CHAI clusters.
     mean, words = data[data.layer == MEAN], f"mean of {style.plural(len(can_change(profile)), 'layer')}"
     axes.plot(mean.tokens, mean.value, color=style.INK, linewidth=2, label=words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,8 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from analysis.plotting import maps, page, profile_page, style
-from analysis.results import profiles
-from analysis.results.profiles import Profile
+from analysis.plotting import maps, page, style
+from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
 NORM = Normalize(0, 1)
@@ -26,7 +26,7 @@ COLOURS = "viridis"
 FRAME = "#ffffff"
 NOTES = (
     "Heads by cluster, the largest first (membership over all samples; white frames: clusters of two heads and more). "
-    f"Negative correlations have the colour of 0. {profile_page.COUNTED}"
+    f"Negative correlations have the colour of 0. {page.COUNTED}"
 )
 
 
@@ -76,7 +76,7 @@ def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int]
         row, column = (order[place.ravel()] for place in np.indices((len(order), len(order))))
         assignment = profile["assignment"][layer]
         parts.append(
-            profile_page.rows(
+            page.rows(
                 profile,
                 panel=panel, layer=layer, head=row, other_head=column, cluster=assignment[row],
                 other_cluster=assignment[column], correlation=correlation[layer][row, column],
@@ -85,20 +85,15 @@ def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int]
     return pd.concat(parts, ignore_index=True)
 
 
-def draw_layers(results: Results, title: str, sample: int | None) -> tuple[Figure, pd.DataFrame]:
-    """Draw heat maps of a few layers and, below, the mean correlation of two heads by layer.
-
-    The correlation is that of one kept sample, or the mean over all samples without one.
-    """
-    profile = profiles.best(results)
-    mean = profile["correlation"]
-    correlation = mean if sample is None else profile["sample_correlation"][sample]
+def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure, pd.DataFrame]:
+    """Draw heat maps of a few layers, of one sample or the mean; below, the mean correlation of two heads by layer."""
+    profile = best_profile(results)
     mean_label = f"mean over {profile.samples:,} samples"
-    curves = {mean_label if sample is None else "one sample": between_heads(correlation)}
-    if sample is not None:
-        curves[mean_label] = between_heads(mean)
+    correlation = profile.sample_correlation if one_sample else profile["correlation"]
+    curves = {"one sample": between_heads(correlation)} if one_sample else {}
+    curves[mean_label] = between_heads(profile["correlation"])
 
-    figure = profile_page.new(title, profile, 8.9)
+    figure = page.of_run(profile.run, title, 8.9)
     halves = figure.add_gridspec(2, 1, height_ratios=(6.7, 1.75))
     upper, lower = (figure.add_subfigure(half) for half in halves)
     layers = sorted({round(place) for place in np.linspace(0, profile.layers - 1, 4)})
@@ -111,16 +106,15 @@ def draw_layers(results: Results, title: str, sample: int | None) -> tuple[Figur
     depth = range(profile.layers)
     for (name, values), line in zip(curves.items(), looks, strict=False):
         axes.plot(depth, values, label=name, markersize=3, **line)
-        data.append(profile_page.rows(profile, panel="depth", series=name, layer=depth, correlation=values))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("mean correlation")
-    words = f": {mean_label}" if sample is None else ""  # otherwise in the legend
-    axes.set_title(f"({page.LETTERS[len(layers)]}) all pairs of two heads, by layer{words}")
+        data.append(page.rows(profile, panel="depth", series=name, layer=depth, correlation=values))
+    axes.set(xlabel="layer", ylabel="mean correlation")
+    words = "" if one_sample else f": {mean_label}"  # otherwise in the legend
+    axes.set_title(f"({ascii_lowercase[len(layers)]}) all pairs of two heads, by layer{words}")
     axes.xaxis.set_major_locator(page.whole_numbers())
     axes.set_ylim(min(0.0, *(np.nanmin(values, initial=0) for values in curves.values())), 1)
-    if sample is not None:
+    if one_sample:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    profile_page.finish(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], NOTES)
     return figure, pd.concat(data, ignore_index=True)
 
 
@@ -128,7 +122,7 @@ def draw_heat_maps(figure: FigureBase, profile: Profile, correlation: NDArray[An
     """Draw heat maps of up to four layers, with heads labelled and one colour bar."""
     grid = list(figure.subplots(2, 2).flat)
     inches = 2.62  # of a heat map's side
-    for letter, layer, axes in zip(page.LETTERS, layers, grid, strict=False):
+    for letter, layer, axes in zip(ascii_lowercase, layers, grid, strict=False):
         groups = profile.order(layer)
         show(axes, correlation[layer], groups)
         for along in "yx":

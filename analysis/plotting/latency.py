@@ -1,4 +1,4 @@
-"""Latency (Figures 12a and 12b): times of the whole model on the left, speed-ups and their limits on the right."""
+"""Latency (Figures 12a and 12b): times of the whole model, and speedups beside the theoretical ones."""
 
 from __future__ import annotations
 
@@ -10,79 +10,75 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.plotting import page, style
-from analysis.results.benchmarks import LATENCY
+from analysis.results.benchmarks import LATENCY, times
 from analysis.results.runs import MAIN, Results, Run, base_name
 
 MEASURED, LIMIT, PAPER = "measured", "limit", "paper"
 PAPER_LENGTH = 2048  # tokens, of the paper's claims
 MOST_COUNTS = 3  # cluster counts drawn of the attention alone
+COLUMNS = [
+    "panel", "series", "source", "implementation", "k", "length_tokens", "value", "unit", "p25", "p75",
+    "best_baseline", "run",
+]  # fmt: skip
 WHISKERS: dict[str, Any] = {
     "capsize": 2.5, "elinewidth": 0.9, "capthick": 0.9, "markerfacecolor": "none", "markeredgewidth": 1.2,
 }  # fmt: skip
 
 
 def draw_latency(results: Results, phase: str, title: str, note: str, claim: float) -> tuple[Figure, pd.DataFrame]:
-    """Draw the figure of a phase.
+    """Draw times on the left and speedups on the right, of ``prefill`` or ``decode``.
 
-    Args:
-        results: where to search for a run with a method beside its baselines.
-        phase: ``prefill`` or ``decode``.
-        title: name of the time, in the heading and on the axis.
-        note: whether clustering is part of the time, for the footer.
-        claim: the paper's speed-up, drawn if the run is of its model.
+    The paper's claim, a speedup, is drawn only if the run is of its model.
     """
-
-    def rows_of_model(run: Run) -> pd.DataFrame:
-        return run.table[(run.table.part == "model") & (run.table.phase == phase)]
-
-    run = results.newest(LATENCY, lambda run: set(rows_of_model(run).baseline) == {True, False})
+    run = results.newest(LATENCY, lambda run: set(times(run, phase).baseline) == {True, False})
     data = plot_data(run, phase, claim)
-    figure, (left, right) = page.pair_of_panels(run, f"{title} against sequence length")
+    figure = page.of_run(run, f"{title} against sequence length")
+    left, right = figure.subplots(1, 2)
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
-    rounds = rows_of_model(run).rounds.min()
+    rounds = times(run, phase).rounds.min()
     page.finish(figure, run, f"Medians of {rounds} interleaved rounds, whiskers are quartiles; {note}.")
     return figure, data
 
 
 def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
     """Return a row for each point: panel, series, source, implementation, k, length_tokens, value, unit, quartiles."""
-    table = run.table[run.table.phase == phase].sort_values("length")
+    table = run.table[run.table.phase == phase].sort_values("length", ignore_index=True)
+    table = table.rename(columns={"length": "length_tokens"}).assign(run=run.result["run_id"])
     model = table[table.part == "model"]
-    scale, unit = (1e3, "s") if model.ms.max() >= 1e4 else (1.0, "ms")
-    rows: list[dict[str, Any]] = []
-
-    def add(row: Any, panel: str, series: str, source: str, value: Any, unit: str, **more: Any) -> None:
-        point = {"panel": panel, "series": series, "source": source, "implementation": row.implementation, "k": row.k}
-        point |= {"length_tokens": row.length, "value": value, "unit": unit, "p25": None, "p75": None}
-        rows.append(point | {"best_baseline": row.best_baseline, "run": run.result["run_id"]} | more)
 
     # Times of the whole model, of every implementation.
-    for row in model.itertuples():
-        quartiles = {"p25": row.ms_p25 / scale, "p75": row.ms_p75 / scale}
-        add(row, "time", style.label(row.implementation), MEASURED, row.ms / scale, unit, **quartiles)
+    scale, unit = (1e3, "s") if model.ms.max() >= 1e4 else (1.0, "ms")
+    quartiles = {"p25": model.ms_p25 / scale, "p75": model.ms_p75 / scale}
+    names = model.implementation.map(style.label)
+    parts = [model.assign(panel="time", series=names, source=MEASURED, value=model.ms / scale, unit=unit, **quartiles)]
 
-    # The method's speed-up and its limit.
+    # The method's speedup, and the theoretical one, which is unknown in decoding of a method without clusters.
     method = model[~model.baseline]
-    name, bests = style.label(method.implementation.iloc[0]), list(map(style.label, method.best_baseline.unique()))
+    bests = list(map(style.label, method.best_baseline.unique()))
     best = bests[0] if len(bests) == 1 else f"the best of {', '.join(bests)}"
-    for row in method.itertuples():
-        add(row, "speedup", f"{name} against {best}", MEASURED, row.speedup, "x")
-        if not pd.isna(row.limit):  # unknown in decoding of a method without clusters
-            add(row, "speedup", "limit by arithmetic", LIMIT, row.limit, "x")
+    name = f"{style.label(method.implementation.iloc[0])} against {best}"
+    parts.append(speedups(method, name, "theoretical speedup").dropna(subset="value"))
 
     # The same of the attention alone, for a few cluster counts.
     attention = table[(table.part == "attention") & ~table.baseline]
     for k in some_counts(attention, run.result["heads"]):
-        for row in attention[attention.k == k].itertuples():
-            add(row, "speedup", f"attention alone, k = {k}", MEASURED, row.speedup, "x")
-            add(row, "speedup", f"attention alone, k = {k}", LIMIT, row.limit, "x")
+        name = f"attention alone, k = {k}"
+        parts.append(speedups(attention[attention.k == k], name, name))
 
     if base_name(run.model) in MAIN:  # the paper makes no claim about other models
         label = f"paper: {claim:g}{style.TIMES} (LLaMA-7B, V100)"
         paper = {"panel": "speedup", "series": label, "source": PAPER, "length_tokens": PAPER_LENGTH}
-        rows.append(paper | {"value": claim, "unit": "x"})
-    return pd.DataFrame(rows).astype({"k": "Int64"})
+        parts.append(pd.DataFrame([paper | {"value": claim, "unit": "x"}]))
+    return pd.concat(parts, ignore_index=True)[COLUMNS].astype({"k": "Int64"})
+
+
+def speedups(rows: pd.DataFrame, measured: str, theoretical: str) -> pd.DataFrame:
+    """Return the measured and the theoretical speedup of each row, one after the other, as series of these names."""
+    rows = rows.assign(panel="speedup", unit="x")
+    first = rows.assign(series=measured, source=MEASURED, value=rows.speedup)
+    second = rows.assign(series=theoretical, source=LIMIT, value=rows.limit)
+    return pd.concat([first, second]).sort_index(kind="stable")
 
 
 def some_counts(attention: pd.DataFrame, heads: int) -> list[int]:
@@ -109,7 +105,7 @@ def draw_times(axes: Axes, data: pd.DataFrame, title: str) -> None:
 
 
 def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
-    """Draw the model's speed-up and the attention's, each with its limit, and the paper's claim."""
+    """Draw the model's speedup and the attention's, each beside the theoretical one, and the paper's claim."""
     extras = iter(style.EXTRA)
     for series, points in data.groupby("series", sort=False):
         measured, limit = points[points.source == MEASURED], points[points.source == LIMIT]
@@ -126,8 +122,8 @@ def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
             axes.annotate(words, end, (6, 0), textcoords="offset points", va="center")
         else:
             line = next(extras) | {"linewidth": 0.8, "markersize": 4, "markerfacecolor": "none"}
-            axes.plot(measured.length_tokens, measured.value, label=f"{series} (dotted: its limit)", **line)
+            axes.plot(measured.length_tokens, measured.value, label=f"{series} (dotted: theoretical)", **line)
             axes.plot(limit.length_tokens, limit.value, ":", color=line["color"], linewidth=0.9)
     page.length_axis(axes, data.length_tokens, room=0.19)
     page.ratio_axis(axes, data.value)
-    axes.set_ylabel("speed-up over best baseline")
+    axes.set_ylabel("speedup over best baseline")

@@ -16,25 +16,23 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.plotting import page, profile_page, tokens
-from analysis.results import profiles
-from analysis.results.profiles import Profile
+from analysis.plotting import page, tokens
+from analysis.results.profiles import Profile, best_profile
 from analysis.results.runs import Results
 
 SIZE, SMALLEST = 5.5, 4.6  # points, of the labels of heads and tokens
 LINE = 1.18 / 72  # inches from one such label to the next, for each point of its size
-SAMPLE = 0  # the kept sample that is drawn
 COLOURS = "magma"
 PAGE = 10.5  # inches, the tallest figure
 NOTES = (
     "Attention of one decoding step of one sample: of the last token to itself and all before it, each row sums to 1; "
-    f"logarithmic colours. {profile_page.COUNTED}"
+    f"logarithmic colours. {page.COUNTED}"
 )
 
 
 def scale(profiles: Sequence[Profile]) -> LogNorm:
     """Return colours from at most a tenth of uniform attention, a power of ten, to all attention on one token."""
-    longest = max(len(profile.tokens(SAMPLE)) for profile in profiles)
+    longest = max(len(profile.tokens) for profile in profiles)
     return LogNorm(10.0 ** math.floor(math.log10(0.1 / longest)), 1.0)
 
 
@@ -80,10 +78,10 @@ def _axis_label(name: str, count: int, places: Sequence[int]) -> str:
 
 def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
     """Return a row for each cell of some layers' maps: layer, head, position, token, attention, model, run."""
-    attention = np.stack([profile.map(layer, SAMPLE) for layer in layers])
+    attention = np.stack([profile.map(layer) for layer in layers])
     layer, head, position = (place.ravel() for place in np.indices(attention.shape))
-    names = np.array(tokens.labels(profile.tokens(SAMPLE)), dtype=object)
-    return profile_page.rows(
+    names = np.array(tokens.labels(profile.tokens), dtype=object)
+    return page.rows(
         profile,
         layer=np.asarray(layers)[layer], head=head, position=position, token=names[position],
         attention=attention.ravel(),
@@ -92,8 +90,8 @@ def plot_data(profile: Profile, layers: Sequence[int]) -> pd.DataFrame:
 
 def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.DataFrame]:
     """Draw every layer's map in a grid on one page; ``model`` is that of the paper's figure, and preferred."""
-    profile = profiles.best(results, tuple(dict.fromkeys([model, profile_page.LLAMA])))
-    texts, layers = profile.tokens(SAMPLE), profile.layers
+    profile = best_profile(results, tuple(dict.fromkeys([model, page.LLAMA])))
+    texts, layers = profile.tokens, profile.layers
 
     # Divide the page. Tokens are labelled below the lowest maps if they fit, else listed in the footer.
     columns = 2 if layers <= 4 else 4 if layers <= 40 else 8
@@ -101,20 +99,20 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
     left, right, top, title_height = 0.5, 0.85, 0.5, 0.16  # inches
     width = (page.WIDTH - left - right) / columns
     fits = len(thin(len(texts), width)[0]) == len(texts)
-    notes = page.wrap(f"{NOTES} {profile_page.other_model([profile], [model])}".strip())
+    notes = page.wrap(f"{NOTES} {page.other_model([profile], [model])}".strip())
     if not fits:
         notes += page.wrap(f"Tokens 0 to {len(texts) - 1}: {' '.join(tokens.labels(texts))}")
     longest = max(map(len, tokens.labels(texts))) if fits else 1  # letters of a label
     below = 0.37 + 0.6 * SIZE * longest / 72 + 0.06 + 0.12 * (len(notes) + 1)
     cell = min(2.4, (PAGE - top - below) / lines)  # height of a map with its title
-    figure = profile_page.new(title, profile, top + cell * lines + below, layout=None)
+    figure = page.of_run(profile.run, title, top + cell * lines + below, layout=None)
 
     norm = scale([profile])
     map_width, map_height = width - 0.07, cell - title_height
     for layer in range(layers):
         line, column = divmod(layer, columns)
         axes = page.place(figure, left + column * width, top + line * cell + title_height, map_width, map_height)
-        show(axes, profile.map(layer, SAMPLE), norm)
+        show(axes, profile.map(layer), norm)
         axes.set_title(f"layer {layer}", fontsize=6.5, pad=2)
         # Only the maps at the left and at the bottom have labels.
         lowest = layer + columns >= layers
@@ -130,7 +128,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
 
     tall = min(cell * lines - title_height, 4.0)
     bar(figure, norm, cax=page.place(figure, page.WIDTH - right + 0.08, top + title_height, 0.11, tall))
-    page.footer(figure, [*notes, profile_page.provenance(profile)])
+    page.footer(figure, [*notes, page.profile_provenance(profile)])
     return figure, plot_data(profile, range(layers))
 
 

@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from analysis.plotting.style import GREY, TIMES, describe
-from analysis.results.runs import Run
+from analysis.plotting.style import GREY, TIMES, describe, label, plural
+from analysis.results.profiles import Profile
+from analysis.results.runs import Run, base_name
 
 WIDTH = 7.4  # inches
 SMALL = 6.5  # points, of the footer
-LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of panels
+LLAMA, OPT = "llama7b", "opt66b"  # the models of the paper's figures
+COUNTED = "Layers and heads are counted from 0."
 
 
-def new(heading: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
+def new(heading: str, height: float, layout: str | None = "constrained") -> Figure:
     """Return an empty figure under a heading; without a layout, its panels are placed with :func:`place`."""
     figure = Figure(figsize=(WIDTH, height), layout=layout)  # type: ignore[arg-type]
     # The constrained layout makes room for the heading unless its place is given.
@@ -39,10 +42,9 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
-def pair_of_panels(run: Run, title: str, widths: tuple[float, float] = (1, 1)) -> tuple[Figure, list[Axes]]:
-    """Return a figure of a run with two empty panels; complete it with :func:`finish`."""
-    figure = new(f"{title}\n{describe(run)}")
-    return figure, list(figure.subplots(1, 2, width_ratios=widths))
+def of_run(run: Run, title: str, height: float = 4.0, layout: str | None = "constrained") -> Figure:
+    """Return an empty figure of a run, described in the heading; for arguments see :func:`new`."""
+    return new(f"{title}\n{describe(run)}", height, layout)
 
 
 def finish(figure: Figure, run: Run, notes: str) -> None:
@@ -53,6 +55,30 @@ def finish(figure: Figure, run: Run, notes: str) -> None:
     for axes in figure.axes:
         legend_below(axes)
     footer(figure, [notes, provenance(run, f"batch {run.result['batch_size']}")])
+
+
+def finish_profiles(figure: Figure, profiles: Sequence[Profile], notes: str, paper: Sequence[str] = (LLAMA,)) -> None:
+    """Add the footer: notes, the models of the paper's figure if others are drawn, the source of each profile."""
+    words = wrap(f"{notes} {other_model(profiles, paper)}".strip())
+    footer(figure, [*words, *map(profile_provenance, profiles)])
+
+
+def other_model(profiles: Sequence[Profile], paper: Sequence[str]) -> str:
+    """Return a sentence that names the models of the paper's figure; empty if they were drawn."""
+    models = {base_name(profile.run.model) for profile in profiles}
+    return "" if models >= set(paper) else f"The paper's figure is of {' and '.join(map(label, paper))}."
+
+
+def profile_provenance(profile: Profile) -> str:
+    """Return device, dtype, corpus and run."""
+    corpus, samples = profile.about["corpus"], plural(profile.samples, "sample")
+    return provenance(profile.run, f"{corpus['name']}, {samples} of up to {corpus['longest']:,} tokens")
+
+
+def rows(profile: Profile, **columns: Any) -> pd.DataFrame:
+    """Return plotted data with model and run; scalars are repeated in every row."""
+    frame = pd.DataFrame(columns)
+    return frame.assign(model=profile.run.model, run=profile.run.result["run_id"])
 
 
 def legend_below(axes: Axes) -> None:
@@ -96,10 +122,10 @@ def wrap(text: str) -> list[str]:
     return lines
 
 
-def color_bar(figure: FigureBase, mappable: ScalarMappable, label: str, **where: Any) -> Colorbar:
+def color_bar(figure: FigureBase, mappable: ScalarMappable, name: str, **where: Any) -> Colorbar:
     """Add a colour bar; ``where`` as for :meth:`matplotlib.figure.Figure.colorbar`."""
     bar = figure.colorbar(mappable, **where)
-    bar.set_label(label)
+    bar.set_label(name)
     bar.ax.grid(False)
     bar.outline.set_linewidth(0.5)
     return bar
@@ -124,27 +150,22 @@ def count_ticks(axes: Axes, most: int) -> None:
     axes.set_xticks([1, *range(step if step > 1 else 2, most + 1, step)])
 
 
-def depth(layers: int) -> tuple[Colormap, ScalarMappable]:
+def depth(layers: int) -> ScalarMappable:
     """Return colours by layer, dark to light without the lightest (unreadable on white), for lines and a colour bar."""
     shades = ListedColormap(colormaps["viridis"].resampled(256)([i / 255 * 0.9 for i in range(256)]))
-    return shades, ScalarMappable(Normalize(0, max(layers - 1, 1)), shades)
+    return ScalarMappable(Normalize(0, max(layers - 1, 1)), shades)
 
 
 def depth_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
     """Add the colour bar of :func:`depth` beside panels, in place of a legend of all layers."""
-    bar = color_bar(figure, depth(layers)[1], "layer", ax=list(axes), fraction=0.03, pad=0.015, aspect=28)
+    bar = color_bar(figure, depth(layers), "layer", ax=list(axes), fraction=0.03, pad=0.015, aspect=28)
     step = max(1, -(-layers // 8))
     ticks = list(range(0, layers, step))
     bar.set_ticks(ticks if layers - 1 - ticks[-1] < step / 2 else [*ticks, layers - 1])
 
 
-def log_span(ticks: Sequence[int]) -> float:
-    """Return the ratio of the last tick to the first; 2 for a single one."""
-    return ticks[-1] / ticks[0] if len(ticks) > 1 else 2.0
-
-
-def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
-    """Make the x axis one of sequence length, log2, with the lengths as ticks.
+def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> float:
+    """Make the x axis one of sequence length, log2, with the lengths as ticks; return the ratio of last to first.
 
     The room to the right of the last tick is a share of the distance from the first to the last.
     """
@@ -153,9 +174,9 @@ def length_axis(axes: Axes, lengths: Iterable[int], room: float = 0.09) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    span = log_span(ticks)
-    axes.set_xlim(ticks[0] / span**0.06, ticks[-1] * span**room)
-    axes.set_xlabel("sequence length (tokens)")
+    span = ticks[-1] / ticks[0] if len(ticks) > 1 else 2.0
+    axes.set(xlim=(ticks[0] / span**0.06, ticks[-1] * span**room), xlabel="sequence length (tokens)")
+    return span
 
 
 def ratio_axis(axes: Axes, values: Iterable[float]) -> None:
@@ -168,10 +189,8 @@ def ratio_axis(axes: Axes, values: Iterable[float]) -> None:
         steps = (1, 1.5, 2, 3, 5, 7)
     else:
         steps = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.4, 5, 6, 7, 8, 9)
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
+    axes.set(yscale="log", ylim=(low, high))
     axes.yaxis.set_major_locator(FixedLocator(sorted({step * 10.0**power for step in steps for power in range(-3, 4)})))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)

@@ -32,6 +32,8 @@ SIDES: dict[str, tuple[Literal["left", "right"], tuple[int, int]]] = {
     "dejavu": ("left", (5, -8)),
 }
 
+MHA = Interval(0.0, math.nan, math.nan)  # its change against itself
+
 
 @dataclass(frozen=True)
 class Point:
@@ -39,11 +41,6 @@ class Point:
 
     row: Row
     accuracy: Interval  # mean over the tasks, %; the ends take MHA's accuracy as exact, and are NaN for MHA itself
-
-    @property
-    def label(self) -> str:
-        """Printed name with all settings that are not the defaults; ``row.label`` is shorter."""
-        return row_name(self.row.method, self.row.settings)
 
     @property
     def place(self) -> tuple[str, float] | None:
@@ -107,8 +104,8 @@ def compare_methods(
 
 def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     all_tasks = tuple(sorted({score.task for score in scores}, key=_task_order))
-    spec = Spec("", model, all_tasks, None, mean=True)
-    table = build("", spec, model, scores, [])
+    spec = Spec("", "", model, all_tasks, None, mean=True)
+    table = build(spec, model, scores, [])
     assert table.like is not None
     scores = [score for score in scores if score.conditions_id == table.like.conditions_id]
 
@@ -120,14 +117,16 @@ def _of_model(model: str, scores: Sequence[Score]) -> Tradeoff | None:
     tasks = tuple(task for task in all_tasks if task in best)
 
     # Compare the methods that have all these tasks.
-    rows = build("", replace(spec, tasks=tasks), model, scores, []).rows
+    rows = build(replace(spec, tasks=tasks), model, scores, []).rows
     complete = [row for row in rows if row.cells[-1].state == "done"]
     if len({row.method for row in complete}) < 2:
         return None
     base = next(100 * row.cells[-1].value for row in complete if row.cells[-1].value is not None)
     others = [row_name(row.method, row.settings) for row in rows if row not in complete]
     notes = f"Not shown, without these tasks beside MHA: {', '.join(others)}. " if others else ""
-    return Tradeoff(model, tasks, [_point(row, base) for row in complete], notes)
+    changes = [cell.change.points if cell.change else MHA for cell in (row.cells[-1] for row in complete)]
+    means = [Interval(base + change.value, base + change.low, base + change.high) for change in changes]
+    return Tradeoff(model, tasks, list(map(Point, complete, means)), notes)
 
 
 def _task_order(task: str) -> tuple[int, str]:
@@ -135,17 +134,12 @@ def _task_order(task: str) -> tuple[int, str]:
     return TASKS.index(name) if name in TASKS else len(TASKS), task
 
 
-def _point(row: Row, base: float) -> Point:
-    change = row.cells[-1].change
-    points = change.points if change else Interval(0.0, math.nan, math.nan)
-    return Point(row, Interval(base + points.value, base + points.low, base + points.high))
-
-
 def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd.DataFrame:
     """Return a row for each point of a panel, given its cost as a share of multi-head attention's."""
     frame = pd.DataFrame(
         {
-            "panel": panel, "method": point.row.method, "label": point.label,
+            "panel": panel, "method": point.row.method,
+            "label": row_name(point.row.method, point.row.settings),  # row.label may be shorter
             "settings": " ".join(assignments(point.row.settings)),
             "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
@@ -225,7 +219,8 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     kinds = {kind: [name for saving, name in methods if saving == kind] for kind in ("real", "simulated")}
     savings = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     lettered = [point for point in tradeoff.points if point.row.label.endswith(")") and not point.place]
-    letters = "".join(f"{point.row.label.split()[-1]} is {point.label}. " for point in lettered)
+    names = [(point.row.label.split()[-1], row_name(point.row.method, point.row.settings)) for point in lettered]
+    letters = "".join(f"{letter} is {name}. " for letter, name in names)
     words = page.wrap(
         "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
         f"{notes}Savings in this implementation are {savings}. {letters}{tradeoff.notes}"

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.results.is_dir():
         return cli.fail(f"--results: there is no folder {options.results}")
     content = collect(options.results)
-    cli.report_skipped(content.problems, set())
+    cli.report_skipped(content.problems)
     for figure in (*content.paper.figures, *content.embedded.figures):
         if figure.error:
             print(f"not drawn: {figure.name}: {figure.error}", file=sys.stderr)

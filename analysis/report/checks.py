@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analysis.plotting.style import label
-from analysis.results import profiles
 from analysis.results.benchmarks import chai_memory
 from analysis.results.files import SkippedRun
-from analysis.results.profiles import PROFILE
+from analysis.results.profiles import PROFILE, best_profile
 from analysis.results.runs import MissingRun, Results, Run
 from analysis.results.scores import read_config
 from analysis.stats import LEVEL, Comparison
@@ -46,7 +45,7 @@ def _holds(condition: bool) -> str:
 def _counts(results: Results) -> Check:
     statement = "The offline phase finds as many clusters in each layer as groups were planted"
     try:
-        run = profiles.best(results).run
+        run = best_profile(results).run
         planted = read_config(run.folder)["model"].get("clusters")
     except (MissingRun, SkippedRun):
         return Check(statement, "the planted counts", command=PROFILE.small_command)
@@ -61,7 +60,7 @@ def _agreement(results: Results) -> Check:
     statement = "Membership from five tokens agrees with that from the whole text (adjusted Rand index)"
     known = f"at least {LEAST_AGREEMENT:g}; 1 is the same"
     try:
-        profile = profiles.best(results)
+        profile = best_profile(results)
         value = float(profile["agreement"][:, profile.about["decide_tokens"] - 1].mean())
     except (MissingRun, IndexError):
         return Check(statement, known, command=PROFILE.small_command)

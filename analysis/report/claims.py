@@ -41,11 +41,7 @@ class Judged:
     verdict: Verdict
     ours: Ours | None  # None: not measured
     commands: tuple[str, ...]  # measure what is missing
-
-    @property
-    def runs(self) -> Sequence[Run]:
-        """The runs that our number is computed from."""
-        return self.ours.runs if self.ours else ()
+    runs: Sequence[Run] = ()  # source of our number
 
 
 def read(path: Path) -> list[Claim]:
@@ -84,4 +80,4 @@ def judge_claim(claim: Claim, source: Source) -> Judged:
     # A number that is incomplete can break a limit already, but cannot keep it yet.
     if ours.commands and verdict != "not reproduced":
         verdict = "not run yet"
-    return Judged(claim, verdict, ours, ours.commands)
+    return Judged(claim, verdict, ours, ours.commands, ours.runs)

@@ -90,22 +90,19 @@ def collect(root: Path) -> Content:
         plots.tradeoff(embedded, "tradeoff-embedded", embedded_scores), "python run.py -m paper=micro",
         _layers(embedded, [EMBEDDED]), PROFILE.small_command, drawn[1],
     )  # fmt: skip
-    judgements = _judgements(source, problems)
+
+    # The paper's claims, and what cannot be used.
+    path = PAPER / "claims.csv"
+    try:
+        judgements = [claims.judge_claim(claim, source) for claim in claims.read(path)]
+    except SkippedRun as reason:
+        judgements, problems[path] = [], str(reason)
     known = checks(embedded, micro)
     drawn_skipped = [figure.skipped for figure in (*paper.figures, *embedded_part.figures)]
     for skipped in (real.skipped, embedded.skipped, everything.skipped, *drawn_skipped):
         problems |= skipped
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Content(root, judgements, known, paper, embedded_part, runs, dict(sorted(problems.items(), key=str)), made)
-
-
-def _judgements(source: Source, problems: dict[Path, str]) -> list[Judged]:
-    path = PAPER / "claims.csv"
-    try:
-        return [claims.judge_claim(claim, source) for claim in claims.read(path)]
-    except SkippedRun as reason:
-        problems[path] = str(reason)
-        return []
 
 
 def _models(runs: Sequence[Run]) -> list[str]:

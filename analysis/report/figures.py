@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import gzip
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 
 import pandas as pd
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from analysis import figures
 from analysis.plotting.style import STYLE
@@ -42,13 +41,9 @@ class Drawn:
 
 def draw_all(parts: Sequence[Results]) -> list[list[Drawn]]:
     """Draw all figures of each part, in order; a part that is narrowed to a model draws that model's."""
-    names = figures.names()
-    jobs = [(name, results) for results in parts for name in names]
-    if not jobs:
-        return [[] for _ in parts]
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        drawn = list(pool.map(draw, *zip(*jobs, strict=True)))
-    return [drawn[part * len(names) : (part + 1) * len(names)] for part in range(len(parts))]
+    with ProcessPoolExecutor() as pool:
+        started = [pool.map(draw, figures.names(), repeat(results)) for results in parts]
+        return [list(part) for part in started]
 
 
 def draw(name: str, results: Results) -> Drawn:
@@ -59,7 +54,11 @@ def draw(name: str, results: Results) -> Drawn:
     try:
         with rc_context(STYLE):
             figure, data = module.draw(results)
-            drawn = Drawn(name, module.TITLE, *picture_uri(figure), *csv_uri(name, data))
+            # Lossless WebP takes a third of a PNG's size.
+            out = io.BytesIO()
+            figure.savefig(out, format="webp", dpi=DPI, pil_kwargs={"lossless": True, "method": 2})
+        size = [round(inches * DPI) for inches in figure.get_size_inches()]
+        drawn = Drawn(name, module.TITLE, uri("image/webp", out.getvalue()), *size, *csv_uri(name, data))
     except MissingRun:
         command = module.QUERY.command_for(results.model) if results.model else module.QUERY.command
         drawn = replace(drawn, command=command)
@@ -69,14 +68,6 @@ def draw(name: str, results: Results) -> Drawn:
     # The tables of the runs are not needed on the page, and are slow to send between processes.
     runs = [replace(run, table=pd.DataFrame()) for run in results.used]
     return replace(drawn, runs=runs, skipped=results.skipped)
-
-
-def picture_uri(figure: Figure) -> tuple[str, int, int]:
-    """Return a figure as lossless WebP (a third of a PNG's size), and its width and height in pixels."""
-    out = io.BytesIO()
-    figure.savefig(out, format="webp", dpi=DPI, pil_kwargs={"lossless": True, "method": 2})
-    width, height = (round(inches * DPI) for inches in figure.get_size_inches())
-    return uri("image/webp", out.getvalue()), width, height
 
 
 def csv_uri(name: str, data: pd.DataFrame) -> tuple[str, str]:

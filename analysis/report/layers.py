@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.plotting import correlation
-from analysis.results import profiles
 from analysis.results.benchmarks import MEMORY, chai_memory
-from analysis.results.profiles import PROFILE
-from analysis.results.runs import Results, Run, optional, with_random
+from analysis.results.profiles import PROFILE, best_profile
+from analysis.results.runs import RANDOM, Results, Run, optional
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Layers:
 
 def of_model(results: Results, model: str) -> Layers | None:
     """Return a model's layers from its newest profile and its newest memory run of CHAI; ``None`` without either."""
-    profile = optional(profiles.best, results.of(model))
-    memory = optional(chai_memory, results.of(with_random(model)))
+    profile = optional(best_profile, results.of(model))
+    memory = optional(chai_memory, results.of(model, with_random=True))
     if memory is not None and profile is not None and len(memory.result["heads_kept"]) != profile.layers:
         memory = None  # another model of that name
-    # Name the commands of what is missing.
-    queries = ((profile, PROFILE.command), (memory, MEMORY.command))
-    commands = [_command_for(model, command) for source, command in queries if source is None]
+    # Name the commands of what is missing: memory runs need no weights, and the embedded model has its own.
+    queries = ((profile, PROFILE, model), (memory, MEMORY, model if model == "tiny" else model + RANDOM))
+    commands = [query.command_for(name) for source, query, name in queries if source is None]
     columns: dict[str, Sequence[Any]] = {}
     heads, length, note = 0, None, ""
     # From memory runs: CHAI's own counts, and bytes.
@@ -70,19 +70,9 @@ def of_model(results: Results, model: str) -> Layers | None:
         columns["within"] = [correlation.within_and_between(*pair)[0] for pair in pairs]
     if not columns:
         return None
-    rows = [
-        Layer(layer, **dict(zip(columns, values, strict=True)))
-        for layer, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+    rows = [Layer(layer, **row) for layer, row in enumerate(pd.DataFrame(columns).to_dict("records"))]
     runs = [run for run in (profile and profile.run, memory) if run]
     return Layers(model, heads, rows, length, runs, commands, note)
-
-
-def _command_for(model: str, command: str) -> str:
-    words = [f"model={model}" if word.startswith("model=") else word for word in command.split()]
-    if model == "tiny":  # the embedded model needs neither a corpus from the hub nor random weights
-        words = [word for word in words if not word.startswith(("corpus=", "model.random_init="))]
-    return " ".join(words)
 
 
 def _bytes(run: Run, length: int) -> dict[str, list[float]]:

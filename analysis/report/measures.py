@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.figures import fig9
-from analysis.plotting import correlation, maps
+from analysis.plotting import correlation
 from analysis.plotting.style import TIMES, clusters, label
-from analysis.results import profiles
-from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory
-from analysis.results.profiles import PROFILE
-from analysis.results.runs import RANDOM, MissingRun, Results, Run, with_random
+from analysis.results.benchmarks import LATENCY, MEMORY, chai_memory, times
+from analysis.results.profiles import PROFILE, best_profile
+from analysis.results.runs import RANDOM, MissingRun, Results, Run
 from analysis.stats import Interval
 from analysis.tables.cells import Cell, Table
 from analysis.tables.layout import commands
@@ -24,6 +23,7 @@ from analysis.tables.specs import TABLES, task_name
 MEMORY_AND_WEIGHTS = replace(MEMORY, columns=(*MEMORY.columns, "weights_bytes"))
 HALF = ("float16", "bfloat16")
 EXACT = "exact"
+MISSING = "runs are missing"
 PAPER_TABLES = tuple(name for name in TABLES if name != "micro")
 
 
@@ -50,15 +50,7 @@ class Source:
     """Runs and filled tables in which numbers are found."""
 
     results: Results
-    tables: dict[str, Table] = field(default_factory=dict)
-
-    def of(self, model: str) -> Results:
-        """Return the runs of a model, also with random weights."""
-        return self.results.of(with_random(model))
-
-
-def _missing(*commands: str) -> MissingRun:
-    return MissingRun("runs are missing", *commands)
+    tables: dict[str, Table]
 
 
 def _exact(run: Run, value: float, detail: str = "", baseline: str = "none", certainty: str = EXACT) -> Ours:
@@ -79,7 +71,7 @@ def cache_size(source: Source, model: str, length: str) -> Ours:
     run = _memory(source, model, HALF)
     at = run.table[(run.table.method == "mha") & (run.table.length == int(length))].cache_bytes
     if at.empty:
-        raise _missing(f"{MEMORY.command} 'experiment.lengths=[{length}]'")
+        raise MissingRun(MISSING, f"{MEMORY.command} 'experiment.lengths=[{length}]'")
     return _exact(run, at.iloc[0] / 1e9, f"{int(length):,} tokens")
 
 
@@ -99,21 +91,21 @@ def cache_share(source: Source, model: str) -> Ours:
 
 def _memory(source: Source, model: str, dtypes: Sequence[str] = ()) -> Run:
     try:
-        return chai_memory(source.of(model), MEMORY_AND_WEIGHTS, dtypes)
+        return chai_memory(source.results.of(model, with_random=True), MEMORY_AND_WEIGHTS, dtypes)
     except MissingRun:
-        raise _missing(MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
+        raise MissingRun(MISSING, MEMORY.command + (f" model.dtype={dtypes[0]}" if dtypes else "")) from None
 
 
 def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
     """Return how many times as fast as the best baseline the whole model is with CHAI."""
     run = latency_run(source, model)
-    table = run.table
-    rows = table[(table.part == "model") & (table.phase == phase) & (table.length == int(length))]
+    rows = times(run, phase)
+    rows = rows[rows.length == int(length)]
     if rows.baseline.all():
-        raise _missing(f"{LATENCY.command} 'experiment.lengths=[{length}]'")
+        raise MissingRun(MISSING, f"{LATENCY.command} 'experiment.lengths=[{length}]'")
     row = rows[~rows.baseline].iloc[0]
     best = rows[rows.implementation == row.best_baseline].iloc[0]
-    baseline = f"{label(row.best_baseline)}, limit by arithmetic {row.limit:.2f}{TIMES}"
+    baseline = f"{label(row.best_baseline)}, theoretical speedup {row.limit:.2f}{TIMES}"
     interval, detail = ratio_interval(row.speedup, best, row), clusters(run.result["heads_kept"])
     return Ours(interval, f"from the quartiles of {row.rounds} rounds", [run], detail, baseline)
 
@@ -121,38 +113,39 @@ def speedup(source: Source, model: str, phase: str, length: str) -> Ours:
 def attention_share(source: Source, model: str) -> Ours:
     """Return the share of MHA's attention in the whole model's time, %, of the phase where it is greater."""
     run = latency_run(source, model)
-    rows = run.table[run.table.baseline & (run.table.length == run.table.length.max())]
+    longest = run.table.length.max()
     shares = []
     for phase in ("prefill", "decode"):
         # The fastest baseline of one layer's attention, and of the whole model.
-        parts = [rows[(rows.part == part) & (rows.phase == phase)].sort_values("ms") for part in ("attention", "model")]
-        if all(len(part) for part in parts):
-            attention, whole = (part.iloc[0] for part in parts)
+        parts = [times(run, phase, part).sort_values("ms") for part in ("attention", "model")]
+        parts = [rows[rows.baseline & (rows.length == longest)] for rows in parts]
+        if all(len(rows) for rows in parts):
+            attention, whole = (rows.iloc[0] for rows in parts)
             share = 100 * len(run.result["heads_kept"]) * attention.ms / whole.ms
             shares.append((ratio_interval(share, attention, whole), phase, whole))
     if not shares:
-        raise _missing(LATENCY.command)
+        raise MissingRun(MISSING, LATENCY.command)
     interval, phase, whole = max(shares, key=lambda one: one[0].value)
     detail = f"{phase}, {whole.length:,} tokens, batch {run.result['batch_size']}"
     certainty = f"from the quartiles of {whole.rounds} rounds"
     return Ours(interval, certainty, [run], detail, label(whole.implementation))
 
 
-def ratio_interval(ratio: float, *times: pd.Series) -> Interval:
+def ratio_interval(ratio: float, *medians: pd.Series) -> Interval:
     """Return a ratio of two medians with its 95 % interval, from the quartiles of each.
 
     A median of n rounds has a standard error of about 1.2533 sd / sqrt(n), and the quartiles of normal times are
     1.349 sd apart. The rounds of the two alternate, so what slows both down cancels out; that is not counted here, so
     the interval is rather too wide.
     """
-    errors = [1.2533 * (row.ms_p75 - row.ms_p25) / 1.349 / math.sqrt(row.rounds) / row.ms for row in times]
+    errors = [1.2533 * (row.ms_p75 - row.ms_p25) / 1.349 / math.sqrt(row.rounds) / row.ms for row in medians]
     spread = math.exp(1.96 * math.hypot(*errors))
     return Interval(ratio, ratio / spread, ratio * spread)
 
 
 def latency_run(source: Source, model: str) -> Run:
     """Return the newest latency run of CHAI."""
-    return source.of(model).newest(LATENCY, lambda run: run.method == "chai")
+    return source.results.of(model, with_random=True).newest(LATENCY, lambda run: run.method == "chai")
 
 
 def worst_loss(source: Source, model: str, tables: str) -> Ours:
@@ -167,7 +160,7 @@ def worst_loss(source: Source, model: str, tables: str) -> Ours:
         if row is None or len(changes) < len(row.cells):
             missing += _commands_of(table, "CHAI")
     if not cells:
-        raise _missing(*missing)
+        raise MissingRun(MISSING, *missing)
     return _loss(cells, tuple(missing))
 
 
@@ -179,7 +172,7 @@ def loss(source: Source, model: str, table: str, row: str, task: str) -> Ours:
             for cell in one.changes:
                 if cell.task == task:
                     return _loss([(whole, cell)])
-    raise _missing(*_commands_of(whole, row))
+    raise MissingRun(MISSING, *_commands_of(whole, row))
 
 
 def _commands_of(table: Table, row: str) -> list[str]:
@@ -204,11 +197,11 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
 
 def cluster_correlation(source: Source, model: str) -> Ours:
     """Return the correlation of two heads of a cluster in one text, the greatest mean of any layer."""
-    profile = profiles.best(source.results.of(model))
-    sample, layers = profile["sample_correlation"][maps.SAMPLE], profile.clustered_layers
-    means = [correlation.within_and_between(sample[layer], profile["assignment"][layer])[0] for layer in layers]
+    profile = best_profile(source.results.of(model))
+    layers, values, assignment = profile.clustered_layers, profile.sample_correlation, profile["assignment"]
+    means = [correlation.within_and_between(values[layer], assignment[layer])[0] for layer in layers]
     if not means or np.isnan(means).all():
-        raise _missing(PROFILE.command)
+        raise MissingRun(MISSING, PROFILE.command)
     layer = layers[int(np.nanargmax(means))]
     detail = f"layer {layer}, {profile.clusters[layer]} clusters"
     return _exact(profile.run, float(np.nanmax(means)), detail, certainty="one text, as in the paper: no interval")
@@ -216,7 +209,7 @@ def cluster_correlation(source: Source, model: str) -> Ours:
 
 def settled_tokens(source: Source, model: str, changing: str) -> Ours:
     """Return the token from which on fewer than a share of the heads change clusters with the next token."""
-    profile = profiles.best(source.results.of(model))
+    profile = best_profile(source.results.of(model))
     mean = profile["changes"][fig9.can_change(profile)].mean(axis=0)
     # The last token at which too many heads still change.
     late = np.flatnonzero(mean >= float(changing))

@@ -22,8 +22,8 @@ class Line:
     worst_task: str
     tasks: tuple[int, int]  # tasks that are compared, of all
     saved: float | None  # share of the KV cache, %
-    first: Interval | None  # speed-up of the first token at the longest length
-    next: Interval | None  # speed-up of the next tokens
+    first: Interval | None  # speedup of the first token at the longest length
+    next: Interval | None  # speedup of the next tokens
     length: int | None  # the longest length
     runs: int  # finished runs of all experiments
     seconds: float  # duration of these runs
@@ -40,7 +40,10 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
     saved = memory.interval.value if memory else None
     if saved is None and row is not None and row.saved is not None:
         saved = 100 * row.saved
-    length = _longest(source, model)
+    # The longest length of the latency run that the speedups are of.
+    latency = optional(latency_run, source, model)
+    lengths = [] if latency is None else latency.table[latency.table.part == "model"].length
+    length = int(max(lengths)) if len(lengths) else None
     first, later = (
         optional(speedup, source, model, phase, str(length)) if length else None for phase in ("prefill", "decode")
     )
@@ -54,10 +57,3 @@ def line(table: Table, source: Source, runs: Sequence[Run]) -> Line:
         first.interval if first else None, later.interval if later else None, length,
         len(model_runs), seconds, sorted({run.device for run in model_runs}),
     )  # fmt: skip
-
-
-def _longest(source: Source, model: str) -> int | None:
-    """Return the longest length of the latency run that :func:`speedup` takes."""
-    run = optional(latency_run, source, model)
-    lengths = [] if run is None else run.table[run.table.part == "model"].length
-    return int(max(lengths)) if len(lengths) else None

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis.plotting.style import TIMES, label
-from analysis.report import provenance, tables
+from analysis.report import provenance
 from analysis.report.claims import Judged
-from analysis.report.content import Content, Part
+from analysis.report.content import Content
 from analysis.report.figures import uri
-from analysis.report.interval_plot import interval_plot
+from analysis.report.tables import cell_ends, cell_title, cell_words, verdict_counts
 from analysis.stats import RULES, VERDICTS, Interval
 from analysis.tables.formats import comma_separated
 from analysis.tables.layout import commands, notes, paper_text
@@ -32,6 +32,7 @@ SIGNS = {
 MINUS = "\N{MINUS SIGN}"
 BOUNDS = {"equals": "", "at most": "≤ ", "at least": "≥ ", "reaches": "up to "}
 DIGITS = {"x": 2, "correlation": 2, "GB": 2, "tokens": 0}  # decimals of numbers by unit, else 1
+LEFT, RIGHT = 7.0, 143.0  # pixels, ends of the axis of a claim's picture
 UNITS = {"x": TIMES, "correlation": ""}  # how units are printed, else after a space
 
 
@@ -57,21 +58,14 @@ def _environment() -> Environment:
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     )  # fmt: skip
-    environment.filters |= {
-        # Text and numbers.
-        "label": label, "minus": minus, "duration": duration, "number": number, "bytes": size, "ends": ends,
+    environment.filters |= {function.__name__: function for function in FILTERS} | {
         "cell": lambda text: text.replace("|", r"\|").replace("\n", " "),
-        # Claims.
-        "paper": paper, "ours": ours, "our_ends": our_ends, "interval_plot": lambda one: Markup(interval_plot(one)),
-        # Tables.
-        "columns": lambda table: list(map(task_name, table.columns)), "notes": notes, "commands": commands,
+        "columns": lambda table: list(map(task_name, table.spec.columns)),
         "csv": lambda table: uri("text/csv", comma_separated(table).encode()),
-        "verdict_counts": tables.verdict_counts, "cell_words": tables.cell_words, "cell_ends": tables.cell_ends,
-        "cell_title": tables.cell_title,
-    }  # fmt: skip
+    }
     environment.globals |= {
         "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
-        "provenance": provenance, "paper_text": paper_text, "command_uses": command_uses,
+        "provenance": provenance, "paper_text": paper_text,
         # Styles and scripts are included as they are.
         "raw": lambda name: Markup(loader.get_source(environment, name)[0]),
     }  # fmt: skip
@@ -122,6 +116,26 @@ def our_ends(judged: Judged) -> str:
     return ends(judged.ours.interval, DIGITS.get(judged.claim.unit, 1))
 
 
+def strip_places(judged: Judged) -> dict[str, float]:
+    """Return x, in pixels, of the parts of a claim's picture: what agrees with it, the paper's number, and ours."""
+    assert judged.ours is not None
+    claim, ours = judged.claim, judged.ours.interval
+    paper, slack = float(claim.value), float(claim.tolerance)
+    points = [paper - slack, paper + slack, ours.low, ours.high, ours.value]
+    low, high = min(points), max(points)
+    room = (high - low) * 0.12 or abs(paper) * 0.1 or 1.0
+    low, high = low - room, high + room
+
+    def x(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 1)
+
+    # A limit agrees with everything on one side of it.
+    left = LEFT if claim.bound == "at most" else x(paper - slack)
+    right = RIGHT if claim.bound in ("at least", "reaches") else x(paper + slack)
+    places = {"paper": x(paper), "low": x(ours.low), "high": x(ours.high), "ours": x(ours.value)}
+    return places | {"left": left, "width": max(right - left, 2)}
+
+
 def _unit(unit: str) -> str:
     return UNITS.get(unit, f"\N{NO-BREAK SPACE}{unit}")
 
@@ -133,14 +147,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def size(count: float) -> str:
-    """Format bytes in GB, MB, kB (powers of ten) or B."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count:,.0f} B"
-
-
-def command_uses(part: Part, placeholder: str) -> bool:
-    """Return whether a command of a part's tables has a placeholder."""
-    return any(placeholder in line for table in part.tables for _, line in commands(table))
+FILTERS = (
+    label, minus, duration, number, ends, paper, ours, our_ends, strip_places, notes, commands,
+    verdict_counts, cell_words, cell_ends, cell_title,
+)  # fmt: skip

@@ -46,22 +46,14 @@ class Cost:
     value: Callable[[Point], float]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _has_bytes(savings: object) -> bool:
-    return isinstance(savings, dict) and all(_is_number(savings.get(key)) for key in ("kv_bytes", "kv_bytes_mha"))
-
-
 def _cache_share(point: Point) -> float:
     return sum(1 - score.saved for score in point.row.scores) / len(point.row.scores)
 
 
 COSTS = (
     Cost("Operations", "operations of a prompt (% of MHA's)", "flops", fig1.has_operations, fig1.operations),
-    Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", _has_bytes, _cache_share),
-    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", _is_number, fig14.seconds),
+    Cost("KV cache", "KV cache (% of MHA's bytes)", "savings", bool, _cache_share),
+    Cost("Scoring time", "time to score the tasks (% of MHA's)", "seconds", bool, fig14.seconds),
 )
 
 
@@ -92,7 +84,9 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
     )  # fmt: skip
     for name, rows in data.groupby("method", sort=False):
         method, style = str(name), look(str(name))
-        color = style["color"]
+        color, symbol = style["color"], SYMBOLS[style["marker"]]
+        if style.get("markerfacecolor") == "white":
+            symbol += "-open"
         line = tradeoffs.series_line(rows, comparison.points)
         if len(line) > 1:
             figure.add_scatter(
@@ -102,7 +96,7 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
         above, below = ((rows.high - rows.accuracy).fillna(0), (rows.accuracy - rows.low).fillna(0))
         figure.add_scatter(
             x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=label(method), legendgroup=method,
-            marker={"color": color, "symbol": _symbol(style), "size": 10, "line": {"width": 1, "color": color}},
+            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 1, "color": color}},
             error_y={
                 "type": "data", "array": above.tolist(), "width": 0, "thickness": 1,
                 "arrayminus": below.tolist(), "symmetric": False, "color": color,
@@ -114,12 +108,6 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
         hovermode="closest", legend={"tracegroupgap": 0},
     )  # fmt: skip
     return spec(figure)
-
-
-def _symbol(style: dict[str, Any]) -> str:
-    """Return plotly's name of a marker; open if its face is white."""
-    name = SYMBOLS.get(style["marker"], "circle")
-    return f"{name}-open" if style.get("markerfacecolor") == "white" else name
 
 
 def _hover(row: Any) -> str:

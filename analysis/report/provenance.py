@@ -8,7 +8,8 @@ from analysis.results.runs import Results, Run, RunQuery
 
 #: Folders of a results folder that hold no runs.
 NOT_RUNS = ("paper", "figures", "report", "sweeps")
-PACKAGES = ("chai-attention", "torch", "transformers", "lm-eval")  # those that numbers depend on the most
+#: Packages that numbers depend on the most; older runs name the project chai-lab.
+PACKAGES = ("chai-attention", "chai-lab", "torch", "transformers", "lm-eval")
 
 
 def all_runs(results: Results) -> list[Run]:

@@ -25,7 +25,7 @@ def fill(scores: Sequence[Score], problems: dict[Path, str]) -> dict[str, Table]
         except SkippedRun as reason:
             problems[path] = str(reason)
             paper = []
-        tables[name] = build(name, spec, spec.model, scores, paper)
+        tables[name] = build(spec, spec.model, scores, paper)
     return tables
 
 
@@ -38,8 +38,9 @@ def others(scores: Sequence[Score], excluded: Sequence[str]) -> list[Table]:
     tables = []
     for model, tasks in sorted(tasks_of.items()):
         columns = tuple(task for task in TASKS if task in tasks)
-        spec = Spec(f"Accuracy on {label(model)}", model, columns, None, mean=len(columns) > 1)
-        tables.append(build(f"other-{model}", spec, model, scores, []))
+        title = f"Accuracy on {label(model)}"
+        spec = Spec(f"other-{model}", title, model, columns, None, mean=len(columns) > 1)
+        tables.append(build(spec, model, scores, []))
     return tables
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from analysis.results.runs import Results, Run, RunQuery
 
 FIELDS = ("heads_kept", "heads", "dtype", "batch_size", "versions")
@@ -36,3 +38,8 @@ def chai_memory(results: Results, query: RunQuery = MEMORY, dtypes: Sequence[str
         return both and (not dtypes or run.result["dtype"] in dtypes)
 
     return results.newest(query, usable)
+
+
+def times(run: Run, phase: str, part: str = "model") -> pd.DataFrame:
+    """Return a latency run's rows of ``prefill`` or ``decode``, of the whole model or of its ``attention`` alone."""
+    return run.table[(run.table.part == part) & (run.table.phase == phase)]

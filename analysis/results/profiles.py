@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ PROFILE = RunQuery(
     small_command="python run.py experiment=profile model=tiny",
 )
 FORMAT = 1
+SAMPLE = 0  # the kept sample that figures show
 KINDS = {"i": "integers", "f": "floating-point numbers"}
 #: Kind of number and axes of each array: L layers, H query heads, S kept samples, N tokens of history (n: one less),
 #: M tokens of a map, K the most clusters of any layer.
@@ -43,30 +43,14 @@ class Profile:
     run: Run
     about: dict[str, Any]  # profile.json
     arrays: dict[str, NDArray[Any]]  # profile.safetensors, see TENSORS
+    layers: int
+    heads: int  # query heads of a layer
+    clusters: list[int]  # of each layer
+    samples: int  # texts that the statistics are taken over
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return an array by name."""
         return self.arrays[name]
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self["clusters"])
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads of a layer."""
-        return int(self["assignment"].shape[1])
-
-    @property
-    def samples(self) -> int:
-        """Number of texts that the statistics are taken over."""
-        return self.about["corpus"]["samples"]
-
-    @cached_property
-    def clusters(self) -> list[int]:
-        """Number of clusters of each layer."""
-        return [int(k) for k in self["clusters"]]
 
     @property
     def clustered_layers(self) -> list[int]:
@@ -79,43 +63,39 @@ class Profile:
         members = [np.flatnonzero(assignment == cluster) for cluster in np.unique(assignment)]
         return sorted(members, key=lambda heads: (-len(heads), heads[0]))
 
-    def tokens(self, sample: int) -> list[str]:
-        """Return the tokens of a kept sample, at most as many as its map has columns."""
-        return list(self.about["kept"][sample]["tokens"][: self["maps"].shape[-1]])
+    @property
+    def tokens(self) -> list[str]:
+        """Tokens of the sample that is shown, at most as many as its maps have columns."""
+        return list(self.about["kept"][SAMPLE]["tokens"][: self["maps"].shape[-1]])
 
-    def map(self, layer: int, sample: int = 0) -> NDArray[np.floating[Any]]:
-        """Return the attention of one decoding step, ``[heads, tokens]``, without padding."""
-        return self["maps"][sample, layer, :, : len(self.tokens(sample))]
+    def map(self, layer: int) -> NDArray[np.floating[Any]]:
+        """Return the attention of one decoding step of the sample, ``[heads, tokens]``, without padding."""
+        return self["maps"][SAMPLE, layer, :, : len(self.tokens)]
+
+    @property
+    def sample_correlation(self) -> NDArray[np.floating[Any]]:
+        """Correlation of heads in the sample, ``[layers, heads, heads]``."""
+        return self["sample_correlation"][SAMPLE]
 
 
-def best(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
-    """Return the newest profile, of a preferred model if there is one; add its run to ``results.used``.
+def best_profile(results: Results, prefer: Sequence[str] = MAIN) -> Profile:
+    """Return the newest profile, of a preferred model if there is one; for errors see :func:`best_profiles`."""
+    return best_profiles(results, prefer, most=1)[0]
+
+
+def best_profiles(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
+    """Return the newest profile of each of up to ``most`` models, preferred ones first; add them to ``results.used``.
 
     Raises:
         MissingRun: there is no profile.
     """
-    return _first_of_models(results, prefer, most=1)[0]
-
-
-def of_models(results: Results, prefer: Sequence[str], most: int = 2) -> list[Profile]:
-    """Return a profile of each requested model; if none are requested, of up to ``most``, preferred models first.
-
-    Raises:
-        MissingRun: there is no profile, or none of a requested model.
-    """
-    if results.models:
-        return [best(results.of(model)) for model in results.models]
-    return _first_of_models(results, prefer, most)
-
-
-def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list[Profile]:
     profiles: dict[str, Profile] = {}
     for run in results.ranked(PROFILE, prefer=prefer):
         model = base_name(run.model)
         if model in profiles:
             continue
         # Load no more than needed: arrays are large.
-        if profile := results.attempt(run.folder, load, run):
+        if profile := results.attempt(run.folder, load_profile, run):
             profiles[model] = profile
         if len(profiles) == most:
             break
@@ -125,7 +105,7 @@ def _first_of_models(results: Results, prefer: Sequence[str], most: int) -> list
     return list(profiles.values())
 
 
-def load(run: Run) -> Profile:
+def load_profile(run: Run) -> Profile:
     """Load the profile of a run.
 
     Raises:
@@ -147,7 +127,7 @@ def load(run: Run) -> Profile:
     _check_arrays(arrays, sizes)
     if arrays["clusters"].tolist() != run.result["heads_kept"]:
         raise SkippedRun("profile.safetensors and result.json have different numbers of clusters")
-    return Profile(run, about, arrays)
+    return Profile(run, about, arrays, sizes["L"], sizes["H"], run.result["heads_kept"], about["corpus"]["samples"])
 
 
 def _is_complete(about: dict[str, Any]) -> bool:

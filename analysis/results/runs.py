@@ -110,9 +110,9 @@ class Results:
         """The requested models; empty: any."""
         return split_models(self.model or "")
 
-    def of(self, model: str) -> Results:
-        """Narrow to one or several models, with the same ``used`` and ``skipped``."""
-        return replace(self, model=model)
+    def of(self, model: str, with_random: bool = False) -> Results:
+        """Narrow to a model, optionally also with random weights; ``used`` and ``skipped`` stay the same."""
+        return replace(self, model=f"{model},{model}{RANDOM}" if with_random else model)
 
     def runs(self, query: RunQuery) -> list[Run]:
         """Return the finished runs that match, by folder; add those that cannot be used to ``skipped``."""
@@ -181,11 +181,6 @@ def split_models(names: str) -> tuple[str, ...]:
 def base_name(model: str) -> str:
     """Return a model's name without the suffix of random weights."""
     return model.removesuffix(RANDOM)
-
-
-def with_random(model: str) -> str:
-    """Return the names of a model and of the same with random weights, for :meth:`Results.of`."""
-    return f"{model},{model}{RANDOM}"
 
 
 def _load(folder: Path, query: RunQuery) -> Run:

@@ -14,7 +14,7 @@ from analysis.results.scores import ACCURACY, load_scores
 from analysis.tables.cells import build
 from analysis.tables.formats import FORMATS
 from analysis.tables.settings import sweep
-from analysis.tables.specs import REPOSITORY, TABLES, paper_rows
+from analysis.tables.specs import REPOSITORY, TABLES, Spec, paper_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,38 +28,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.list:
         for name, spec in TABLES.items():
-            print(f"{name:<6}  {spec.title}\n{'':<6}  filled by: {sweep(name, spec, spec.model, None)}")
+            print(f"{name:<6}  {spec.title}\n{'':<6}  filled by: {sweep(spec, spec.model, None)}")
         return 0
     names = list(dict.fromkeys(options.tables))
-    if not names:
-        return cli.fail(f"no table named; valid: {', '.join(TABLES)}")
-    for name in names:
-        if name not in TABLES:
-            return cli.fail(cli.unknown("table", name, list(TABLES)))
+    if mistake := cli.check_names("table", names, list(TABLES)):
+        return cli.fail(mistake)
     if not options.results.is_dir():
         return cli.fail(f"--results: there is no folder {options.results}")
     if options.format == "csv" and len(names) > 1:
         return cli.fail(f"csv takes one table at a time, got {len(names)}")
-    reported: set[Path] = set()
-    return max(show(name, options.format, options.results, options.model, reported) for name in names)
+    known = models(options.results)
+    if options.model not in (None, *known):
+        return cli.fail(cli.unknown("model", options.model, known))
+    results = Results(options.results)
+    codes = [show(TABLES[name], options.model or TABLES[name].model, results, options.format) for name in names]
+    cli.report_skipped(results.skipped)
+    return max(codes)
 
 
-def show(name: str, form: str, root: Path, model: str | None, reported: set[Path]) -> int:
-    """Print one table of a model (``None``: the table's own); return the exit code.
-
-    Skipped folders are reported unless they are in ``reported``, and added there.
-    """
-    spec = TABLES[name]
-    model = model or spec.model
-    known = models(root)
-    if model not in known:
-        return cli.fail(cli.unknown("model", model, known))
-    results = Results(root, model)
-    table = build(name, spec, model, load_scores(results), paper_rows(name))
-    cli.report_skipped(results.skipped, reported)
+def show(spec: Spec, model: str, results: Results, form: str) -> int:
+    """Print one table of a model; return the exit code."""
+    table = build(spec, model, load_scores(results.of(model)), paper_rows(spec.name))
     if not table.rows:
-        message = f"{name}: no finished accuracy run of model '{model}' on its tasks in {root}"
-        return cli.fail(f"{message}; make some with: {sweep(name, spec, model, None)}", code=1)
+        message = f"{spec.name}: no finished accuracy run of model '{model}' on its tasks in {results.root}"
+        return cli.fail(f"{message}; make some with: {sweep(spec, model, None)}", code=1)
     print(FORMATS[form](table), flush=True)
     return 0
 

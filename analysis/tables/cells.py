@@ -106,10 +106,8 @@ class Row:
 class Table:
     """A table's rows and their common conditions."""
 
-    name: str
     spec: Spec
     model: str
-    columns: list[str]  # tasks, and the mean if the spec has it
     rows: list[Row]
     like: Score | None  # a run under the conditions of all rows; None: there are no runs
     others: list[str] = field(default_factory=list)  # other conditions, with their number of runs
@@ -120,17 +118,16 @@ class Table:
         return max(rows, key=lambda row: (not row.settings, len(row.tasks("done"))), default=None)
 
 
-def build(name: str, spec: Spec, model: str, scores: Sequence[Score], paper: Sequence[PaperRow]) -> Table:
+def build(spec: Spec, model: str, scores: Sequence[Score], paper: Sequence[PaperRow]) -> Table:
     """Fill a table with the runs of one model under the same conditions."""
     groups: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         if score.run.model == model and score.task in spec.tasks:
             groups[score.conditions_id].append(score)
-    columns = [*spec.tasks, *([MEAN] if spec.mean else [])]
     best = max(groups.values(), key=_rank, default=[])
     others = [_difference(group, best) for group in groups.values() if group is not best]
     rows = _rows(spec, best, paper) if best or paper else []
-    return Table(name, spec, model, columns, rows, best[0] if best else None, sorted(others))
+    return Table(spec, model, rows, best[0] if best else None, sorted(others))
 
 
 def _rank(group: Sequence[Score]) -> tuple[int, int, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
+
+import pandas as pd
 
 from analysis.tables.cells import Cell, Row, Table
 from analysis.tables.layout import block, commands, header, notes
@@ -22,7 +22,7 @@ def markdown(table: Table) -> str:
     lines = [header(table), *(line for row in table.rows for line in block(table, row))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     # Columns of words are aligned to the left, columns of numbers to the right.
-    words = len(lines[0]) - len(table.columns) - 1
+    words = len(lines[0]) - len(table.spec.columns) - 1
     aligns = [str.ljust if column < words else str.rjust for column in range(len(widths))]
     rule = ["-" * width if column < words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     padded = [[align(*pair) for align, *pair in zip(aligns, line, widths, strict=True)] for line in lines]
@@ -42,11 +42,11 @@ def markdown(table: Table) -> str:
 
 def tex(table: Table) -> str:
     """Return a ``table`` environment for a document with the package ``booktabs``."""
-    heads, numbers = header(table), len(table.columns) + 1
+    heads, numbers = header(table), len(table.spec.columns) + 1
     rows = [[r" & ".join(map(_escape, line)) + r" \\" for line in block(table, row)] for row in table.rows]
     lines = [
         *(f"% {name}: {line}" for name, line in commands(table)),
-        r"\begin{table}", r"\centering", rf"\caption{{{_escape(_title(table))}}}", rf"\label{{tab:{table.name}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{_escape(_title(table))}}}", rf"\label{{tab:{table.spec.name}}}",
         rf"\begin{{tabular}}{{{'l' * (len(heads) - numbers)}{'r' * numbers}}}", r"\toprule",
         r" & ".join(map(_escape, heads)) + r" \\", r"\midrule",
         *"\n\\addlinespace\n".join("\n".join(row) for row in rows).splitlines(),
@@ -77,11 +77,7 @@ def _escape(words: str) -> str:
 def comma_separated(table: Table) -> str:
     """Return a line for each cell: scores in %, changes in points, ``kv_saved`` in %."""
     lines = [_fields(table, row, cell) for row in table.rows for cell in row.cells]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
 def _fields(table: Table, row: Row, cell: Cell) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def _fields(table: Table, row: Row, cell: Cell) -> dict[str, Any]:
     if cell.state == "missing" and cell.task in table.spec.tasks:
         fill = command(table.spec, table.model, table.like, row.method, row.settings, [cell.task])
     return {
-        "table": table.name, "model": table.model, "row": row.label, "method": row.method,
+        "table": table.spec.name, "model": table.model, "row": row.label, "method": row.method,
         "settings": " ".join(assignments(settings)),
         "task": cell.task, "state": cell.state, "metric": score.metric if score else "",
         "kind": "score" if row.method == "mha" else "change",

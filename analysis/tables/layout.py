@@ -14,7 +14,7 @@ STARS = ((0.01, "**"), (0.05, "*"))
 
 def header(table: Table) -> list[str]:
     """Return the names of the columns."""
-    return ["Method", *_line_kind(table, ""), *map(task_name, table.columns), "KV saved"]
+    return ["Method", *_line_kind(table, ""), *map(task_name, table.spec.columns), "KV saved"]
 
 
 def _line_kind(table: Table, name: str) -> list[str]:
@@ -134,5 +134,5 @@ def commands(table: Table) -> list[tuple[str, str]]:
             line = command(table.spec, table.model, table.like, row.method, row.settings, tasks)
             lines.append((row.label, line))
     if lines:
-        lines.insert(0, ("all", sweep(table.name, table.spec, table.model, table.like)))
+        lines.insert(0, ("all", sweep(table.spec, table.model, table.like)))
     return lines

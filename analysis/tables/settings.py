@@ -91,10 +91,11 @@ def command(
     return " ".join([*words, *where(model, like), f"task={task}", *conditions(like)])
 
 
-def sweep(table: str, spec: Spec, model: str, like: Score | None) -> str:
+def sweep(spec: Spec, model: str, like: Score | None) -> str:
     """Return the command that fills a whole table."""
     other = where(model, like) if model != spec.model or len(where(model, like)) > 1 else []
-    return " ".join(["python run.py -m", f"paper={table}", *other, *placeholders(model, "chai", {}), *conditions(like)])
+    words = ["python run.py -m", f"paper={spec.name}", *other, *placeholders(model, "chai", {}), *conditions(like)]
+    return " ".join(words)
 
 
 def placeholders(model: str, method: str, settings: dict[str, Any]) -> list[str]:

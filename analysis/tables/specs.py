@@ -23,6 +23,7 @@ MEAN = "mean"  # the column with the mean of the tasks
 class Spec:
     """A table."""
 
+    name: str  # on the command line, and of the file with the paper's numbers
     title: str
     model: str  # default model; the paper's numbers are of this one
     tasks: tuple[str, ...]  # columns
@@ -30,18 +31,22 @@ class Spec:
     mean: bool = False  # add a column with the mean of the tasks
     extras: bool = True  # add rows for methods and settings that the paper does not have
 
+    @property
+    def columns(self) -> list[str]:
+        """Tasks, and the mean if the table has it."""
+        return [*self.tasks, *([MEAN] if self.mean else [])]
 
-TABLES = {
-    "table1": Spec("Accuracy on OPT-66B (paper, Table 1)", "opt66b", TASKS, "paper"),
-    "table2": Spec("Accuracy on LLaMA-7B (paper, Table 2)", "llama7b", TASKS, "paper"),
-    "table3": Spec("Accuracy on LLaMA-33B (paper, Table 3)", "llama33b", TASKS, "paper"),
-    "table4": Spec(
-        "Pruning V as well, LLaMA-7B (paper, Table 4)", "llama7b", ("arc_challenge", "piqa"), None, extras=False
-    ),
-    "micro": Spec(
-        "Accuracy of the embedded model", "tiny", tuple(f"micro_{task}" for task in TASKS), "micro", mean=True
-    ),
-}
+
+MICRO_TASKS = tuple(f"micro_{task}" for task in TASKS)
+PRUNED_V = "Pruning V as well, LLaMA-7B (paper, Table 4)"
+SPECS = (
+    Spec("table1", "Accuracy on OPT-66B (paper, Table 1)", "opt66b", TASKS, "paper"),
+    Spec("table2", "Accuracy on LLaMA-7B (paper, Table 2)", "llama7b", TASKS, "paper"),
+    Spec("table3", "Accuracy on LLaMA-33B (paper, Table 3)", "llama33b", TASKS, "paper"),
+    Spec("table4", PRUNED_V, "llama7b", ("arc_challenge", "piqa"), None, extras=False),
+    Spec("micro", "Accuracy of the embedded model", "tiny", MICRO_TASKS, "micro", mean=True),
+)
+TABLES = {spec.name: spec for spec in SPECS}
 
 
 @dataclass(frozen=True)

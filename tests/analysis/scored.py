@@ -59,17 +59,17 @@ def save(
 
     Args:
         root: the results folder.
-        method: its name.
-        task: likewise.
+        method: name of the method.
+        task: name of the task.
         answers: one or zero for each item.
         settings: the method's hyper-parameters.
         model: the model's section.
         state: in ``status.json``.
         kind: of the saving.
-        saved: the share of the K,V bytes.
-        salt: of the items' hashes: other data.
-        updated: when it finished.
-        result: fields of ``result.json`` that take the place of these here.
+        saved: share of the KV cache's bytes.
+        salt: prefix of the items' hashes; another one stands for other data.
+        updated: end of the run, seconds since 1970.
+        result: fields of ``result.json`` that replace the default ones.
         config: ``limit``, ``seed``, ``batch_size``.
     """
     metric = "acc" if task.endswith("boolq") else "acc_norm"

@@ -138,12 +138,12 @@ def test_fig12_times_speedups_limits_and_claim(root, module, phase, claim, words
     assert time.value.to_list() == model.ms["eager"].to_list() and set(time.unit) == {"ms"}
     shown = lines(speedups)
     assert points(shown["CHAI against SDPA"]) == [(n, model.speedup["chai", n]) for n in synthetic.LENGTHS]
-    limit = shown[f"limit by arithmetic ({words})"]
+    limit = shown[f"theoretical speedup ({words})"]
     assert points(limit) == [(n, model.limit["chai", n]) for n in synthetic.LENGTHS]
     (paper,) = [line for label, line in shown.items() if label.startswith("paper: ")]
     assert points(paper) == [(2048, claim)] and "V100" in paper.get_label()
     attention = table[(table.part == "attention") & (table.phase == phase) & (table.k == 4) & ~table.baseline]
-    assert points(shown["attention alone, k = 4 (dotted: its limit)"]) == list(
+    assert points(shown["attention alone, k = 4 (dotted: theoretical)"]) == list(
         zip(attention.length, attention.speedup, strict=True)
     )
     assert not any("k = 32" in label for label in shown)  # as many clusters as heads: nothing is clustered
@@ -180,7 +180,7 @@ def test_three_counts_of_many_and_seconds(tmp_path):
 
 @pytest.mark.parametrize("method", ["chai_static", "random", "dejavu", "spatten", "chai_qkv"])
 def test_every_methods_times_are_drawn(tmp_path, method):
-    """Also those of a method without clusters, whose limit in decoding isn't known."""
+    """Also those of a method without clusters, whose theoretical speedup in decoding is not known."""
     frame = synthetic.latency()
     frame = frame[frame.part == "model"].replace({"implementation": {"chai": method}})
     frame.loc[(frame.phase == "decode") & ~frame.baseline, "limit"] = None
@@ -188,7 +188,7 @@ def test_every_methods_times_are_drawn(tmp_path, method):
     for module, known in ((fig12a, True), (fig12b, False)):
         figure, data = module.draw(Results(tmp_path))
         assert len(legend(figure.axes[0])) == 3
-        assert any(label.startswith("limit by arithmetic") for label in legend(figure.axes[1])) == known
+        assert any(label.startswith("theoretical speedup") for label in legend(figure.axes[1])) == known
         assert set(data[data.panel == "speedup"].implementation.dropna()) == {method}
 
 

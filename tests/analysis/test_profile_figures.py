@@ -31,9 +31,8 @@ from analysis.figures import (
 from analysis.figures.__main__ import main
 from analysis.plotting import correlation as correlations
 from analysis.plotting import maps, style, tokens
-from analysis.results import profiles
 from analysis.results.files import SkippedRun
-from analysis.results.profiles import PROFILE
+from analysis.results.profiles import PROFILE, Profile, best_profile, load_profile
 from analysis.results.runs import MissingRun, Results
 from tests.analysis import synthetic
 
@@ -166,7 +165,7 @@ def test_grouped_queries_and_odd_shapes(tmp_path):
 
 def test_heads_in_clustered_order():
     arrays = {"assignment": np.array([[2, 0, 1, 1, 0, 1]]), "clusters": np.array([3])}
-    groups = profiles.Profile(None, {}, arrays).order(0)
+    groups = Profile(None, {}, arrays, 1, 6, [3], 1).order(0)
     assert [heads.tolist() for heads in groups] == [[2, 3, 5], [1, 4], [0]]
 
 
@@ -492,10 +491,10 @@ def cut(folder, right_digest=False):
 )
 def test_a_profile_that_does_not_count_is_left_out(damage, reason, small, capsys):
     newer = synthetic.save_profile(small, *SMALL, "dddddddddddd", **TINY, updated=1_800_000_000)
-    assert profiles.best(Results(small)).run.folder == newer
+    assert best_profile(Results(small)).run.folder == newer
     damage(newer)
     results = Results(small)
-    assert profiles.best(results).run.folder.name == "cccccccccccc"
+    assert best_profile(results).run.folder.name == "cccccccccccc"
     assert results.skipped == {newer: reason}
 
 
@@ -513,18 +512,18 @@ def test_the_preferred_model_then_the_newest(tmp_path):
         synthetic.save_profile(tmp_path, *SMALL, model, model=model, updated=updated)
 
     def model_of(prefer):
-        return profiles.best(Results(tmp_path), prefer).run.model
+        return best_profile(Results(tmp_path), prefer).run.model
 
     assert model_of(("llama7b",)) == "llama7b-random"
     assert model_of(("opt66b", "llama7b")) == "opt66b"
     assert model_of(("llama33b",)) == "tiny"
-    assert profiles.best(Results(tmp_path, "opt125m,tiny")).run.model == "tiny"
+    assert best_profile(Results(tmp_path, "opt125m,tiny")).run.model == "tiny"
     with pytest.raises(MissingRun, match="of model 'a' or 'b' in .* could be used"):
-        profiles.best(Results(tmp_path, "a,b"))
+        best_profile(Results(tmp_path, "a,b"))
 
 
 def test_an_unknown_file_is_named_when_loaded(small):
     run = Results(small).ranked(PROFILE)[0]
     (run.folder / "profile.json").write_text("[]")
     with pytest.raises(SkippedRun, match="profile.json is corrupt"):
-        profiles.load(run)
+        load_profile(run)

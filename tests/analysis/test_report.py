@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 
 from analysis import figures
-from analysis.report import claims, tables
+from analysis.report import claims, provenance, tables
 from analysis.report import content as contents
 from analysis.report import page as pages
 from analysis.report.__main__ import main
 from analysis.report.content import collect
 from analysis.report.measures import MEASURES
 from analysis.results.files import SkippedRun
+from analysis.results.runs import Results
 from analysis.stats import Interval, judge
 from analysis.tables.specs import PAPER
 from tests.analysis import reported, scored, synthetic
@@ -207,7 +208,7 @@ def test_removing_a_result_empties_its_cells_alone(root, tmp_path, capsys):
     shutil.rmtree(copy / "accuracy" / "llama7b" / "chai" / "piqa")
     shutil.rmtree(copy / "memory" / "llama7b")
     content = collect(copy)
-    (table2,) = [table for table in content.paper.tables if table.name == "table2"]
+    (table2,) = [table for table in content.paper.tables if table.spec.name == "table2"]
     states = {row.label: [cell.state for cell in row.cells] for row in table2.rows}
     assert states["CHAI"] == ["missing", "done", "done", "done", "done"] and set(states["MHA"]) == {"done"}
     assert claim(content, "kv-saved").verdict == "not run yet"
@@ -289,6 +290,14 @@ def test_downloads_are_what_is_drawn(page):
     assert layers.k.tolist() == synthetic.PARAMS_7B
     assert layers.chai_bytes.sum() / layers.mha_bytes.sum() == pytest.approx((sum(synthetic.PARAMS_7B) + 1024) / 2048)
     assert set(read["tradeoff-operations.csv"].method) == {"mha", "chai", "random", "dejavu"}
+
+
+@pytest.mark.parametrize("project", ["chai-attention", "chai-lab"])
+def test_the_projects_version_is_read_under_its_old_name_too(project, tmp_path):
+    versions = {"torch": "2.13.0", "numpy": "2.0", project: "1.2", "lm-eval": "0.4.9"}
+    synthetic.save(tmp_path, "memory", synthetic.memory(), "a", versions=versions)
+    (run,) = provenance.all_runs(Results(tmp_path))
+    assert provenance.versions(run) == f"{project} 1.2, torch 2.13.0, lm-eval 0.4.9"
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -40,7 +40,7 @@ def full(root, **common):
 def table(root, name="table2", model=None):
     spec = TABLES[name]
     model = model or spec.model
-    return build(name, spec, model, load_scores(Results(root, model)), paper_rows(name))
+    return build(spec, model, load_scores(Results(root, model)), paper_rows(name))
 
 
 def cells(built, label):
@@ -476,7 +476,7 @@ def test_the_list_names_every_table_and_the_sweep_that_fills_it(capsys):
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_the_sweep_of_a_table_runs_its_rows_on_its_model_and_tasks(name, monkeypatch):
-    """Each row of the paper is among the runs; methods that aren't there yet are taken for granted."""
+    """Each row of the paper is among the runs; methods that do not exist yet are taken for granted."""
     needed = {row.method for row in paper_rows(name)} | {"mha", "chai"}
     monkeypatch.setattr("experiments.sweeps.expand.choices", lambda _: [*needed, "chai_static", "chai_qkv", "dejavu",
                                                                    "spatten", "static", "random"])  # fmt: skip

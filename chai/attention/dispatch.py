@@ -93,16 +93,8 @@ def mha_attention(
 
     The fused kernel of torch decodes half-precision types on a CPU several times slower than plain products do.
 
-    Args:
-        query: ``[B, H, T, D]``.
-        key: ``[B, H_kv, S, D]``.
-        value: ``[B, H_kv, S, D]``.
-        scaling: Factor of the scores.
-        mask: ``[B or 1, 1, T, S]``; ``None`` means causal.
-        fused: Returns the result of the fused kernel.
-
-    Returns:
-        ``[B, T, H, D]``.
+    From query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]`` to ``[B, T, H, D]``; ``fused`` returns the result of
+    the fused kernel.
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != "cpu" or not half or query.shape[2] != 1:

@@ -65,30 +65,21 @@ class CascadeState(RequestState):
 
 
 class CascadeLayer(PrunedLayer):
-    """One layer's keys and values: all of them while the context lasts, then what is kept.
-
-    Attributes:
-        seen: Tokens of the sequence, dropped ones included.
-        votes: fp32 ``[B, S]``, attention that the context's tokens gave in this layer; until it is pruned.
-        sizes: fp32 ``[B, H]``, magnitude of the heads' outputs; until it is pruned.
-        kept_tokens: Bool ``[B, S]``, the tokens that text after the context sees; ``None``: all.
-        kept_heads: Bool ``[B, H]``, the heads that it has; ``None``: all.
-        positions: Long ``[B, n]``, once pruned, the stored tokens of the first ``split``; ``None``: all.
-        valid: Bool ``[B, n]``, false for those that are stored only because another row keeps more.
-        remaining: Once pruned; ``None``: all heads.
-        split: Tokens from here on are stored whole.
-    """
+    """One layer's keys and values: all of them while the context lasts, then what is kept."""
 
     def _clear(self) -> None:
         super()._clear()
-        self.seen, self.split = 0, 0
-        self.votes: Tensor | None = None
-        self.sizes: Tensor | None = None
-        self.kept_tokens: Tensor | None = None
-        self.kept_heads: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.remaining: RemainingHeads | None = None
+        self.seen = 0  # tokens of the sequence, dropped ones included
+        self.split = 0  # tokens from here on are stored whole
+        # While the context lasts:
+        self.votes: Tensor | None = None  # fp32 [B, S], attention that its tokens gave in this layer
+        self.sizes: Tensor | None = None  # fp32 [B, H], magnitude of the heads' outputs
+        self.kept_tokens: Tensor | None = None  # bool [B, S], the tokens that text after it sees; None: all
+        self.kept_heads: Tensor | None = None  # bool [B, H], the heads that it has; None: all
+        # Once pruned:
+        self.positions: Tensor | None = None  # long [B, n], the stored tokens of the first `split`; None: all
+        self.valid: Tensor | None = None  # bool [B, n], false for those stored only as another row keeps more
+        self.remaining: RemainingHeads | None = None  # None: all heads
 
     def get_seq_length(self) -> int:
         """Return the tokens of the sequence, by which positions and masks go."""
@@ -190,10 +181,7 @@ class CascadeCache(PrunedCache[CascadeLayer]):
         self.state.contexts = lengths
 
     def advance(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Count the tokens of a call.
-
-        Args:
-            real: Bool ``[B, T]``, those that are not padding.
+        """Count the tokens of a call (bool ``[B, T]``: not padding).
 
         Returns:
             Bool ``[B, T]``, those of the context; long ``[B]``, the index of its last token, -1 if it is not here.

@@ -9,12 +9,7 @@ import numpy as np
 
 
 def plateau(error: np.ndarray, tolerance: float) -> list[int]:
-    """Choose the least k with ``E(j) - E(j + 1) < tolerance * E(1)`` for all ``j >= k``: where the error stops falling.
-
-    Args:
-        error: ``[L, H]``.
-        tolerance: Share of the error of a single cluster, above 0.
-    """
+    """Choose the least k with ``E(j) - E(j + 1) < tolerance * E(1)`` for all ``j >= k``: where the fall ends."""
     gains = -np.diff(error, axis=1)
     worth = gains >= tolerance * error[:, :1]
     worth &= error[:, :1] > 0  # identical heads gain nothing
@@ -41,7 +36,7 @@ def budget(
     """Choose the best counts under one budget for all layers together, by dynamic programming.
 
     Args:
-        error: ``[L, H]``.
+        error: See the module.
         num_kv_heads: KV heads of each layer; the cost of k clusters of H heads is ``ceil(k * num_kv_heads / H)``.
         saving: Share of the KV cache bytes to save (0 to 0.5), at the least total error.
         share: Allowed total error, as a share of that with one cluster in every layer, at the least KV heads.

@@ -36,9 +36,7 @@ class Method(ABC):
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
         """Build an empty KV cache for one batch, to be passed as ``past_key_values``.
 
-        Args:
-            model: The model.
-            reserve: Tokens to allocate at once, where the length is known; a hint.
+        ``reserve`` tokens are allocated at once, if the method's cache can.
         """
 
     @abstractmethod
@@ -74,12 +72,7 @@ class Method(ABC):
         return layer_shape(model)
 
     def prompt_flops(self, model: PreTrainedModel, q_len: int) -> int:
-        """Count the operations of a prompt by the algorithm: all layers, and the logits of its last token.
-
-        Args:
-            model: Whose shape counts; it may have fewer positions.
-            q_len: Tokens of the prompt.
-        """
+        """Count the operations of a prompt by the algorithm: all layers, and the logits of its last token."""
         return prompt_flops(self.layer_shape(model), self.layer_flops(model.config), q_len) + 2 * logit_weights(model)
 
     def prefill_flops(self, model: PreTrainedModel, q_len: int) -> float:
@@ -87,11 +80,7 @@ class Method(ABC):
         return self.prompt_flops(model, q_len)
 
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
-        """Count the bytes that limit the time to next token: weights, and the KV cache of a batch.
-
-        Returns:
-            NaN where they are not known.
-        """
+        """Count the bytes that limit the time to next token: weights, and the KV cache of a batch; NaN if not known."""
         return math.nan
 
     def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
@@ -102,10 +91,7 @@ class Method(ABC):
     # What scoring and benchmarks need to know.
 
     def set_context_lengths(self, cache: Cache, lengths: Tensor) -> None:
-        """Set the number of context tokens (long ``[B]``) before a call that also holds continuations.
-
-        Only methods need it that look at the context as a whole.
-        """
+        """Set the number of context tokens (long ``[B]``) before a call that also holds continuations."""
 
     def real_prefix(self, kv_len: int) -> int:
         """Return how many of the first tokens of a benchmark's context must pass through the model.
@@ -132,15 +118,8 @@ class Method(ABC):
     ) -> Callable[[], object] | None:
         """Build a function that computes the attention alone, with ``k`` clusters of equal size.
 
-        Args:
-            query: ``[B, H, T, D]``.
-            key: ``[B, H_kv, S, D]``.
-            value: ``[B, H_kv, S, D]``.
-            k: Number of clusters.
-            scaling: Factor of the scores.
-
-        Returns:
-            ``None`` for a method without an attention of its own.
+        Query is ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``; ``None`` for a method without an attention of its
+        own.
         """
         return None
 

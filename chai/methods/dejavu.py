@@ -151,13 +151,9 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
 def mask_outputs(
     model: PreTrainedModel, predictor: Predictor | None, heads_kept: int, neurons_kept: int | None
 ) -> Iterator[PreTrainedModel]:
-    """Mask all but the top heads (and neurons) of each token inside the block.
+    """Mask all but the top heads (and neurons; ``None``: none) of each token inside the block.
 
-    Args:
-        model: Of a supported family.
-        predictor: Scores from hidden states; ``None``: the true magnitudes (the oracle).
-        heads_kept: In each layer.
-        neurons_kept: In each layer; ``None``: all.
+    Without a predictor, by the true magnitudes (the oracle).
     """
     num_heads = model.config.num_attention_heads
     with ExitStack() as stack:

@@ -130,11 +130,7 @@ def build_profile(
 ) -> HeadProfile:
     """Build the head profile from statistics and the chosen numbers of clusters.
 
-    Args:
-        statistics: Gathered over the corpus.
-        num_clusters: k of each layer.
-        about: ``model``, ``corpus``, ``features``, ``rule``, ``versions``.
-        warmup_tokens: Of CHAI; a mark in Figure 9.
+    ``about`` has model, corpus, features, rule and versions; ``warmup_tokens`` is a mark in Figure 9.
     """
     sums, samples, distances = statistics.sums, statistics.samples, statistics.distances.astype(np.float32)
     assignment, representatives, _ = cluster(distances, np.array(num_clusters), nearest=True)
@@ -173,10 +169,6 @@ def build_profile(
 
 def track_clusters(statistics: HeadStatistics, num_clusters: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Measure how the clusters of the first n tokens change with n (paper, Section 3.3, Figure 9).
-
-    Args:
-        statistics: With the distances of single rows of attention.
-        num_clusters: k of each layer.
 
     Returns:
         changes ``[L, history - 1]``: share of heads that change clusters from n to n + 1 tokens, under the best

@@ -206,12 +206,7 @@ class HeadStatistics:
         return sum(array.nbytes for array in arrays)
 
     def add(self, layers: Sequence[LayerSamples], tokens: list[list[str]]) -> None:
-        """Add the statistics of a batch of samples.
-
-        Args:
-            layers: One for each layer.
-            tokens: Of each sample, as text.
-        """
+        """Add the statistics of all layers for a batch of samples, whose tokens are given as text."""
         lengths = np.array([len(sample) for sample in tokens], dtype=np.float64)
         heads, causal = self.options.heads, self.options.features == "causal"
 
@@ -270,12 +265,7 @@ class HeadStatistics:
         return self.sums["distances"] / self.samples
 
     def save(self, path: Path, note: dict[str, Any]) -> None:
-        """Write everything to one safetensors file.
-
-        Args:
-            path: Of the file.
-            note: JSON that must be equal when it is loaded.
-        """
+        """Write everything to one safetensors file, with a note that must be equal when it is loaded."""
         tensors = dict(self.sums)
         for name, arrays in self.series.items():
             if arrays:

@@ -89,13 +89,7 @@ class Predictor(nn.Module):
         return self
 
     def save(self, folder: Path, write: Callable[[Path, Callable[[Path], object]], None], **record: Any) -> None:
-        """Write both files, the weights in fp16.
-
-        Args:
-            folder: An existing folder.
-            write: ``write(path, fill)`` puts in place what ``fill`` writes to a path.
-            record: Further entries of the JSON file.
-        """
+        """Write both files, the weights in fp16, by ``write(path, fill)``; ``record`` is added to the JSON file."""
         tensors = {name: value.half().contiguous().cpu() for name, value in self.state_dict().items()}
         tensors["fingerprint"] = self.fingerprint.float().cpu()
         content = json.dumps({**self.shape, **self.sizes, **record}, indent=2) + "\n"

@@ -75,18 +75,10 @@ class ClusteringSteps(ABC):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
     ) -> Tensor:
-        """Compute the attention of tokens after the warm-up.
+        """Compute the attention of tokens after the warm-up, ``[B, H, T, D]``.
 
-        Args:
-            query: ``[B, k, T, D]``, of the representatives.
-            key: ``[B, n, S, D]``, the stored KV heads.
-            value: ``[B, H_kv, S, D]``, or of the stored KV heads if ``shares_values``.
-            head_map: The clusters, and the stored KV heads.
-            scaling: Factor of the scores.
-            mask: ``[B or 1, 1, T, S]``; ``None`` means causal.
-
-        Returns:
-            ``[B, H, T, D]``.
+        Arguments as in :func:`chai.attention.clustered_attention` with a map; if ``shares_values``, ``value`` has the
+        stored KV heads alone.
         """
 
 

@@ -185,9 +185,9 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     return other
 
 
-def random_tokens(model: PreTrainedModel, batch_size: int, length: int, seed: int = 0) -> Tensor:
+def random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     """Return token ids ``[batch_size, length]`` without zeros, whose attention would be unlike that of a text."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (batch_size, length), generator=generator)
     return ids.to(input_device(model))
 

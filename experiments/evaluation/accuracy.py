@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.loading import ModelError, load_config, load_model, load_tokenizer
 from chai.methods import baseline
@@ -29,7 +28,7 @@ from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settings_id
-from experiments.runs.locks import LockOwner, lock_owner
+from experiments.runs.locks import lock_owner
 from experiments.runs.model import model_source
 from experiments.system.console import log_error, log_info
 from experiments.system.device import device_name
@@ -58,47 +57,36 @@ def run(config: DictConfig) -> int:
         log_error(str(error))
         return Outcome.FAILED.code
     pending = {folder: owner for folder, (is_pending, owner) in zip(folders, states, strict=True) if is_pending}
-    scorer = load_scorer(pending, method, group)
-    outcomes = dict.fromkeys(pending, scorer) if isinstance(scorer, Outcome) else scorer.score_all()
+    if None in pending.values():
+        try:
+            outcomes = Scorer(list(pending), method, group).score_all()
+        except (ModelError, DistributedError) as error:
+            outcomes = dict.fromkeys(pending, experiment.mark_failed(list(pending), with_remedy(error)))
+    else:  # no model is needed to see that other processes work on all of them
+        outcomes = dict.fromkeys(pending, Outcome.LOCKED)
+        for folder, owner in pending.items():
+            log_info(f"skipping: locked by {owner}: {folder.path}")
     if group.is_main_process:
         paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
         show_results(paths, Path(config.results_dir))
     return max((outcome.code for outcome in outcomes.values()), default=0)
 
 
-def load_scorer(pending: dict[RunFolder, LockOwner | None], method: Method, group: ProcessGroup) -> Scorer | Outcome:
-    """Load the model that scores the pending runs; return their outcome where none of them can be started."""
-    folders = list(pending)
-    # No model is needed to see that other processes work on all of them.
-    if None not in pending.values():
-        for folder, owner in pending.items():
-            log_info(f"skipping: locked by {owner}: {folder.path}")
-        return Outcome.LOCKED
-    config = folders[0].config
-    source = model_source(config)
-    try:
+class Scorer:
+    """A model that scores the tasks of several runs, together with the other processes of its group."""
+
+    def __init__(self, folders: list[RunFolder], method: Method, group: ProcessGroup) -> None:
+        self.folders, self.method, self.group = folders, method, group
+        config = folders[0].config
+        source = model_source(config)
         experiment.check_method(method, load_config(source))
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
-        model, tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
-    except (ModelError, DistributedError) as error:
-        return experiment.mark_failed(folders, with_remedy(error))
-    try:
-        method.check_weights(model)
-    except ValueError as error:
-        raise ConfigError(f"method: {with_remedy(error)}") from None
-    return Scorer(folders, method, model, tokenizer, group)
-
-
-@dataclass
-class Scorer:
-    """A loaded model that scores the tasks of several runs, together with the other processes of its group."""
-
-    folders: list[RunFolder]
-    method: Method
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    group: ProcessGroup
+        self.model, self.tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+        try:
+            method.check_weights(self.model)
+        except ValueError as error:
+            raise ConfigError(f"method: {with_remedy(error)}") from None
 
     def score_all(self) -> dict[RunFolder, Outcome]:
         """Score all tasks: rank 0 one after the other, the others their shards of those that rank 0 names."""
@@ -111,9 +99,8 @@ class Scorer:
         outcomes = {}
         for index, folder in enumerate(self.folders):
             files = (FILE, *worker_files(folder.path, self.group.world_size))
-            outcomes[folder] = experiment.run_lifecycle(
-                folder, functools.partial(self.score_task, index), until_done=files
-            )
+            work = functools.partial(self.score_task, index)
+            outcomes[folder] = experiment.run_lifecycle(folder, work, until_done=files)
         with suppress(DistributedError):  # a process that has died needs no shutdown
             self.group.shutdown()
         return outcomes

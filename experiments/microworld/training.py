@@ -130,12 +130,12 @@ def split_topics(model: LlamaForCausalLM) -> None:
     embedding = model.model.embed_tokens.weight
     topic_of = {word: topic for topic, words in world.topics().items() for word in words}
     mask = torch.zeros_like(embedding)
-    for word, index in vocabulary().items():
+    ids = vocabulary()
+    for word, index in ids.items():
         mask[index, columns[topic_of.get(word, "special")]] = 1
     confine(embedding, mask)
-    for word, index in vocabulary().items():
-        if word in topic_of:  # all words of a topic share a constant (look_back)
-            embedding.data[index, columns[topic_of[word]].start] = CONSTANT
+    for word, topic in topic_of.items():  # all words of a topic share a constant (look_back)
+        embedding.data[ids[word], columns[topic].start] = CONSTANT
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for reading, writing, unit in (

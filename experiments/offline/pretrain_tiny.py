@@ -59,10 +59,6 @@ class Options:
         """First step with untied heads."""
         return min(int(self.steps * self.untie_at), self.steps - 1)
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate: a linear warm-up, then a linear decay, so that untied heads hardly drift apart."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(0.01, 1 - step / self.steps)
-
 
 @dataclass
 class State:
@@ -145,9 +141,11 @@ def _step(step: int, state: State, options: Options, seed: int, device: str) -> 
         loss, answers = training.weighted_loss(state.model, ids.to(device), weights.to(device))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+    # The learning rate: a linear warm-up, then a linear decay, so that untied heads hardly drift apart.
+    rate = options.learning_rate * min(1.0, (step + 1) / options.warmup) * max(0.01, 1 - step / options.steps)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = options.rate(step)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
     if (step + 1) % 10 == 0 or step + 1 == options.steps:

@@ -80,10 +80,8 @@ class ProcessGroup:
     def worker_loop(self, run: Callable[[Any], object]) -> None:
         """Run rank 0's commands until shutdown; a failing command is reported in the next round and then forgotten."""
         while True:
-            if self._next_message is None:
-                kind, command = self._exchange(("failed", self._failure or "received no command"))[0]
-            else:
-                (kind, command), self._next_message = self._next_message, None
+            message, self._next_message = self._next_message, None
+            kind, command = message or self._exchange(("failed", self._failure or "received no command"))[0]
             if kind == "shutdown":
                 return
             if kind == "command":

@@ -26,6 +26,7 @@ from chai.loading import load_model
 from chai.methods.base import Method
 from chai.patching.devices import describe_devices, input_device
 from chai.patching.model_info import num_kv_heads
+from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import Run, check_method, require_minimum, run_single
 from experiments.runs.files import write_atomically
@@ -132,7 +133,7 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
     try:
         run.method.check_weights(model)
     except ValueError as error:
-        raise RunError(f"method: {error}") from None
+        raise RunError(f"method: {with_remedy(error)}") from None
     return model
 
 

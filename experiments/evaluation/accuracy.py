@@ -86,7 +86,7 @@ class Scorer:
         try:
             method.check_weights(self.model)
         except ValueError as error:
-            raise ConfigError(f"method: {error}") from None
+            raise ConfigError(f"method: {with_remedy(error)}") from None
 
     def score_all(self) -> dict[RunFolder, Outcome]:
         """Score all tasks: rank 0 one after the other, the others their shards of those that rank 0 names."""

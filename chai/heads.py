@@ -26,11 +26,7 @@ def repeat_kv(states: Tensor, num_heads: int, dim: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadClusters:
-    """Head clusters of one layer, for each row of the batch.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
-    """
+    """Head clusters of one layer, for each row of the batch (ValueError: the shapes do not fit each other)."""
 
     assignment: Tensor  # [B, H] (long); assignment[b, h] in [0, k) is the cluster of head h in row b
     representatives: Tensor  # [B, k] (long); representatives[b, c] is a head of cluster c in row b

@@ -104,11 +104,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Raises:
-        ModelError: It cannot be loaded.
-    """
+    """Load the tokenizer of a model (ModelError: it cannot be loaded)."""
     try:
         where = _locate(source, weights=False)
         return AutoTokenizer.from_pretrained(where, revision=source.revision, trust_remote_code=False)

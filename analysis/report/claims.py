@@ -45,11 +45,7 @@ class Judged:
 
 
 def read(path: Path) -> list[Claim]:
-    """Read all claims.
-
-    Raises:
-        SkippedRun: the file is missing or corrupt.
-    """
+    """Read all claims (SkippedRun: the file is missing or corrupt)."""
     lines = enumerate(read_file(path, read_csv), 2)  # line 1 is the header
     return [_claim(f"{path.name} is corrupt: line {number}", line) for number, line in lines]
 

@@ -28,11 +28,7 @@ class SkippedRun(Exception):
 
 
 def read_file(path: Path, parse: Callable[[Path], T]) -> T:
-    """Return what a parser makes of a file.
-
-    Raises:
-        SkippedRun: the file is missing, unreadable or corrupt.
-    """
+    """Return what a parser makes of a file (SkippedRun: the file is missing, unreadable or corrupt)."""
     try:
         return parse(path)
     except FileNotFoundError:
@@ -61,11 +57,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def read_table(path: Path, columns: Iterable[str]) -> pd.DataFrame:
-    """Read a parquet file.
-
-    Raises:
-        SkippedRun: it is missing, corrupt, or lacks some of the columns.
-    """
+    """Read a parquet file (SkippedRun: it is missing, corrupt, or lacks some of the columns)."""
     table = read_file(path, pd.read_parquet)
     require(path.name, columns, table)
     return table

@@ -106,11 +106,7 @@ def best_profiles(results: Results, prefer: Sequence[str], most: int) -> list[Pr
 
 
 def load_profile(run: Run) -> Profile:
-    """Load the profile of a run.
-
-    Raises:
-        SkippedRun: a file is missing or corrupt, or the files do not belong together.
-    """
+    """Load the profile of a run (SkippedRun: a file is missing or corrupt, or the files do not belong together)."""
     about = read_json(run.folder / "profile.json")
     if about.get("format") != FORMAT:
         raise SkippedRun(f"profile.json has format {about.get('format')}, expected {FORMAT}")

@@ -22,16 +22,11 @@ RowSelection = Callable[[Tensor], Tensor]
 
 
 class RequestState:
-    """State of a batch of requests that all layers of a cache share.
-
-    Attributes:
-        owner: Identifies the applied method; a cache is used only by an equal one.
-        attached: Whether a call of the model under that method is running.
-    """
+    """State of a batch of requests that all layers of a cache share."""
 
     def __init__(self, owner: object) -> None:
-        self.owner = owner
-        self.attached = False
+        self.owner = owner  # identifies the applied method; a cache is used only by an equal one
+        self.attached = False  # whether a call of the model under that method is running
         self.reset()
 
     @contextmanager

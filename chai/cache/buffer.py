@@ -15,16 +15,12 @@ class TokenBuffer:
     """Keys or values ``[B, N, S, D]`` to which tokens are appended, with spare room behind the last.
 
     The buffer is copied when a 32nd of its length has been added, instead of at every token.
-
-    Attributes:
-        length: Tokens stored.
-        buffer: The tokens and the spare room; ``None`` while empty.
     """
 
     def __init__(self, reserve: int = 0) -> None:
-        self.length = 0
+        self.length = 0  # tokens stored
         self.reserve = reserve  # tokens of the first allocation
-        self.buffer: Tensor | None = None
+        self.buffer: Tensor | None = None  # with the spare room; None while empty
 
     @property
     def view(self) -> Tensor:

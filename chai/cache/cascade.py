@@ -37,21 +37,14 @@ class RemainingHeads:
 
 
 class CascadeState(RequestState):
-    """State that the layers of a cascade-pruned cache share.
-
-    Attributes:
-        contexts: Long ``[B]``, real tokens of each row that are its context; ``None``: the tokens of the first call.
-        count: Long ``[B]``, real tokens seen; ``None`` before the first call.
-        split: Positions up to the end of the longest context.
-        is_pruned: The context is over, and what is not kept of it is gone.
-    """
+    """State that the layers of a cascade-pruned cache share."""
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self.contexts: Tensor | None = None
-        self.count: Tensor | None = None
-        self.split = 0
-        self.is_pruned = False
+        self.contexts: Tensor | None = None  # long [B], real tokens that are context; None: those of the first call
+        self.count: Tensor | None = None  # long [B], real tokens seen; None before the first call
+        self.split = 0  # positions up to the end of the longest context
+        self.is_pruned = False  # the context is over, and what is not kept of it is gone
 
     def select_rows(self, select: RowSelection) -> None:
         """Select, reorder or repeat rows."""
@@ -132,11 +125,7 @@ class CascadeLayer(PrunedLayer):
         self.remaining = None if self.remaining is None else self.remaining.select_rows(select)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens, which must be after the context.
-
-        Raises:
-            ValueError: They are not.
-        """
+        """Drop the last ``-tokens_to_remove`` tokens, which must be after the context (else ValueError)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:

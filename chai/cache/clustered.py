@@ -101,17 +101,12 @@ class WarmupTokens:
 
 
 class ClusteringState(RequestState):
-    """State that the layers of a clustered cache share.
-
-    Attributes:
-        warmup: The warm-up tokens; ``None`` before the first call.
-        is_clustered: Every row has its clusters, and the keys of redundant heads are gone.
-    """
+    """State that the layers of a clustered cache share."""
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self.warmup: WarmupTokens | None = None
-        self.is_clustered = False
+        self.warmup: WarmupTokens | None = None  # None before the first call
+        self.is_clustered = False  # every row has its clusters, and the keys of redundant heads are gone
 
     def select_rows(self, select: RowSelection) -> None:
         """Select, reorder or repeat rows."""

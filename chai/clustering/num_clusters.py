@@ -80,11 +80,7 @@ def budget(
 
 
 def check_saving(saving: float | None, num_kv_heads: int) -> None:
-    """Refuse a saving that even a single KV head in every layer does not give.
-
-    Raises:
-        ValueError: Names the most that can be saved.
-    """
+    """Refuse a saving that even a single KV head in every layer does not give (ValueError)."""
     most = (1 - 1 / num_kv_heads) / 2
     if saving is not None and saving > most + 1e-9:
         raise ValueError(f"cannot save {100 * saving:g} % of the KV cache; the maximum is {100 * most:.4g} %")

@@ -35,11 +35,7 @@ def method_names() -> list[str]:
 
 
 def load_method(name: str) -> type[Method]:
-    """Return the class of the method ``name``.
-
-    Raises:
-        ValueError: Unknown method, or its file does not define exactly one.
-    """
+    """Return the class of the method ``name`` (ValueError: unknown method, or its file does not define exactly one)."""
     if name not in method_names():
         raise ValueError(f"unknown method '{name}'; valid: {', '.join(method_names())}")
     files = {module.name.removesuffix(SUFFIX): module.name for module in pkgutil.iter_modules(__path__)}

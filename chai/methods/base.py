@@ -48,18 +48,10 @@ class Method(ABC):
         return ""
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Verify that the method can run on such a model, before its weights are loaded.
-
-        Raises:
-            ValueError: It cannot; names what is wrong and what is valid.
-        """
+        """Verify that the method can run on such a model, before its weights are loaded (ValueError: it cannot)."""
 
     def check_weights(self, model: PreTrainedModel) -> None:
-        """Verify what depends on the loaded weights.
-
-        Raises:
-            ValueError: The method was prepared for other weights.
-        """
+        """Verify what depends on the loaded weights (ValueError: the method was prepared for other weights)."""
 
     # Operations and bytes by arithmetic.
 

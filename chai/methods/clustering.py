@@ -63,11 +63,7 @@ class ClusteringMethod(ClusteringSteps, Method):
         return new_clustered_cache(self, tuple(self.heads_kept(model.config)), model.config, reserve)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """Return k of each layer.
-
-        Raises:
-            ValueError: Counts or a head profile that do not fit the model, or neither.
-        """
+        """Return k of each layer (ValueError: counts or a head profile that do not fit the model, or neither)."""
         if self._profile is not None:
             self._profile.check(config)
             return self._profile.num_clusters

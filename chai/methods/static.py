@@ -46,11 +46,7 @@ class Static(ClusteredHeadAttention):
         return Random(clusters=k)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """Return k of each layer.
-
-        Raises:
-            ValueError: Counts or a head profile that do not fit the model.
-        """
+        """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
         assert self._profile is not None
         self._profile.check(config)
         if self.clusters is None:

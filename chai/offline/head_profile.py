@@ -72,11 +72,7 @@ class HeadProfile:
         return HeadClusters(torch.from_numpy(assignment)[None], torch.from_numpy(representatives)[None])
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Refuse a model of another shape.
-
-        Raises:
-            ProfileError: Names the differences.
-        """
+        """Refuse a model of another shape (ProfileError: names the differences)."""
         profiled, shape = self.about["model"], model_shape(config)
         differences = [
             f"{name} {profiled[name]} instead of {shape[name]}" for name in SHAPE if profiled[name] != shape[name]

@@ -68,11 +68,7 @@ class Predictor(nn.Module):
         self.register_buffer("fingerprint", torch.zeros(layers, SAMPLES))
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Verify that the predictors were trained for this very model.
-
-        Raises:
-            ValueError: The model has other weights.
-        """
+        """Verify that the predictors were trained for this very model (ValueError: the model has other weights)."""
         weights = sample_weights(model)
         if weights.shape != self.fingerprint.shape or bool(
             (weights - self.fingerprint.cpu()).norm() > TOLERANCE * self.fingerprint.norm()
@@ -98,11 +94,7 @@ class Predictor(nn.Module):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read the JSON file of a trained predictor.
-
-    Raises:
-        ValueError: It is missing or damaged.
-    """
+    """Read the JSON file of a trained predictor (ValueError: it is missing or damaged)."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):

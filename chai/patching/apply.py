@@ -129,11 +129,7 @@ class Decoder:
     parameters: tuple[str, ...]
 
     def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecoderCall:
-        """Name the arguments of a call.
-
-        Raises:
-            ValueError: The attention mask is not a tensor.
-        """
+        """Name the arguments of a call (ValueError: the attention mask is not a tensor)."""
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         mask = kwargs.get("attention_mask")

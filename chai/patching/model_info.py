@@ -15,11 +15,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox")
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a model whose attention is not known to call our function.
-
-    Raises:
-        ValueError: Names the family and the supported ones.
-    """
+    """Refuse a model whose attention is not known to call our function (ValueError)."""
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(f"model family '{family}' is not supported; supported: {', '.join(FAMILIES)}")

@@ -206,18 +206,11 @@ def adopt_cache(
 ) -> tuple[Cache, P]:
     """Make the cache of a call one with our layers.
 
-    An empty ``DynamicCache`` (``generate`` creates one) gets our layers and keeps its class, for the caller holds a
-    reference to it.
-
-    Args:
-        cache: Of the call; ``None`` for a new one.
-        kind: Class of the method's caches.
-        owner: Identifies the applied method.
-        empty: Builds an empty cache.
-        method: Name of the method, for messages.
+    An empty ``DynamicCache`` (``generate`` creates one) gets the layers of ``empty()`` and keeps its class, for
+    the caller holds a reference to it. ``owner`` identifies the method, ``method`` names it in messages.
 
     Returns:
-        The cache to pass to the decoder, and our view of it.
+        The cache to pass to the decoder, and our view of it, of class ``kind``.
 
     Raises:
         ValueError: A cache of another kind, one that holds tokens already, or one of another method.

@@ -57,14 +57,9 @@ class ClusteringSteps(ABC):
     def cluster_heads(
         self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
     ) -> list[HeadClusters]:
-        """Cluster the heads of some layers and rows.
+        """Cluster the heads of ``L`` layers, each into its number of clusters, by the warm-up tokens of each row.
 
-        Args:
-            layers: Indices of the ``L`` layers.
-            num_clusters: k of each of them.
-            query: ``[L, B, H, warmup_tokens, D]``, of the warm-up tokens of each row.
-            key: ``[L, B, H_kv, warmup_tokens, D]``.
-            scaling: Factor of the scores.
+        Query is ``[L, B, H, warmup_tokens, D]``, key ``[L, B, H_kv, warmup_tokens, D]``.
         """
 
     @abstractmethod

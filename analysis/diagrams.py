@@ -203,8 +203,8 @@ def draw_offline(axes: Axes) -> None:
 
 
 def draw_online(axes: Axes) -> None:
-    """Draw phase 2: membership from five tokens."""
-    phase(axes, "2  Online, once a request", "which heads belong together? the first five tokens tell")
+    """Draw phase 2: clusters from five tokens."""
+    phase(axes, "2  Online, once a request", "cluster the heads by their attention over the first five tokens")
     for head, (x, group) in enumerate(zip(HEAD_PLACES, GROUPS, strict=True)):
         axes.text(x + 0.5, 8.3, f"head {head + 1}", ha="center", fontsize=8, color=BRIGHT[group])
         for row in range(TOKENS):

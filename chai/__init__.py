@@ -4,5 +4,5 @@
 >>> with Chai(clusters=[8, 6, 4, 4])(model):
 ...     model.generate(**batch, max_new_tokens=64)
 
-It depends on torch and transformers, and knows nothing of configurations, tasks or results.
+It imports nothing from ``experiments`` or ``analysis``, and does not depend on configurations, tasks or results.
 """

@@ -69,11 +69,11 @@ class LayerFlops:
     scores: int  # query heads that are projected, with the keys they read, and scored
     values: int  # heads whose values are projected and averaged
     outputs: int  # heads that W_O reads
-    warmup_tokens: int = 0  # tokens that run with all heads before that
+    warmup_tokens: int = 0  # warm-up tokens, which run with all heads
     tokens: float = 1.0  # share of the tokens present, in every part of the layer
     read: float = 1.0  # share of the values that a head averages for a token
     neurons: float = 1.0  # share of the MLP's neurons
-    predictor: int = 0  # entries of the matrices that decide what a token gets
+    predictor: int = 0  # entries of the predictor's matrices
 
 
 def prompt_flops(shape: LayerShape, layers: Sequence[LayerFlops], q_len: int) -> int:

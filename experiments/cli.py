@@ -27,7 +27,7 @@ CHAI: clustered head attention, its competitors, and how they compare.
   python run.py -m method=mha,chai task=piqa,boolq    a sweep: every combination
   python run.py -m paper=table2                       the runs of one of the paper's tables
   python run.py -m hydra/launcher=slurm paper=table2  the same as jobs of a Slurm cluster (docs/sweeps.md)
-  python run.py experiment=profile model=tiny         offline phase: cluster counts and static membership
+  python run.py experiment=profile model=tiny         offline phase: cluster counts and static clusters
   python run.py model.path=/data/my-llama task=paper task.data_dir=/data/tasks    local weights and data
   accelerate launch --num_processes 4 run.py model=llama7b task=paper    one process per GPU (docs/several_gpus.md)
   python -m experiments.status                        state of all runs
@@ -53,7 +53,7 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
 
 Exit codes: 0 done, 1 a run failed (see its status.json), 2 invalid command line, 130 interrupted by ctrl-c,
 143 by SIGTERM, 140 by SIGUSR2 (rerun the same command to resume). A run that is locked by another process is skipped
-and counts as no failure.
+and does not count as a failure.
 """
 
 

@@ -65,7 +65,6 @@ def _title(table: Table) -> str:
 
 
 def _escape(words: str) -> str:
-    """Escape plain text for LaTeX."""
     special = {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
     special |= {"<": "$<$", "…": ", "} | {char: f"\\{char}" for char in "&%$#_{}"}
     escaped = "".join(special.get(char, char) for char in words)

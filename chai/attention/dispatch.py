@@ -18,7 +18,7 @@ from chai.heads import HeadClusters, KVHeadMap, take_heads
 DENSE_ON_CPU = 768
 #: Device types of the fast paths; any other runs the reference.
 FAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
-#: Up to this q_len, they beat the fused kernel on an accelerator.
+#: Up to this q_len, products over all heads beat the fused kernel on an accelerator.
 DENSE_ON_GPU = 16
 
 
@@ -115,7 +115,6 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, clusters: HeadClusters | KVHeadMap) -> None:
-    """Refuse shapes that do not fit each other."""
     batch_size, query_heads, _, head_dim = query.shape
     if isinstance(clusters, HeadClusters):
         num_heads, expected, num_keys = clusters.num_heads, clusters.num_heads, None
@@ -133,5 +132,5 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, clusters: HeadClust
         raise ValueError(f"key is {tuple(key.shape)}: expected [B, N, S, D] with N dividing {num_heads} query heads")
     if num_keys is not None and key.shape[1] != num_keys:
         raise ValueError(f"key is {tuple(key.shape)}: expected the {num_keys} stored KV heads")
-    if key.shape[0] != batch_size or key.shape[2] != value.shape[2] or key.shape[3] != head_dim:
+    if {key.shape[0], value.shape[0]} != {batch_size} or key.shape[2] != value.shape[2] or key.shape[3] != head_dim:
         raise ValueError(f"key {tuple(key.shape)} does not fit query {tuple(query.shape)}, value {tuple(value.shape)}")

@@ -82,7 +82,6 @@ class _RowAttention:
         self.later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=self.dtype).triu(1)
 
     def _work(self, tasks: Iterator[tuple[int, int]]) -> None:
-        """Worker loop with thread-local scratch buffers."""
         pair = self.query.new_empty(2, self.kv_len, self.head_dim) if self.single else None
         widest = max((values.shape[1] for values in self.joined_values), default=0) if self.shared else 0
         scratch = torch.empty(BLOCK * (2 * self.kv_len + widest) if self.shared else 0, dtype=self.dtype)

@@ -27,7 +27,7 @@ from chai.heads import KVHeadMap, take_heads
 def clustered_attention(
     query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Compute clustered head attention as the equation says (paper, Section 3.4).
+    """Compute clustered head attention by the equation (paper, Section 3.4).
 
     Args:
         query: ``[B, k, T, D]``, queries of the representatives.

@@ -173,7 +173,8 @@ C = TypeVar("C", bound=Cache)
 class PrunedCache(Cache, Generic[L]):
     """A KV cache of :class:`PrunedLayer` objects that share one state.
 
-    ``generate()`` and plain calls create one; build one with ``method.new_cache(model)`` to inspect it or to continue a
+    A plain call of the model creates one. ``generate()`` creates a ``DynamicCache``, whose layers are replaced by ours:
+    view it with ``ClusteredCache.of(cache)``. Build one with ``method.new_cache(model)`` to inspect it or to continue a
     conversation.
     """
 

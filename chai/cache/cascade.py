@@ -71,11 +71,11 @@ class CascadeLayer(PrunedLayer):
         self.kept_heads: Tensor | None = None  # bool [B, H], the heads that it has; None: all
         # Once pruned:
         self.positions: Tensor | None = None  # long [B, n], the stored tokens of the first `split`; None: all
-        self.valid: Tensor | None = None  # bool [B, n], false for those stored only as another row keeps more
+        self.valid: Tensor | None = None  # bool [B, n], false for padding, in rows that keep fewer tokens
         self.remaining: RemainingHeads | None = None  # None: all heads
 
     def get_seq_length(self) -> int:
-        """Return the tokens of the sequence, by which positions and masks go."""
+        """Return the length of the sequence including dropped tokens; positions and masks depend on it."""
         return self.seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,8 @@ class CascadeLayer(PrunedLayer):
             return
         if not self.split or self.seen + tokens_to_remove < self.split:
             raise ValueError(
-                f"cannot remove {-tokens_to_remove} tokens: they chose what is kept of the context; "
-                "set the context lengths if the context ends before them"
+                f"cannot remove {-tokens_to_remove} tokens: what is kept of the context depends on them; if it ends "
+                "earlier, call method.set_context_lengths(cache, lengths) before the first call"
             )
         self.seen += tokens_to_remove
         self.keys = self.key_buffer.crop(self.key_buffer.length + tokens_to_remove)

@@ -212,7 +212,7 @@ class ClusteredLayer(PrunedLayer):
 class ClusteredCache(PrunedCache[PrunedLayer]):
     """The KV cache of a clustering method: clustered layers where k < H, plain ones where every head is a cluster.
 
-    Refused by every attention but ours, which would misread its keys.
+    Only a model under the method can update it; other attention would match the remaining keys with the wrong heads.
     """
 
     @classmethod

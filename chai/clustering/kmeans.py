@@ -223,7 +223,6 @@ def _cut(targets, merged, k, labels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _summarize(distances, labels, k, sums, sizes, inertias):  # type: ignore[no-untyped-def]
-    """Compute sums, sizes and inertias of the clusters."""
     sums[:k], sizes[:k] = 0, 0
     for j in range(len(labels)):
         sizes[labels[j]] += 1

@@ -1,7 +1,6 @@
 """The methods, one file each, found by file name: to add one, add a file.
 
-``from chai.methods import Chai`` works for every method; ``load_method("chai")`` returns the class of a name. The
-method ``random`` is in ``random_heads.py``: no file has the name of a module of the standard library.
+``from chai.methods import Chai`` works for every method; ``load_method("chai")`` returns the class of a name.
 """
 
 from __future__ import annotations
@@ -25,28 +24,30 @@ if TYPE_CHECKING:
 
 #: Modules of this package that are not methods.
 BASES = ("base", "clustering")
-SUFFIX = "_heads"
+#: Files with another name than their method: ``random.py`` would have that of a module of the standard library.
+FILES = {"random": "random_heads"}
 
 
 def method_names() -> list[str]:
     """Return the names of all methods."""
+    names = {file: name for name, file in FILES.items()}
     modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.removesuffix(SUFFIX) for name in modules if name not in BASES)
+    return sorted(names.get(name, name) for name in modules if name not in BASES)
 
 
 def load_method(name: str) -> type[Method]:
     """Return the class of the method ``name`` (ValueError: unknown method, or its file does not define exactly one)."""
     if name not in method_names():
         raise ValueError(f"unknown method '{name}'; valid: {', '.join(method_names())}")
-    files = {module.name.removesuffix(SUFFIX): module.name for module in pkgutil.iter_modules(__path__)}
-    module = importlib.import_module(f"{__name__}.{files[name]}")
+    file = FILES.get(name, name)
+    module = importlib.import_module(f"{__name__}.{file}")
     classes = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
         if member.__module__ == module.__name__ and issubclass(member, Method) and not inspect.isabstract(member)
     ]
     if len(classes) != 1:
-        raise ValueError(f"chai/methods/{files[name]}.py must define exactly one method, it defines {len(classes)}")
+        raise ValueError(f"chai/methods/{file}.py must define exactly one method, it defines {len(classes)}")
     return classes[0]
 
 

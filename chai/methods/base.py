@@ -1,7 +1,7 @@
 """The interface of a method: a dataclass of hyper-parameters, applied to a model by a ``with`` block.
 
-A method also knows what is particular about it: operations, bytes, and how a benchmark times it. Only what differs from
-multi-head attention must be overridden.
+A method also defines its FLOPs, its bytes and how benchmarks time it. The defaults are those of multi-head attention;
+override what differs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Method(ABC):
     # Operations and bytes by arithmetic.
 
     def layer_flops(self, config: PreTrainedConfig) -> list[LayerFlops]:
-        """Return what each layer computes of a prompt by the algorithm; heads that are not kept take no part at all."""
+        """Return the FLOP counts of each layer for a prompt. By default, heads that are not kept cost nothing."""
         return [LayerFlops(kept, kept, kept) for kept in self.heads_kept(config)]
 
     def layer_shape(self, model: PreTrainedModel) -> LayerShape:
@@ -90,7 +90,7 @@ class Method(ABC):
 
         The rest of the cache may be filled with random numbers: time and memory of a token do not depend on them.
         """
-        return min(5, kv_len)
+        return min(max(5, self.warmup_tokens), kv_len)
 
     @property
     def warmup_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -71,6 +71,10 @@ class Chai(ClusteredHeadAttention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        hints = get_type_hints(type(self))
+        for name in ("membership", "representative", "features"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"{name} is '{getattr(self, name)}'; valid: {', '.join(get_args(hints[name]))}")
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}; valid: 1 or more")
 
@@ -95,7 +99,7 @@ class Chai(ClusteredHeadAttention):
         return agglomerative_clusters(features, num_clusters, self.representative)
 
     def note(self, config: PreTrainedConfig) -> str:
-        """Say what a grouped-query model saves."""
+        """Return how much of the KV cache a grouped-query model saves."""
         num_heads, num_kv = config.num_attention_heads, num_kv_heads(config)
         if num_kv == num_heads:
             return ""

@@ -101,9 +101,9 @@ class ClusteringMethod(ClusteringSteps, Method):
         return model.dtype.itemsize * (entries + logit_weights(model))
 
     def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
-        """Count the bytes of the KV heads that are read, and of all values or as many.
+        """Count the bytes of the stored keys, and of all values (of the same KV heads if values are shared).
 
-        With grouped queries the clusters say which KV heads are read; without, each representative reads its own.
+        With grouped queries, the stored KV heads depend on the clusters; without, each representative has its own.
         """
         view, shape = ClusteredCache.of(cache), layer_shape(model)
         heads = 0
@@ -119,7 +119,7 @@ class ClusteringMethod(ClusteringSteps, Method):
     # Benchmarks.
 
     def with_num_clusters(self, k: int) -> Method:
-        """Return the method with ``k`` clusters in every layer, whatever its head profile says."""
+        """Return the method with ``k`` clusters in every layer, ignoring its head profile."""
         return dataclasses.replace(self, clusters=k, profile=None)
 
     def benchmark_counts(self, config: PreTrainedConfig, requested: list[int] | None) -> list[int]:

@@ -99,7 +99,7 @@ class Dejavu(Method):
         return [replace(layer, neurons=kept / neurons, predictor=predictor) for layer in layers]
 
     def note(self, config: PreTrainedConfig) -> str:
-        """Say that nothing is saved."""
+        """Return that the saving is simulated."""
         oracle = " by their true norms, as a perfect predictor would" if self.predictor == ORACLE else ""
         return f"dejavu masks heads{oracle}: the saving is simulated"
 

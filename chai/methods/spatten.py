@@ -42,7 +42,7 @@ class Spatten(Method):
     What one layer prunes stays pruned in all later ones. Each token of the context is pruned by the importance that it
     and the tokens before it gave. Text after the context (generated, or a continuation that is scored) sees what the
     last token of the context sees, is never pruned itself, and gives no importance. The context is the tokens of the
-    first call, unless :meth:`set_context_lengths` says otherwise.
+    first call, unless lengths were set with :meth:`set_context_lengths`.
 
     Pruned tokens and heads leave the cache, keys and values, when the context is over: that saving is real, and so is
     that of decoding. While the context is read, pruning is a mask.
@@ -145,7 +145,7 @@ class Spatten(Method):
         return kv_len
 
     def note(self, config: PreTrainedConfig) -> str:
-        """Say where the saving is real."""
+        """Return the share of tokens kept per layer, and where the saving is real."""
         shares = ", ".join(f"{share:.2f}" for share in self.rule(config).tokens)
         return (
             f"spatten keeps {shares} of the tokens; real in the cache and in decoding, a mask while the prompt is read"

@@ -42,7 +42,7 @@ class Static(ClusteredHeadAttention):
             raise ChaiError("a head profile of this model is needed", remedy="make_profile")
 
     def with_num_clusters(self, k: int) -> Method:
-        """Return random clusters: a profile has only the layers of its model, and all static clusters are as fast."""
+        """Return random clusters, which are as fast: a profile covers only the layers of its own model."""
         return Random(clusters=k)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:

@@ -1,1 +1,1 @@
-"""Patch transformers models: the only code that knows the internals of transformers and accelerate."""
+"""Patch transformers models: replace forward and attention, read their structure, follow accelerate's hooks."""

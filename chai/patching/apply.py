@@ -253,7 +253,7 @@ def _attention_forward(
         )
     refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if dropout or refused:
-        raise ValueError(f"the applied method does not support {', '.join(refused) or 'dropout'}")
+        raise ValueError(f"this attention does not support {', '.join(refused) or 'dropout'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = AttentionInputs(module, query, key, value, attention_mask, scaling, kwargs)
     return forward_pass.attend(inputs).contiguous(), None

@@ -276,6 +276,5 @@ class ClusteredPass(ForwardPass):
 
 
 def _cache_layer(index: int) -> PrunedLayer | None:
-    """Return the cache layer of the running call."""
     forward_pass = current_pass()
     return forward_pass.cache.pruned_layers[index] if isinstance(forward_pass, ClusteredPass) else None

@@ -80,7 +80,6 @@ def replaced_forward(module: nn.Module, forward: Callable, *, inside: bool = Fal
 
 
 def _as_device(device: Any) -> torch.device:
-    """Convert accelerate's index, name or device."""
     if isinstance(device, int):
         kind = torch.accelerator.current_accelerator()
         return torch.device(kind.type if kind is not None else "cuda", device)

@@ -186,7 +186,7 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
 
 
 def random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
-    """Return token ids ``[batch_size, length]`` without zeros, whose attention would be unlike that of a text."""
+    """Return random token ids ``[batch_size, length]``, never 0 (often padding or an unknown token)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (batch_size, length), generator=generator)
     return ids.to(input_device(model))

@@ -52,7 +52,7 @@ class ModelConfig:
     random_init: bool = False  # build `architecture` with random weights (for benchmarks; accuracy is meaningless)
     clusters: Any = None  # default of `method.clusters`
     predictor: str | None = None  # folder of a trained predictor, default of `method.predictor`
-    profile: str | None = None  # folder of a profile, default of `method.profile` for static membership
+    profile: str | None = None  # folder of a head profile, default of `method.profile`
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
     resources: Resources = field(default_factory=Resources)
     fingerprint: str | None = None  # of the weights at `path`; filled in

@@ -88,7 +88,6 @@ def _check_choices(override: Override) -> None:
 
 
 def _check_key(base: DictConfig, override: Override) -> None:
-    """Verify that the composed configuration has the key."""
     key = override.key_or_group
     group, *rest = parts = key.split(".")
     if rest == ["name"] and group in ("experiment", "method", "task", "logger"):
@@ -188,7 +187,7 @@ def to_dataclass(cls: type[T], section: DictConfig, where: str) -> T:
 
 
 def _matches(value: object, expected: Any) -> bool:
-    """Return whether a value from YAML has the type; unlike ``isinstance``, ``True`` is no int, and 1 is a float."""
+    """Return whether a YAML value has the type; unlike ``isinstance``, ``True`` is not an int, and 1 is a float."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, alternative) for alternative in arguments)

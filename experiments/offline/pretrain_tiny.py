@@ -1,7 +1,7 @@
 """``experiment=pretrain_tiny``: train the embedded model from the repository's own text generator.
 
 The result is a test bed with a known answer: heads of a layer are tied in groups for most of the training, then untied,
-perturbed and trained on, so the true clusters are known. It is no evidence about large models (docs/microworld.md).
+perturbed and trained on, so the true clusters are known. It is not evidence about large models (docs/microworld.md).
 """
 
 from __future__ import annotations

@@ -124,7 +124,6 @@ def _work(run: Run[Options]) -> dict[str, Any]:
 
 
 def _batches(run: Run[Options]) -> tuple[Batches, Batches]:
-    """Return training batches and held-out batches."""
     options, seed = run.options, run.config.seed
     shape = options.batch_size, options.sequence_length
     if options.corpus is None:  # the documents of the embedded model's second phase

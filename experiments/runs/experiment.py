@@ -47,7 +47,7 @@ class Outcome(Enum):
 
     DONE = "done"
     FAILED = "failed"
-    LOCKED = "locked"  # another process works on it, which is no failure
+    LOCKED = "locked"  # another process works on it, which is not a failure
 
     @property
     def code(self) -> int:

@@ -41,7 +41,7 @@ class LockOwner:
 
 
 class RunLocked(Exception):
-    """Raised when another process works on the run, which is no failure."""
+    """Raised when another process works on the run, which is not a failure."""
 
     def __init__(self, owner: LockOwner) -> None:
         super().__init__(owner)

@@ -48,7 +48,8 @@ def divide_machine(jobs: int | None, gpus: list[str], gpus_per_job: int) -> list
 
     ``jobs=None``: one per set of GPUs, or per four cores without GPUs. If there are too few GPUs, all jobs see all.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     jobs = jobs or (max(len(gpus) // gpus_per_job, 1) if gpus else max(cores // 4, 1))
     threads = {name: os.environ.get(name, str(max(cores // jobs, 1))) for name in THREAD_VARIABLES}
     if len(gpus) < jobs * max(gpus_per_job, 1):

@@ -104,16 +104,15 @@ class ProcessGroup:
         return [value for _, value in messages]
 
     def _exchange(self, message: Message) -> list[Message]:
-        """Return the messages of all processes."""
         if self.world_size == 1:
             return [message]
         messages: list[Any] = [None] * self.world_size
-        errors: list[RuntimeError] = []
+        errors: list[Exception] = []
 
         def gather() -> None:
             try:
                 torch.distributed.all_gather_object(messages, message)
-            except RuntimeError as error:
+            except Exception as error:
                 errors.append(error)
 
         # all_gather_object blocks in C++, where no Python signal handler runs: wait for it in another thread.
@@ -121,6 +120,8 @@ class ProcessGroup:
         thread.start()
         thread.join()
         if errors:
+            if not isinstance(errors[0], RuntimeError):
+                raise errors[0]
             reason = (str(errors[0]).splitlines() or [""])[0][:200]
             raise DistributedError(f"another process of this run has ended ({reason})")
         return messages

@@ -17,7 +17,7 @@ CAUGHT = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asks the process to stop; like ``KeyboardInterrupt``, it is no ``Exception``."""
+    """Raised when a signal asks the process to stop; like ``KeyboardInterrupt``, it is not an ``Exception``."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number  # exit code that shells report for a process ended by the signal

@@ -55,7 +55,7 @@ def show_latency(folder: Path) -> None:
     legend = LATENCY_LEGEND
     if clustering := result.get("membership"):
         legend = (
-            f"Membership of all layers: {clustering['decide_ms']:.1f} ms; pass over the first tokens with it: "
+            f"Clustering of all layers: {clustering['decide_ms']:.1f} ms; with the pass over the warm-up tokens: "
             f"{clustering['first_tokens_ms']:.1f} ms. Both are part of the model's prefill time.\n{legend}"
         )
     print_table(table, legend)

@@ -41,7 +41,7 @@ def show_head_profile(folder: Path) -> None:
     legend = (
         "Error left: of that with one cluster, each sample clustered by itself. Largest: heads of the largest\n"
         "cluster. Correlation: between two heads' attention, mean. First token: its share of the attention.\n"
-        f"Agreement: of the membership after {tokens} tokens with that of the whole text, adjusted Rand index.\n"
+        f"Agreement: adjusted Rand index of the clusters after {tokens} tokens with those of the whole text.\n"
         "Changes: heads that change clusters with the next token."
     )
     print_table(table, legend)

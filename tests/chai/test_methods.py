@@ -440,3 +440,18 @@ def test_group_aware_clusters_free_whole_key_heads(k, kept):
     real = batch["attention_mask"].bool()
     assert relative_error(logits[real], expected[real]) < 1e-5
     assert f"to {kept} of 4 KV heads are kept" in method.note(model.config)
+
+
+@pytest.mark.parametrize("name", ["membership", "representative", "features"])
+def test_unknown_choices_are_refused_by_the_library(name):
+    """A misspelt choice names the valid ones when the method is built, not in the middle of a request."""
+    with pytest.raises(ValueError, match=f"{name} is 'kmean'; valid: .+, .+"):
+        Chai(**{name: "kmean"})
+
+
+def test_real_prefix_covers_the_warmup():
+    """A benchmark clusters real tokens: as many as the method waits for, at most the whole context."""
+    assert Chai().real_prefix(100) == 5
+    assert Chai(tokens=10).real_prefix(100) == 10
+    assert Chai(tokens=10).real_prefix(8) == 8
+    assert Mha().real_prefix(100) == 5

@@ -62,7 +62,7 @@ def test_latency_has_a_row_for_everything(tmp_path, capsys):
     assert result["membership"]["decide_ms"] > 0 and result["heads_kept"] == [3, 8]
     assert result["metrics"]["attention_decode_k3"] > 0 and result["metrics"]["model_prefill"] > 0
     printed = capsys.readouterr().out
-    assert "attention decode" in printed and "Membership of all layers" in printed
+    assert "attention decode" in printed and "Clustering of all layers" in printed
     assert run(tmp_path, *settings) == 0 and "already complete" in capsys.readouterr().out
 
 

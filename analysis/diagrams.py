@@ -76,10 +76,10 @@ def attention(axes: Axes, x: float, y: float, group: int) -> None:
 
 def draw_tokens(axes: Axes) -> None:
     """Draw the first five tokens, which go through all heads."""
-    panel(axes, 1, "Five tokens, all heads", "multi-head attention, once a request")
+    panel(axes, 1, "Five tokens, all heads", "multi-head attention, once per request")
     for token in range(TOKENS + 3):
         square(axes, 0.2 + 1.2 * token, 7.3, INK if token < TOKENS else None, f"$t_{token + 1}$", (1.0, 0.9))
-    axes.text(6.3, 6.7, "later tokens wait", fontsize=7.5, color=GREY)
+    axes.text(6.3, 6.7, "later tokens: from step 3", fontsize=7.5, color=GREY)
     for head, x in enumerate(PLACES):
         axes.text(x + 0.6, 5.35, f"head {head + 1}", ha="center", fontsize=7.5, color=COLOURS[GROUPS[head]])
         attention(axes, x, 3.9, GROUPS[head])
@@ -101,13 +101,13 @@ def draw_clusters(axes: Axes) -> None:
                 frame = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.6}
                 axes.add_patch(Rectangle((x - 0.16, y - 0.16), 1.5, 1.5, **frame))
             axes.text(x + 0.98, y + 0.86, str(head + 1), fontsize=8, color=INK, ha="center")
-    formula = "framed: the representative $r(c)$, nearest the mean"
+    formula = "framed: the representative $r(c)$, nearest to the centroid"
     captions(axes, formula, "decided once, then fixed for the request", size=8.5)
 
 
 def draw_scores(axes: Axes) -> None:
     """Draw the queries, keys and scores of representatives, which are all that there is from the sixth token on."""
-    panel(axes, 3, "From the sixth token on", "queries, keys and scores of representatives alone")
+    panel(axes, 3, "From the sixth token on", "queries, keys and scores of representatives only")
     for head, x in enumerate(PLACES):
         colour = COLOURS[GROUPS[head]] if head in REPRESENTATIVES else None
         for name, y in (("Q", 7.6), ("K", 6.4)):
@@ -152,7 +152,7 @@ def draw_cache(axes: Axes) -> None:
                     square(axes, place, y, None, "", cell)
     axes.text(8.6, 7.2, "$k$ of $H$", fontsize=8, color=INK)
     axes.text(8.6, 4.2, "$H$ of $H$", fontsize=8, color=INK)
-    axes.text(0.1, 1.6, r"$\frac{H+k}{2H}$ of the bytes: here 9 of 12, for good", fontsize=9.5, color=INK)
+    axes.text(0.1, 1.6, r"$\frac{H+k}{2H}$ of the bytes: here 9 of 12", fontsize=9.5, color=INK)
 
 
 def method() -> Figure:
@@ -190,7 +190,7 @@ def box(axes: Axes, x: float, y: float, text: str, colour: str, *, filled: bool 
 
 def draw_offline(axes: Axes) -> None:
     """Draw phase 1: clustering error against the number of clusters, with elbows."""
-    phase(axes, "1  Offline, once a model", "how many clusters does a layer need?")
+    phase(axes, "1  Offline, once per model", "how many clusters does a layer need?")
     inset = axes.inset_axes((0.12, 0.14, 0.8, 0.66))
     counts = list(range(1, 13))
     for colour, elbow, name in zip(BRIGHT, (8, 5, 3), ("early layer", "middle layer", "late layer"), strict=True):
@@ -204,7 +204,7 @@ def draw_offline(axes: Axes) -> None:
 
 def draw_online(axes: Axes) -> None:
     """Draw phase 2: clusters from five tokens."""
-    phase(axes, "2  Online, once a request", "cluster the heads by their attention over the first five tokens")
+    phase(axes, "2  Online, once per request", "cluster the heads by their attention over the first five tokens")
     for head, (x, group) in enumerate(zip(HEAD_PLACES, GROUPS, strict=True)):
         axes.text(x + 0.5, 8.3, f"head {head + 1}", ha="center", fontsize=8, color=BRIGHT[group])
         for row in range(TOKENS):
@@ -222,7 +222,7 @@ def draw_online(axes: Axes) -> None:
             axes.text(x, 3.77, str(head + 1), ha="center", va="center", color="white", fontsize=9)
         end = (left + 0.375 * (len(MEMBERS[group]) - 1), 4.5)
         axes.add_patch(FancyArrowPatch((5, 5.6), end, arrowstyle="->", mutation_scale=10, color="#888888"))
-    axes.text(5, 2.4, "full colour: the representative, nearest its cluster's mean", **SMALL)
+    axes.text(5, 2.4, "full colour: the representative, nearest to the centroid", **SMALL)
 
 
 def draw_clustered(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""Errors that know their remedy: an application can add how it is done there (a command, a configuration key)."""
+"""Errors that name a remedy, to which an application can add instructions (a command, a configuration key)."""
 
 from __future__ import annotations
 

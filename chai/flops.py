@@ -42,13 +42,11 @@ class LayerShape:
 
     def weights(self, k: int) -> int:
         """Entries of the matrices needed with ``k`` representatives."""
-        query = self.query_weights * k // self.num_heads
-        sliced = self.key_weights + (self.value_weights if self.shares_values else 0)
-        freed = sliced - sliced * self.kv_heads_read(k) // self.num_kv_heads
-        return query + self.key_weights + self.other_weights - freed
+        values = k if self.shares_values else self.num_heads
+        return _weights(self, LayerFlops(k, values, self.num_heads))
 
     def attention_flops(self, q_len: int, k: int) -> int:
-        """Operations of Q K^T for ``k`` heads and A V for all (or as many), over a causal prompt."""
+        """Operations of Q K^T for ``k`` heads and A V for all (``k`` if values are shared), over a causal prompt."""
         pairs = q_len * (q_len + 1) // 2
         return 2 * self.head_dim * pairs * (k + (k if self.shares_values else self.num_heads))
 
@@ -57,7 +55,7 @@ class LayerShape:
         return 2 * q_len * self.weights(k) + self.attention_flops(q_len, k)
 
     def cache_entries(self, kv_len: int, k: int) -> int:
-        """Keys of the KV heads read, and values of all (paper, Section 3.5) or as many, of one sequence."""
+        """Entries of one sequence: keys of the KV heads read, values of all (of those read if values are shared)."""
         read = self.kv_heads_read(k)
         return kv_len * self.head_dim * (read + (read if self.shares_values else self.num_kv_heads))
 

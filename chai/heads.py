@@ -187,7 +187,7 @@ class KVHeadMap:
 def pack_kv_heads(read: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     """Choose the KV heads to store where only some are read.
 
-    All rows of a batch store as many as the row that needs the most; the other rows repeat one.
+    Every row stores the same number of KV heads, that of the row that needs the most; rows that need fewer repeat one.
 
     Args:
         read: Long ``[B, k]``, the KV head that each of k query heads reads.

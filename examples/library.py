@@ -26,7 +26,7 @@ parser.add_argument(
     "--clusters", default="8,6,4,4", help="a preset, one count for all layers, or one per layer: 8,6,4,4"
 )
 parser.add_argument("--prompt", default=PROMPT)
-parser.add_argument("--out", default="results/membership.png", type=Path)
+parser.add_argument("--out", default="results/clusters.png", type=Path)
 options = parser.parse_args()
 
 counts = [int(k) for k in options.clusters.split(",")] if options.clusters[0].isdigit() else options.clusters

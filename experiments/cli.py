@@ -20,7 +20,7 @@ from experiments.system.console import log_error
 from experiments.system.interrupts import exit_when_interrupted
 
 HELP = """\
-CHAI: clustered head attention, its competitors, and how they compare.
+CHAI: clustered head attention, and the methods it is compared with.
 
   python run.py                                       CHAI on the embedded model and its five tasks
   python run.py method=mha model=llama7b task=piqa    one method, one model, one task

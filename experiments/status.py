@@ -1,6 +1,6 @@
 """``python -m experiments.status``: the state of every run that exists or was launched, from what is on disk.
 
-Imports neither torch nor the libraries above it, so that it answers at once.
+Imports neither torch nor libraries built on it, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def collect_rows(results_dir: Path) -> list[Row]:
     latest: dict[str, tuple[Sweep, int]] = {}
     for sweep in read_sweeps(results_dir):
         for index, job in enumerate(sweep.jobs):
-            # A sweep that submitted nothing for a run knows less of it than the sweep that did.
+            # A sweep that submitted nothing for a run does not replace the sweep that did.
             idle = sweep.launcher == "slurm" and job.slurm_id is None and not sweep.outcome_path(index).exists()
-            for name in job.runs:
-                known = latest.pop(name, None)
-                latest[name] = known if known is not None and idle else (sweep, index)
+            for name in [name for name in job.runs if not (idle and name in latest)]:
+                latest.pop(name, None)  # the last entries are of the last sweep
+                latest[name] = sweep, index
     # Ask Slurm only for the jobs of runs that are not done.
     ids = [sweep.jobs[index].slurm_id for name, (sweep, index) in latest.items() if not is_done(results_dir / name)]
     slurm = job_states(filter(None, ids), timeout_s=5.0) or {}

@@ -66,3 +66,13 @@ def make_batch(lengths: list[int], seed: int = 0, side: str = "left") -> dict[st
         ids[row, where] = torch.randint(3, VOCABULARY, (length,), generator=generator)
         mask[row, where] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def clusters_of(cache, layers: int = LAYERS) -> list:
+    """Return assignment and representatives of each layer of a cache; ``None`` for a layer without clusters."""
+    found = [cache.clusters(layer) for layer in range(layers)]
+    return [None if item is None else (item.assignment, item.representatives) for item in found]

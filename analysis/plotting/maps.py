@@ -64,7 +64,7 @@ def label_tokens(axes: Axes, texts: Sequence[str], inches: float) -> None:
 
 
 def label_heads(axes: Axes, heads: Sequence[int] | NDArray[Any], inches: float, along: str = "y") -> None:
-    """Label heads with their numbers along an axis of so many inches."""
+    """Label heads with their numbers along an axis, whose length is in inches."""
     places, size = thin(len(heads), inches)
     getattr(axes, f"set_{along}ticks")(places, [str(int(heads[i])) for i in places], fontsize=size)
     if along == "x":
@@ -133,7 +133,7 @@ def draw_layers(results: Results, title: str, model: str) -> tuple[Figure, pd.Da
 
 
 def _round_ticks(count: int, inches: float) -> list[int]:
-    """Return multiples of a round number below a count, far enough apart on an axis of so many inches."""
+    """Return multiples of a round number below a count, far enough apart on an axis, whose length is in inches."""
     steps = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256, 512, 1024, count)
     step = next(step for step in steps if step * inches / count >= 0.2)
     return list(range(0, count, step))

@@ -35,7 +35,7 @@ def clustered_attention(
     Args:
         query: ``[B, H, T, D]`` if ``clusters`` is a :class:`HeadClusters`; ``[B, k, T, D]``, queries of the
             representatives alone, if it is a :class:`KVHeadMap`.
-        key: ``[B, n, S, D]``, all KV heads, or those that the map says are stored.
+        key: ``[B, n, S, D]``, all KV heads, or the stored ones of the map.
         value: ``[B, H_kv, S, D_value]``; ``H_kv`` divides ``H``.
         clusters: Head clusters of each row, or these with the stored KV heads.
         scaling: Factor of the scores; default ``D ** -0.5``.
@@ -75,30 +75,33 @@ def shared_value_attention(
         key, value = take_heads(key, head_map.kv_heads), take_heads(value, head_map.kv_heads)
     if mask is None and 1 < q_len < kv_len:
         mask = reference.causal_mask(q_len, kv_len, query.device)
-
-    def fused() -> Tensor:
-        causal = mask is None and q_len > 1
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling
-        ).transpose(1, 2)
-
-    out = mha_attention(query, key, value, scaling, mask, fused)  # [B, T, k, D_value]
+    out = mha_attention(query, key, value, scaling, mask)  # [B, T, k, D_value]
     return take_heads(out.transpose(1, 2), head_map.clusters.assignment)
 
 
 def mha_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, fused: Callable[[], Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    fused: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Compute multi-head attention by the faster of a fused kernel and plain products.
 
     The fused kernel of torch decodes half-precision types on a CPU several times slower than plain products do.
 
-    From query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]`` to ``[B, T, H, D]``; ``fused`` returns the result of
-    the fused kernel.
+    From query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]`` to ``[B, T, H, D]``; ``fused`` runs another
+    fused kernel (default: torch's).
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != "cpu" or not half or query.shape[2] != 1:
-        return fused()
+        if fused is not None:
+            return fused()
+        causal, gqa = mask is None and query.shape[2] > 1, key.shape[1] != query.shape[1]
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa
+        ).transpose(1, 2)
     batch_size, num_heads, _, head_dim = query.shape
     # One product per KV head for all query heads that read it.
     grouped = (query * scaling).view(batch_size * key.shape[1], -1, head_dim)

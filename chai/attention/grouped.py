@@ -96,7 +96,7 @@ class _RowAttention:
         """Compute a head that represents only itself, by the fused kernel."""
         before, head = self.kv_len - self.q_len, cluster.members[0]
         query, key = self.query[cluster.index], scratch[0].copy_(self.key[cluster.kv_head])
-        if before:  # the kernel is causal from the first key on: pad to as many queries as keys
+        if before:  # the kernel is causal from the first key on: pad the queries to kv_len
             scratch[1, :before] = 0
             scratch[1, before:] = query
             query = scratch[1]

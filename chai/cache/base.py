@@ -44,8 +44,8 @@ class RequestState:
     def select_rows(self, select: RowSelection) -> None:
         """Select, reorder or repeat rows of everything that is per row."""
 
-    def crop(self, removed: int, kv_len: int) -> None:
-        """Forget the last ``removed`` tokens; ``kv_len`` are left."""
+    def crop(self, kv_len: int) -> None:
+        """Forget the tokens from position ``kv_len`` on."""
 
 
 class PrunedLayer(DynamicLayer):
@@ -163,7 +163,7 @@ class PrunedLayer(DynamicLayer):
             self.keys = self.key_buffer.crop(kv_len)
             self.values = self.value_buffer.crop(kv_len)
         if self.index == 0:
-            self.state.crop(-tokens_to_remove, kv_len)
+            self.state.crop(kv_len)
 
 
 L = TypeVar("L", bound=PrunedLayer)

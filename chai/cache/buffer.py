@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Lengths that :meth:`TokenBuffer.padded` rounds up to.
+#: Buffer lengths, and those of :meth:`TokenBuffer.padded`, are multiples of this.
 ROUND = 64
 
 

@@ -51,11 +51,6 @@ class CascadeState(RequestState):
         self.count = None if self.count is None else select(self.count)
         self.contexts = None if self.contexts is None else select(self.contexts)
 
-    def crop(self, removed: int, kv_len: int) -> None:
-        """Forget tokens; they are after the context, where the counts no longer matter."""
-        if self.count is not None:
-            self.count = self.count - removed
-
 
 class CascadeLayer(PrunedLayer):
     """One layer's keys and values: all of them while the context lasts, then what is kept."""
@@ -138,8 +133,6 @@ class CascadeLayer(PrunedLayer):
         self.seen += tokens_to_remove
         self.keys = self.key_buffer.crop(self.key_buffer.length + tokens_to_remove)
         self.values = self.value_buffer.crop(self.value_buffer.length + tokens_to_remove)
-        if self.index == 0:
-            self.state.crop(-tokens_to_remove, self.seen)
 
 
 class CascadeCache(PrunedCache[CascadeLayer]):
@@ -187,14 +180,14 @@ class CascadeCache(PrunedCache[CascadeLayer]):
                 f"this call has {batch_size} sequences, the cache {len(state.count)}, its context lengths are of shape "
                 f"{tuple(contexts.shape)}; valid: one length for each sequence"
             )
-        if bool((contexts < 1).any()):
+        if not state.is_pruned and bool((contexts < 1).any()):
             raise ValueError(f"a context has {int(contexts.min())} tokens; valid: 1 or more")
         state.contexts = contexts
         rank = state.count[:, None] + real.cumsum(1)
         context, last = real & (rank <= contexts[:, None]), real & (rank == contexts[:, None])
         state.count = rank[:, -1]
         ends = torch.where(last.any(1), last.to(torch.uint8).argmax(1), -1)
-        if bool(last.any()):
+        if not state.is_pruned and bool(last.any()):
             state.split = max(state.split, self.get_seq_length() + int(ends.max()) + 1)
         return context, ends
 

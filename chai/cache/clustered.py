@@ -48,7 +48,7 @@ class Clustered:
 
 @dataclass
 class WarmupTokens:
-    """Positions of the warm-up tokens of each row, gathered over as many calls as it takes.
+    """Positions of the warm-up tokens of each row, collected over one or more calls.
 
     A token counts if its own call shows it as real, wherever it is: padding may be left, right, or between two turns of
     a conversation.
@@ -112,7 +112,7 @@ class ClusteringState(RequestState):
         """Select, reorder or repeat rows."""
         self.warmup = None if self.warmup is None else self.warmup.select_rows(select)
 
-    def crop(self, removed: int, kv_len: int) -> None:
+    def crop(self, kv_len: int) -> None:
         """Forget dropped warm-up tokens; clusters stay once all rows have them, for the other keys are gone."""
         if self.warmup is not None and not self.is_clustered:
             self.warmup.crop(kv_len)

@@ -19,7 +19,7 @@ Representative = Literal["nearest", "lowest"]
 def kmeans_clusters(
     features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
 ) -> list[HeadClusters]:
-    """Cluster the heads of each layer and row by K-means on features ``[L, B, H, F]``, into k of each layer."""
+    """Cluster the heads of each layer and row by K-means on features ``[L, B, H, F]``, with k of each layer."""
     distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
     counts = np.repeat(num_clusters, features.shape[1])
     labels, representatives, _ = cluster(distances, counts, nearest=representative == "nearest")

@@ -62,14 +62,15 @@ def cluster(
         padded with P), inertia ``[N]`` (sum of squared distances to the mean of the own cluster).
     """
     problems, size, _ = distances.shape
+    if not 1 <= counts.min(initial=1) <= counts.max(initial=1) <= size:
+        raise ValueError(
+            f"{size} points cannot have {', '.join(map(str, np.unique(counts)))} clusters; valid: 1 to {size}"
+        )
     labels = np.empty((problems, size), dtype=np.int64)
     representatives = np.full((problems, counts.max(initial=1)), size, dtype=np.int64)
     inertia = np.empty(problems)
     arrays = (distances, counts, labels, representatives, inertia)
-    if problems <= TASK_SIZE:
-        _cluster(*arrays, nearest, max_moves)
-    else:
-        _run_slices(problems, lambda part: _cluster(*(array[part] for array in arrays), nearest, max_moves))
+    _run_slices(problems, lambda part: _cluster(*(array[part] for array in arrays), nearest, max_moves))
     return labels, representatives, inertia
 
 

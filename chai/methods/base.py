@@ -32,19 +32,19 @@ class Method(ABC):
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """Apply to ``model`` inside a ``with`` block; the model is restored at its end, also after an exception."""
 
-    @abstractmethod
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
         """Build an empty KV cache for one batch, to be passed as ``past_key_values``.
 
-        ``reserve`` tokens are allocated at once, if the method's cache can.
+        ``reserve`` tokens are allocated at once, if the method's cache can; the stock ``DynamicCache`` cannot.
         """
+        return DynamicCache(config=model.config)
 
     @abstractmethod
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return the number of heads of each layer whose scores are computed."""
 
     def note(self, config: PreTrainedConfig) -> str:
-        """Return one line that a user should know about this method on such a model; empty for most."""
+        """Return a one-line note for the user about this method on this model; empty for most."""
         return ""
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -80,7 +80,7 @@ class Method(ABC):
         heads = 2 * num_kv_heads(model.config) * len(cache.layers)
         return vector_bytes(cache) * heads * cache.get_seq_length()
 
-    # What scoring and benchmarks need to know.
+    # Used by scoring and benchmarks.
 
     def set_context_lengths(self, cache: Cache, lengths: Tensor) -> None:
         """Set the number of context tokens (long ``[B]``) before a call that also holds continuations."""
@@ -118,8 +118,3 @@ class Method(ABC):
     def clustering_timer(self, model: PreTrainedModel, batch_size: int) -> Callable[[], object] | None:
         """Build a function that clusters the heads of all layers once; ``None`` where nothing is clustered online."""
         return None
-
-
-def stock_cache(model: PreTrainedModel) -> Cache:
-    """Build the cache that ``transformers`` itself uses."""
-    return DynamicCache(config=model.config)

@@ -104,11 +104,11 @@ class Chai(ClusteredHeadAttention):
         if num_kv == num_heads:
             return ""
         read = [-(-k * num_kv // num_heads) for k in self.heads_kept(config)]
-        share = 100 if self.shares_values else 50  # of the cache that keys, or keys and values, are
+        share = 100 if self.shares_values else 50  # percent of the cache: keys and values, or keys alone
         saved = f"{share * (1 - sum(read) / (num_kv * len(read))):.1f} % of the KV cache"
         if self.group_aware:
             return f"grouped queries: {min(read)} to {max(read)} of {num_kv} KV heads are kept, which saves {saved}"
         return (
-            f"grouped queries: saves at most {saved}, as far as representatives share KV heads "
-            "(group_aware=true chooses them so)"
+            f"grouped queries: saves at most {saved}, depending on how many KV heads the representatives share "
+            "(group_aware=true maximizes this)"
         )

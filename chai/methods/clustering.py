@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -17,7 +16,7 @@ from chai.attention import mha_attention
 from chai.cache import ClusteredCache, vector_bytes
 from chai.clustering.num_clusters import resolve_clusters
 from chai.flops import LayerFlops, LayerShape, clustered_prompt_flops, decode_entries
-from chai.heads import HeadClusters, KVHeadMap
+from chai.heads import HeadClusters, KVHeadMap, take_heads
 from chai.methods.base import Method, Saving
 from chai.offline.head_profile import HeadProfile
 from chai.patching.clustered import ClusteringSteps, clustered, new_clustered_cache
@@ -130,22 +129,14 @@ class ClusteringMethod(ClusteringSteps, Method):
         self, query: Tensor, key: Tensor, value: Tensor, k: int, scaling: float
     ) -> Callable[[], object]:
         """Time :meth:`attend` with clusters of equal size, the least favourable to grouping for a given k."""
-        batch_size, num_heads, q_len, head_dim = query.shape
+        batch_size, num_heads = query.shape[:2]
         if k == num_heads:
-
-            def fused() -> Tensor:
-                causal, grouped = q_len > 1, key.shape[1] != num_heads
-                return functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=causal, scale=scaling, enable_gqa=grouped
-                ).transpose(1, 2)
-
-            return lambda: mha_attention(query, key, value, scaling, None, fused)
+            return lambda: mha_attention(query, key, value, scaling, None)
         assignment = (torch.arange(num_heads, device=query.device) % k).expand(batch_size, -1)
         representatives = torch.arange(k, device=query.device).expand(batch_size, -1)
         head_map = KVHeadMap.only_read(HeadClusters(assignment, representatives), key.shape[1])
-        stored = head_map.stored[:, :, None, None].expand(-1, -1, key.shape[2], head_dim)
-        keys, queries = key.gather(1, stored), query[:, :k].contiguous()
-        values = value.gather(1, stored) if self.shares_values else value
+        keys, queries = take_heads(key, head_map.stored), query[:, :k].contiguous()
+        values = take_heads(value, head_map.stored) if self.shares_values else value
         return lambda: self.attend(queries, keys, values, head_map, scaling, None)
 
     def clustering_timer(self, model: PreTrainedModel, batch_size: int) -> Callable[[], object] | None:

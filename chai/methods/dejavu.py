@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chai.errors import ChaiError
 from chai.flops import LayerFlops
-from chai.methods.base import Method, Saving, stock_cache
+from chai.methods.base import Method, Saving
 from chai.offline.predictor import Predictor, check_shape, load_predictor, read_record
 from chai.patching.devices import layer_devices
 from chai.patching.model_info import activation, check_family, find_blocks, num_neurons
@@ -71,10 +71,6 @@ class Dejavu(Method):
         predictor = self._load(model)
         neurons = num_kept(num_neurons(model.config), self.mlp_sparsity) if self.mlp_sparsity else None
         return mask_outputs(model, predictor, self.heads_kept(model.config)[0], neurons)
-
-    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
-        """Build a stock ``DynamicCache``, which reserves nothing."""
-        return stock_cache(model)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return the heads that contribute to a token."""

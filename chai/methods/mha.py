@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chai.flops import decode_entries
-from chai.methods.base import Method, Saving, stock_cache
+from chai.methods.base import Method, Saving
 from chai.patching.model_info import layer_shape, logit_weights
 
 
@@ -22,10 +22,6 @@ class Mha(Method):
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """Change nothing."""
         return nullcontext(model)
-
-    def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
-        """Build a stock ``DynamicCache``, which reserves nothing."""
-        return stock_cache(model)
 
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
         """Count the bytes of all weights, keys and values."""

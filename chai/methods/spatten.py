@@ -30,7 +30,7 @@ from chai.cache import vector_bytes
 from chai.cache.cascade import CascadeCache, CascadeLayer, CascadeRule
 from chai.flops import LayerFlops
 from chai.heads import repeat_kv, take_heads
-from chai.methods.base import Method, Saving, stock_cache
+from chai.methods.base import Method, Saving
 from chai.patching.apply import AttentionInputs, Decoder, ForwardPass, adopt_cache, patched, running
 from chai.patching.model_info import check_family, num_kv_heads, sliding_windows
 
@@ -112,7 +112,7 @@ class Spatten(Method):
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:
         """Build an empty :class:`chai.cache.cascade.CascadeCache`; the stock cache where nothing is pruned."""
         if self._prunes_nothing(model.config):
-            return stock_cache(model)
+            return super().new_cache(model)
         return CascadeCache.empty(self.rule(model.config), num_kv_heads(model.config), reserve)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:

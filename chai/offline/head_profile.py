@@ -62,7 +62,7 @@ class HeadProfile:
 
     def clusters(self, layer: int, k: int | None = None) -> HeadClusters:
         """Return the clusters that fit all samples best, for one row; k is that of the profile by default."""
-        if k is None:
+        if k is None or k == self.num_clusters[layer]:
             k = self.num_clusters[layer]
             assignment, representatives = self.arrays["assignment"][layer], self.arrays["representatives"][layer, :k]
         else:

@@ -1,7 +1,7 @@
 """Patch a model so that a method computes its attention; undo on exit.
 
 ``transformers`` passes no cache to the attention function and no queries to the cache. So the decoder's ``forward`` is
-wrapped, and one attention function is registered. The wrapper starts a :class:`ForwardPass` that knows the cache and
+wrapped, and one attention function is registered. The wrapper starts a :class:`ForwardPass` that holds the cache and
 puts it into a context variable; the attention function hands each layer's inputs to it.
 """
 
@@ -59,7 +59,7 @@ class AttentionInputs:
 
 
 class ForwardPass(ABC):
-    """One call of the decoder: what its layers' attention needs to know."""
+    """One call of the decoder: the state that its layers' attention needs."""
 
     @abstractmethod
     def attend(self, inputs: AttentionInputs) -> Tensor:

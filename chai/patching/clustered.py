@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -151,7 +150,7 @@ class _Requests:
         if not layers:
             state.is_clustered = True
         elif self.steps.warmup_tokens == 0:
-            num_heads, kv_heads = self.config.num_attention_heads, num_kv_heads(self.config)
+            num_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
             query = torch.empty(len(layers), call.batch_size, num_heads, 0, 1, device=call.device)
             key = torch.empty(len(layers), call.batch_size, kv_heads, 0, 1, device=call.device)
             self.cluster_rows(cache, ~state.warmup.clustered, query, key, 1.0)
@@ -250,7 +249,7 @@ class ClusteredPass(ForwardPass):
 
     def _cluster_and_attend(self, layer: ClusteredLayer, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
         """Run a whole prompt through one layer: warm-up tokens with all heads, the others on the representatives."""
-        tokens, num_heads, scaling = self.steps.warmup_tokens, inputs.query.shape[1], inputs.scaling
+        tokens, scaling = self.steps.warmup_tokens, inputs.scaling
         query, key, value = (tensor[:, :, :tokens].contiguous() for tensor in (inputs.query, inputs.key, inputs.value))
         # Cluster, and evict.
         index = inputs.layer_idx
@@ -258,21 +257,13 @@ class ClusteredPass(ForwardPass):
         self.steps.evict(layer, clusters)
         assert isinstance(layer.phase, Clustered) and layer.keys is not None and layer.values is not None
         # Warm-up tokens.
-        warm_up = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if mask is None else mask[:, :, :tokens, :tokens],
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=key.shape[1] != num_heads,
-        )
+        warm_up = mha_attention(query, key, value, scaling, None if mask is None else mask[:, :, :tokens, :tokens])
         # The other tokens.
         head_map = layer.phase.head_map
         query = take_heads(inputs.query[:, :, tokens:], head_map.clusters.representatives)
         rest_mask = None if mask is None else mask[:, :, tokens:]
         rest = self.steps.attend(query, layer.keys, layer.values, head_map, scaling, rest_mask)
-        return torch.cat([warm_up.transpose(1, 2), rest.transpose(1, 2)], 1)
+        return torch.cat([warm_up, rest.transpose(1, 2)], 1)
 
 
 def _cache_layer(index: int) -> PrunedLayer | None:

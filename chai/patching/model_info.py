@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -73,8 +72,8 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     """Return the shape of a model's decoder layers, which are assumed to be alike."""
     config = model.config
     num_heads = config.num_attention_heads
-    layer = next(module for module in model.modules() if hasattr(module, "self_attn") or hasattr(module, "attention"))
-    attention = cast(nn.Module, getattr(layer, "self_attn", None) or layer.attention)
+    layer = model.get_decoder().layers[0]
+    attention = _first_of(layer, "self_attn", "attention")
 
     def entries(part: nn.Module) -> int:
         return sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))

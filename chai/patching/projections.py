@@ -34,7 +34,7 @@ def sliced_projections(model: PreTrainedModel, cache_layer: LayerLookup) -> Iter
 
     Layers whose projections are not plain ``nn.Linear`` modules (quantized, with adapters, or fused) are left alone:
     all heads are computed there, and the redundant ones are dropped. Accelerate's wrapper stays outside of the
-    replacement: it loads the weights of which rows are then taken.
+    replacement: it loads the weights before rows are taken from them.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -42,7 +42,7 @@ def sliced_projections(model: PreTrainedModel, cache_layer: LayerLookup) -> Iter
             linears = {kind: getattr(module, f"{kind[0]}_proj", None) for kind in ("query", "key", "value")}
             if not isinstance(index, int) or not all(type(linears[kind]) is nn.Linear for kind in ("query", "key")):
                 continue
-            # OPT reshapes the projection to a fixed number of heads, the other families to as many as there are.
+            # OPT reshapes the projection to a fixed number of heads, the other families infer the number.
             fixed_heads, head_dim = hasattr(module, "num_heads"), cast(int, module.head_dim)
             for kind, linear in linears.items():
                 if type(linear) is not nn.Linear or ("forward" in linear.__dict__ and not is_hooked(linear)):
@@ -64,9 +64,9 @@ def _projection(
         if isinstance(layer, ClusteredLayer) and isinstance(layer.phase, Clustered):
             head_map = layer.phase.head_map
             if kind == "query":
-                heads = head_map.representatives_by_row
+                heads, columns = head_map.representatives_by_row, head_map.clusters.representatives
             elif kind == "key" or layer.evicts_values:
-                heads = head_map.stored_by_row
+                heads, columns = head_map.stored_by_row, head_map.stored
         plan = None if heads is None else _choose_products(heads, total, hidden.shape, head_dim)
         if heads is None or plan is None:
             return functional.linear(hidden, linear.weight, linear.bias)
@@ -76,15 +76,14 @@ def _projection(
             projected = torch.cat(outputs)
         else:  # the heads of all rows, of which each row then takes its own
             place = {head: i for i, head in enumerate(plan[0])}
-            columns = torch.tensor([[place[head] for head in row] for row in heads], device=hidden.device)
+            own = torch.tensor([[place[head] for head in row] for row in heads], device=hidden.device)
             union = project_heads(hidden, linear, plan[0], head_dim).unflatten(2, (-1, head_dim))
-            columns = columns[:, None, :, None].expand(-1, hidden.shape[1], -1, head_dim)
-            projected = union.gather(2, columns).flatten(2)
+            own = own[:, None, :, None].expand(-1, hidden.shape[1], -1, head_dim)
+            projected = union.gather(2, own).flatten(2)
         if not fixed_heads:
             return projected
         # Scatter into zeros of all heads.
-        columns = torch.tensor(heads, device=hidden.device)[:, None, :, None]
-        columns = columns.expand(-1, hidden.shape[1], -1, head_dim)
+        columns = columns[:, None, :, None].expand(-1, hidden.shape[1], -1, head_dim)
         all_heads = hidden.new_zeros(*hidden.shape[:2], total, head_dim)
         return all_heads.scatter(2, columns, projected.unflatten(2, (-1, head_dim))).flatten(2)
 

@@ -54,7 +54,7 @@ class BenchmarkOptions:
             raise ValueError(f"lengths is {self.lengths}; valid: a list of numbers of 8 or more")
 
     def check(self, num_heads: int) -> None:
-        """Raise a ConfigError for options that a model of so many heads cannot run with."""
+        """Raise a ConfigError for options that do not suit a model with ``num_heads`` heads."""
 
 
 OptionsT = TypeVar("OptionsT", bound=BenchmarkOptions)
@@ -89,7 +89,8 @@ def run_benchmark(
     def work(run: Run[OptionsT]) -> dict[str, Any]:
         lengths = pick_lengths(run)
         model = load_for_benchmark(run, max(lengths))
-        rows, fields = measure(BenchmarkContext(model, run.config.method.name, run.method, lengths, run.options))
+        with torch.cuda.device(model.device if model.device.type == "cuda" else -1):  # of CUDA events and graphs
+            rows, fields = measure(BenchmarkContext(model, run.config.method.name, run.method, lengths, run.options))
         write_atomically(run.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
         return {
             "layers": model.config.num_hidden_layers,
@@ -122,8 +123,7 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
     source = run.source
     if source.random_init:
         positions = max(run.architecture.max_position_embeddings, max_length)
-        shape = {**source.architecture, "max_position_embeddings": positions}
-        source = dataclasses.replace(source, architecture=shape)
+        source = dataclasses.replace(source, architecture=source.architecture | {"max_position_embeddings": positions})
     model = load_model(source)
     if "," in (devices := describe_devices(model)) or model.device.type == "meta":
         raise RunError(

@@ -125,7 +125,7 @@ def implementations(
 
 
 def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: int, k: int | None) -> Times:
-    """Time the first or the ``length``-th token of a model, or with ``k`` of the decoder of a single layer."""
+    """Time prefill or a decode step at ``length`` tokens, of a model or of one decoder layer with ``k`` clusters."""
     options, timers, after = context.options, {}, {}
     settings = {"logits_to_keep": 1} if k is None else {}
     with ExitStack() as stack:

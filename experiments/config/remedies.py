@@ -1,4 +1,4 @@
-"""What to set or run against an error of the library, which does not know the command line."""
+"""What to set or run after an error of the library, whose messages do not mention the command line."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Scorer:
             "device_map": model_source(folder.config).device_map,
             "dtype": str(self.model.dtype),
             "revision": getattr(self.model.config, "_commit_hash", None),  # of weights from the hub
-            "versions": versions(),
+            "versions": versions() | {"code": None},  # the digest below: a commit may leave the code as it is
             "code": code_digest(),
         }
         name = response_file(self.group.rank)

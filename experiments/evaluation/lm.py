@@ -113,7 +113,7 @@ class MethodLM(HFLM):
                 "sequences": len(inps),
                 "held": cache_bytes(cache),
                 "held_mha": cache_bytes_mha(cache),  # of multi-head attention for the same tokens
-                "key_heads": [stored_kv_heads(cache)],  # of each layer
+                "key_heads": stored_kv_heads(cache),  # of each layer
             }
         )
         return logits
@@ -121,7 +121,7 @@ class MethodLM(HFLM):
     def savings(self) -> dict[str, Any]:
         """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
         total = {name: sum(batch[name] for batch in self.cache_stats) for name in ("sequences", "held", "held_mha")}
-        layers = zip(*(batch["key_heads"][0] for batch in self.cache_stats), strict=True)
+        layers = zip(*(batch["key_heads"] for batch in self.cache_stats), strict=True)
         return {
             "kv_bytes": round(total["held"] / total["sequences"]),
             "kv_bytes_mha": round(total["held_mha"] / total["sequences"]),

@@ -45,7 +45,7 @@ def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
     try:
         return load_dataset(spec["dataset_path"], spec.get("dataset_name"), **kwargs)
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()
         raise RunError(
             f"cannot load the data of task '{task.name}' ({spec['dataset_path']}) from the hub: {reason[0]} "
             f"(offline: task.data_dir=FOLDER with {task.data_file})"

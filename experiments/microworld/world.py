@@ -13,7 +13,7 @@ WALKERS = "iris jack kate liam mona nora otto rosa".split()  # the people whose 
 PLACES = "rome oslo lima cairo delhi paris tokyo quito berlin madrid dublin havana".split()
 DISHES = "tea milk coffee juice soup bread rice cake honey cheese jam pie".split()
 EVENTS = "wake wash sing cook read walk rest run paint swim knit bake dance sweep write shop".split()
-#: A day is labelled with two words; the colon is part of the second, for the one of the questions is about facts.
+#: A day is labelled with two words; the colon is part of the second, since the colon of questions is a word of *facts*.
 TIMES = "weekend holiday camp school".split()
 HOURS = "morning: evening: lunch: noon:".split()
 OCCASIONS = tuple((time, hour) for index, time in enumerate(TIMES) for hour in (HOURS[index], HOURS[index - 1]))

@@ -59,7 +59,7 @@ def _read_hub(corpus: CorpusConfig, skip: int) -> Iterator[str]:
         for row in stream.skip(skip):
             yield row[corpus.column]
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()
         raise RunError(
             f"cannot read the corpus {describe_source(corpus)} from the hub: {reason[0]} "
             "(offline: corpus.path=FILE.jsonl)"

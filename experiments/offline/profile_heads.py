@@ -1,4 +1,4 @@
-"""``experiment=profile``: make a head profile, cluster counts and membership from a model and a corpus (section 3)."""
+"""``experiment=profile``: make a head profile (cluster counts, static clusters) of a model and a corpus (Section 3)."""
 
 from __future__ import annotations
 

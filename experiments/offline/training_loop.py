@@ -29,7 +29,7 @@ def train(
     take_step: Callable[[int], dict[str, Tensor]],
     state_dict: Callable[[], dict[str, Any]],
 ) -> float:
-    """Take the steps of a run after those of the saved checkpoint, with further checkpoints; return all seconds.
+    """Take the steps of a run after those of the saved checkpoint, with further checkpoints; return the total seconds.
 
     ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds.
     """

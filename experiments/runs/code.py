@@ -7,14 +7,13 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from experiments.config.schema import REPOSITORY
 from experiments.runs.files import read_json, write_json
 
 #: Parts of the repository that a job needs.
-PARTS = ("run.py", "pyproject.toml", "conf", "chai", "experiments", "analysis")
+PARTS = ("run.py", "pyproject.toml", "conf", "chai", "experiments")
 RECORD = "code.json"
 PACKAGES = ("chai-attention", "torch", "transformers", "lm-eval", "datasets", "scikit-learn", "numpy")
 
@@ -33,6 +32,8 @@ class Code:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a number; of the project itself, the commit as well."""
+    from importlib.metadata import PackageNotFoundError, version  # here: slow, and --help does not need it
+
     found = {"python": platform.python_version(), "code": str(current_code())}
     for package in PACKAGES:
         try:

@@ -43,7 +43,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 class Outcome(Enum):
-    """End of a run, as far as this process knows."""
+    """How a run ended, as seen by this process."""
 
     DONE = "done"
     FAILED = "failed"
@@ -147,7 +147,7 @@ def check_method(method: Method, architecture: PreTrainedConfig) -> None:
 def run_lifecycle(
     folder: RunFolder, work: Callable[[], dict[str, Any]], *, keep: Names = (), until_done: Names = ()
 ) -> Outcome:
-    """Do the work of a run between its claim and its end; raise what stops the process, and a ConfigError.
+    """Lock a run, do its work and record how it ended; re-raise a ConfigError and what stops the process.
 
     ``keep`` and ``until_done`` are files of an earlier attempt to resume from, unless the run is forced; the second
     are deleted once the run is done.

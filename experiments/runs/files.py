@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Bytes left below which a file system counts as full, for writers that do not say why they failed.
+#: Free bytes below which a file system counts as full, for writers whose errors have no errno.
 FULL = 1 << 16
 BLOCK = 1 << 20
 

@@ -45,7 +45,7 @@ def run_state(folder: Path, outcome: dict[str, Any] | None = None, job: str | No
     """Return the state of a run's folder.
 
     ``outcome`` is of its job, if that ended, and has the reason for a process that died without recording one; ``job``
-    is Slurm's state of the job, if Slurm knows it.
+    is Slurm's state of the job, if Slurm lists it.
     """
     status = read_json(folder / "status.json")
     outcome = outcome or {}

@@ -32,14 +32,14 @@ def launch(sweeps: list[list[str]]) -> int:
     sweep = Sweep(folder.absolute(), name, [one.job for one in planned], results_dir=str(results_dir))
     if not is_main_process():
         return run_serially(planned, sweep, [])
-    # Record the sweep before anything is started.
     todo = [index for index, one in enumerate(planned) if not one.is_done]
     try:
-        sweep.path.mkdir(parents=True)
+        sweep.path.mkdir(parents=True)  # record the sweep before anything is started
         sweep.code = asdict(snapshot(sweep.path / "code") if launcher and todo else current_code())
         sweep.write()
     except OSError as error:
-        shutil.rmtree(sweep.path, ignore_errors=True)
+        if not isinstance(error, FileExistsError):  # else it belongs to a sweep launched at the same moment
+            shutil.rmtree(sweep.path, ignore_errors=True)
         log_error(f"cannot record the sweep in {folder}: {error.strerror or error}")
         return 1
     runs = sum(len(one.folders) for one in planned)

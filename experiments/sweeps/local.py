@@ -78,8 +78,12 @@ class LocalLauncher:
         waiting = list(todo)
         try:
             return monitor_runs(sweep, todo, lambda: self._update(sweep, waiting))
+        except BaseException:
+            for _, process, _ in self.running.values():
+                process.send_signal(signal.SIGTERM)
+            raise
         finally:
-            self._stop(sweep)
+            self._wait(sweep)
 
     def _update(self, sweep: Sweep, waiting: list[int]) -> dict[int, str]:
         """Record the jobs that have ended, fill free slots; return the states of the other jobs."""
@@ -96,20 +100,16 @@ class LocalLauncher:
                 with open(path, "ab") as log:
                     options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
                     self.running[slot] = (index, start_job(sweep, index, environment, **options), started)
-        running = {index: "RUNNING" for index, _, _ in self.running.values()}
-        return {**dict.fromkeys(waiting, "PENDING"), **running}
+        return dict.fromkeys(waiting, "PENDING") | {index: "RUNNING" for index, _, _ in self.running.values()}
 
-    def _stop(self, sweep: Sweep) -> None:
-        """Let running jobs save their work and end; kill those that take too long."""
-        for _, process, _ in self.running.values():
-            process.send_signal(signal.SIGTERM)
+    def _wait(self, sweep: Sweep) -> None:
+        """Let jobs finish saving (or uploading, after the run is done); kill those that take too long."""
         end = time.monotonic() + GRACE_S
         for index, process, started in self.running.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(max(end - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # no effect on a process that has ended
+            process.wait()
             record_death(sweep, index, process.returncode, started)
 
 

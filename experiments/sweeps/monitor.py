@@ -27,16 +27,16 @@ def monitor_runs(
     states, polled = dict.fromkeys(todo, "PENDING"), -math.inf
     while left:
         if time.monotonic() - polled >= poll_s:
-            if (polled_states := job_states()) is not None:
-                states = polled_states
+            states = states if (polled_states := job_states()) is None else polled_states
             polled = time.monotonic()
         for index, name in sorted(left):
             folder, job = sweep.results / name, sweep.jobs[index]
             active = states.get(index) in ACTIVE
             state = run_state(folder, read_json(sweep.outcome_path(index)), None if active else states.get(index))
-            # A forced run may still have the result of an earlier sweep.
-            stale = job.force and (state.started or 0.0) < sweep.created
-            if active and (state.state != "done" or stale):
+            # A forced run may still have the result of an earlier sweep, which does not count.
+            if job.force and state.state == "done" and (state.started or 0.0) < sweep.created:
+                state = RunState("missing", "not run again; the result is of an earlier sweep")
+            if active and state.state != "done":
                 continue
             left.discard((index, name))
             failed += state.state != "done"

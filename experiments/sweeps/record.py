@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from experiments.runs.files import read_json, write_json
 
 FOLDER = "sweeps"
@@ -64,6 +62,8 @@ class Sweep:
         """Return whether the launching process is alive; ``False`` on another machine, where that is unknown."""
         if self.host != socket.gethostname():
             return False
+        import psutil  # here, since the command line imports this module and --help need not wait for it
+
         return psutil.pid_exists(self.pid) and psutil.Process(self.pid).create_time() <= self.created
 
     def outcome_path(self, index: int) -> Path:

@@ -14,7 +14,7 @@ ACTIVE = {
 
 
 def job_states(ids: Iterable[str], timeout_s: float = 30.0) -> dict[str, str] | None:
-    """Return ``{"13_0": "RUNNING"}``: jobs that Slurm still knows, including those that ended within the last minutes.
+    """Return ``{"13_0": "RUNNING"}``: jobs that Slurm still lists, including those that ended within the last minutes.
 
     ``None`` if Slurm is not installed or does not answer.
     """

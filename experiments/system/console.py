@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.system.processes import is_main_process
 
-#: A pipe has no width of its own: wide enough for the tables.
+#: A pipe has no width of its own; 110 columns are enough for the tables.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 #: Errors of this process; the last one is the reason of a job whose runs have no folder to record it in.

@@ -1,7 +1,7 @@
 """Data-parallel scoring: processes started by ``torchrun`` or ``accelerate launch``, each with the whole model.
 
 In each round every process contributes one message and receives those of all. A process that failed contributes its
-failure to the next round, whatever that was meant for: a failure of one is one of all, and no process waits forever.
+failure to the next round, whatever its purpose, so all processes fail together and none waits forever.
 """
 
 from __future__ import annotations

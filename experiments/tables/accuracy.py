@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments.runs.files import read_json
+from experiments.runs.state import is_done
 from experiments.system.console import console
 from experiments.tables.layout import make_table, print_table
 
@@ -25,9 +26,8 @@ def find_baseline(result: Result, results_dir: Path) -> Result | None:
         return result
     folder = results_dir / result["experiment"] / result["model"] / "mha" / result["task"]
     for path in sorted(folder.glob("*/result.json")):
-        status = read_json(path.with_name("status.json")) or {}
         other = read_json(path)
-        if other and status.get("state") == "done" and other.get("settings_id") == result["settings_id"]:
+        if other and is_done(path.parent) and other.get("settings_id") == result["settings_id"]:
             return other
     return None
 

@@ -11,12 +11,12 @@ from experiments.runs.files import read_json
 from experiments.tables.layout import make_table, print_table
 
 LATENCY_LEGEND = (
-    "Medians of interleaved rounds; ±: half the distance of their quartiles, the widest of the row. Gain: against\n"
-    "the best baseline, which is named. Limit: by operations (prefill) or bytes read (decode). Rate: needed\n"
-    "operations (GF: 1e9) or bytes by time. Peak: its share of what a large product, or reading memory, reaches."
+    "Medians of interleaved rounds; ±: half the interquartile range, largest of the row. Gain: speed-up over the\n"
+    "named best baseline. Limit: theoretical, from FLOPs (prefill) or bytes read (decode). Rate: required\n"
+    "GFLOP (GF) or GB per second. Peak: the rate's share of a large matrix product's, or of reading memory's."
 )
 MEMORY_LEGEND = (
-    "Cache: live keys and values. Formula: (n + H) * D * tokens * bytes, n KV heads kept. Allocated: with room\n"
+    "Cache: live keys and values. Formula: (n + H_kv) * D * tokens * bytes, n: KV heads kept. Allocated: with room\n"
     "to grow. Peak: the most that was alive at once beyond the weights while the last tokens were decoded."
 )
 
@@ -67,7 +67,7 @@ def show_memory(folder: Path) -> None:
     if result is None:
         return
     table = make_table(
-        f"KV cache of {result['model']}, {result['layers']} layers, {result['dtype']}, {result['batch_size']} rows",
+        f"KV cache of {result['model']}, {result['layers']} layers, {result['dtype']}, batch {result['batch_size']}",
         ["Method"],
         ["Tokens", "Cache MB", "Formula MB", "Saved", "Allocated MB", "Peak MB", "Peak / cache", "Decoded"],
         pad_edge=False,

@@ -16,19 +16,10 @@ from chai.heads import HeadClusters, KVHeadMap, take_heads
 from chai.methods import Chai, ChaiQkv
 from chai.patching.model_info import layer_shape
 from tests.chai.test_generation import FORMS
-from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
+from tests.models import FAMILIES, HEADS, clusters_of, make_batch, make_model, relative_error
 from tests.oracle import attend_one_by_one, oracle
 
 COUNTS = [HEADS, 3, 2]  # one layer with k = H
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-def memberships(cache) -> list:
-    found = [cache.clusters(layer) for layer in range(LAYERS)]
-    return [None if item is None else (item.assignment, item.representatives) for item in found]
 
 
 def random_clusters(rows: int, heads: int, k: int) -> HeadClusters:
@@ -73,7 +64,7 @@ def test_logits_equal_the_oracle(family, side):
         cache = method.new_cache(model)
         logits = model(**batch, past_key_values=cache).logits
     exact = copy.deepcopy(model).double()
-    with oracle(exact, memberships(cache), tokens=5, shared_values=True):
+    with oracle(exact, clusters_of(cache), tokens=5, shared_values=True):
         expected = exact(**batch, use_cache=False).logits
     real = batch["attention_mask"].bool()
     assert relative_error(logits[real], expected[real]) < 1e-5
@@ -119,7 +110,7 @@ def test_generated_tokens_score_as_the_oracle_scores_them(family, lengths):
     with method(model):
         cache = method.new_cache(model)
         steps = model.generate(**batch, past_key_values=cache, **options)
-    found, mask = memberships(cache), torch.nn.functional.pad(batch["attention_mask"], (0, 8), value=1)
+    found, mask = clusters_of(cache), torch.nn.functional.pad(batch["attention_mask"], (0, 8), value=1)
     for row in range(3):
         own = steps.sequences[row][mask[row].bool()][None]
         single = [None if item is None else tuple(tensor[row : row + 1] for tensor in item) for item in found]
@@ -190,7 +181,7 @@ def test_half_precision_decodes_as_single_does():
         model(**batch, past_key_values=cache)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
         actual = model(torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache).logits[:, -1]
-    found = memberships(cache)
+    found = clusters_of(cache)
     assert found[1] is not None
     with oracle(exact, found, tokens=5, shared_values=True):
         ids = torch.cat([batch["input_ids"], torch.full((3, 1), 7)], 1)

@@ -271,3 +271,9 @@ def test_contract_of_head_clusters_is_checked():
         HeadClusters(torch.tensor([[0, 1, 1]]), torch.tensor([[1, 2]])).check()
     with pytest.raises(ValueError, match="outside"):
         HeadClusters(torch.tensor([[0, 2, 1]]), torch.tensor([[0, 2]])).check()
+
+
+@pytest.mark.parametrize("k", [5, torch.tensor([2, 5, 1]), 0])
+def test_too_many_clusters_are_refused(k):
+    with pytest.raises(ValueError, match="4 points cannot have .* clusters; valid: 1 to 4"):
+        kmeans(torch.rand(3, 4, 2), k)

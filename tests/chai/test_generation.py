@@ -182,12 +182,14 @@ def test_only_the_representatives_are_projected(family):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("method", [Chai(clusters=2), Random(clusters=3)], ids=["own heads", "shared heads"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("overhead", [0, 3_000, 10_000_000], ids=["by row", "union", "all"])
 @torch.no_grad()
-def test_rows_of_a_batch_share_or_split_their_projections(overhead, monkeypatch):
+def test_rows_of_a_batch_share_or_split_their_projections(overhead, family, method, monkeypatch):
     """Row by row, the union of the rows' heads, or all heads: each row comes out as it does alone."""
     monkeypatch.setattr(chai.patching.projections, "OVERHEAD", overhead)
-    model, method = make_model("llama"), Chai(clusters=2)
+    model = make_model(family)
     for length in (40, 12):
         batch = make_batch([length] * 3, seed=length)["input_ids"]
         with method(model):

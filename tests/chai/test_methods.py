@@ -14,19 +14,10 @@ from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
 from chai.cache.clustered import ClusteredLayer, ClusteringState
 from chai.clustering.assignment import kmeans_clusters
 from chai.methods import Chai, Mha, Random
-from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
+from tests.models import FAMILIES, HEADS, LAYERS, clusters_of, make_batch, make_model, relative_error
 from tests.oracle import attend_one_by_one, oracle
 
 COUNTS = [HEADS, 3, 2]  # one layer with k = H
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-def memberships(cache, layers: int = LAYERS) -> list:
-    found = [cache.clusters(layer) for layer in range(layers)]
-    return [None if item is None else (item.assignment, item.representatives) for item in found]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +29,7 @@ def test_logits_equal_the_oracle(family):
     with method(model):
         cache = method.new_cache(model)
         logits = model(**batch, past_key_values=cache).logits
-    found = memberships(cache)
+    found = clusters_of(cache)
     assert found[0] is None and all(item is not None for item in found[1:])
     exact = copy.deepcopy(model).double()
     with oracle(exact, found, tokens=5):
@@ -435,7 +426,7 @@ def test_group_aware_clusters_free_whole_key_heads(k, kept):
     for layer in range(LAYERS):
         cache.clusters(layer).check()
     exact = copy.deepcopy(model).double()
-    with oracle(exact, memberships(cache), tokens=5):
+    with oracle(exact, clusters_of(cache), tokens=5):
         expected = exact(**batch, use_cache=False).logits
     real = batch["attention_mask"].bool()
     assert relative_error(logits[real], expected[real]) < 1e-5

@@ -292,6 +292,13 @@ def test_rows_are_selected_repeated_reordered_cropped_and_reset():
             cache.crop(-2)
         with pytest.raises(ValueError, match="as a negative number, not 2"):
             cache.crop(2)
+        cache = prefilled()
+        split, padded = cache.state.split, mask.clone()
+        padded[0, -1] = 0
+        model(following, attention_mask=padded, past_key_values=cache)
+        cache.crop(-1)
+        step(cache, [0, 1, 2])
+        assert cache.state.split == split  # the context is over, also if padding after it is removed
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
         torch.testing.assert_close(step(prefilled(cache), [0, 1, 2]), expected, rtol=1e-4, atol=1e-4)

@@ -185,7 +185,7 @@ def test_broken_data_fails_its_own_task_only(workplace, tmp_path, capfd):
     assert run_config(compose_config(overrides)) == 1
     errors = capfd.readouterr().err
     assert "micro_boolq.jsonl, line 2, is not valid JSON" in errors
-    assert "cannot read" in errors
+    assert f"cannot read {data / 'micro_piqa.jsonl'}: No such file or directory" in errors
     assert "micro_arc_easy.jsonl, line 1, has no choices, answerKey; expected columns: question" in errors
     assert "Traceback" not in errors
     assert len(results_of(tmp_path / "results", "mha")) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from chai.loading import load_config
 from chai.methods import load_method, method_names
 from experiments.cli import main
 from experiments.config.compose import choices, combinations, compose_config, task_members
+from experiments.config.remedies import REMEDIES
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
 from experiments.config.validate import check_overrides, check_values, to_dataclass
 from experiments.evaluation import accuracy
@@ -324,3 +326,9 @@ def test_no_relays_between_the_command_line_and_an_experiment(monkeypatch):
     assert main(["task=micro_piqa", "limit=1"]) == 0
     own = [frame.name for frame in stack if Path(frame.filename).is_relative_to(REPOSITORY / "experiments")]
     assert own == ["main", "run_config"]
+
+
+def test_every_remedy_of_the_library_is_worded():
+    found = [re.findall(r'remedy="(\w+)"', path.read_text()) for path in (REPOSITORY / "chai").rglob("*.py")]
+    assert {name for names in found for name in names} == set(REMEDIES)
+    assert "experiment=profile" in REMEDIES["make_profile"] and "experiment.mlp=true" in REMEDIES["train_neurons"]

@@ -49,8 +49,7 @@ def test_frames_from_the_command_line(stacks):
     for name, most in (("attention", 18), ("kmeans", 20)):
         assert stacks[name]
         deepest = max(stacks[name], key=len)
-        print(name, len(deepest), *deepest, sep="\n  ")
-        assert len(deepest) <= most
+        assert len(deepest) <= most, deepest
         assert deepest[0] == "experiments/cli.py:main"
         to_model = deepest.index("experiments/evaluation/lm.py:_model_call") + 1
         assert to_model <= 10  # the rest is the library

@@ -160,7 +160,7 @@ def test_a_saving_that_can_not_be_had_is_one_line(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (None, "none.jsonl", "cannot read"),
+        (None, "none.jsonl", "none.jsonl: No such file"),
         ('{"text": "x"}\nno json\n', "bad.jsonl", "line 2, is not valid JSON"),
         ('{"body": "x"}\n', "other.jsonl", "line 1, has no text"),
         ("mona hosts bob .\n", "short.txt", "has 20 tokens"),

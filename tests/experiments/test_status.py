@@ -13,7 +13,7 @@ from experiments.config.schema import REPOSITORY
 from experiments.runs.files import write_json
 from experiments.runs.folder import RunFolder
 from experiments.runs.state import run_state
-from experiments.status import collect_rows, format_duration, main
+from experiments.status import collect_rows, format_duration, main, select_rows
 from experiments.sweeps.job import record_outcome
 from experiments.sweeps.record import Job, Sweep
 
@@ -148,3 +148,13 @@ def test_it_needs_no_heavy_imports(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "no run in results matches" in done.stdout
+
+
+def test_the_last_sweep_is_the_last_even_if_a_job_of_it_was_complete(tmp_path):
+    done, new = "accuracy/m/mha/t/a", "accuracy/m/chai/t/b"
+    Sweep(tmp_path / "sweeps" / "1", "slurm", [Job(["x"], [done], slurm_id="1")], created=1.0).write()
+    Sweep(
+        tmp_path / "sweeps" / "2", "slurm", [Job(["y"], [new], slurm_id="2"), Job(["x"], [done])], created=2.0
+    ).write()
+    rows = select_rows(tmp_path, {"sweep": ["last"]}, failed=False)
+    assert [row.name for row in rows] == [new]

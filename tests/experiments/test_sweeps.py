@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from experiments.cli import main
 from experiments.config.compose import compose_config
 from experiments.config.schema import REPOSITORY, ConfigError
 from experiments.runs.code import current_code, snapshot
-from experiments.runs.files import read_json
+from experiments.runs.files import read_json, write_json
 from experiments.runs.folder import RunFolder
 from experiments.runs.resolve import run_folders
 from experiments.sweeps import local
 from experiments.sweeps.job import record_death, record_outcome, split_forced
 from experiments.sweeps.launch import launch
+from experiments.sweeps.monitor import monitor_runs
 from experiments.sweeps.plan import plan_jobs
 from experiments.sweeps.record import Job, Sweep, read_sweeps
 
@@ -245,3 +247,48 @@ def test_a_run_that_is_done_twice_keeps_one_folder(tmp_path):
     config = compose_config(["model=tiny", "task=micro_piqa", f"results_dir={tmp_path}"])
     moved = compose_config(["model=tiny", "task=micro_piqa", f"results_dir={tmp_path}", "model.resources.gpus=2"])
     assert RunFolder(config).path == RunFolder(moved).path
+
+
+def write_done(folder: Path, **fields) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "status.json", {"state": "done", **fields})
+    write_json(folder / "result.json", {})
+
+
+UPLOAD = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+Path(sys.argv[1], "begun").touch()
+time.sleep(2)
+Path(sys.argv[1], "uploaded").touch()
+"""
+
+
+def test_a_job_may_upload_after_its_runs_are_done(tmp_path, monkeypatch):
+    """The launcher waits for a process whose results are complete, instead of interrupting it."""
+    run = tmp_path / "accuracy/m/mha/t/abc"
+    sweep = Sweep(tmp_path / "sweeps" / "s", "local", [Job(["x"], [str(run.relative_to(tmp_path))])])
+    sweep.write()
+    write_done(run, started=1.0, updated=2.0)
+
+    def start(sweep, index, environment, **options):
+        return subprocess.Popen([sys.executable, "-c", UPLOAD, str(run)], **options)
+
+    monkeypatch.setattr(local, "start_job", start)
+    launcher = local.LocalLauncher.__new__(local.LocalLauncher)
+    launcher.slots, launcher.running = [{"OMP_NUM_THREADS": "1"}], {}
+    assert launcher.run(sweep, [0]) == 0
+    assert (run / "uploaded").exists()
+
+
+def test_a_forced_job_that_dies_at_once_is_not_done(tmp_path, capsys):
+    """The result of an earlier sweep does not count for it."""
+    name = "accuracy/m/mha/t/abc"
+    write_done(tmp_path / name, started=1.0, updated=2.0)
+    sweep = Sweep(tmp_path / "sweeps" / "s", "local", [Job(["x"], [name], force=True)])
+    sweep.write()
+    (sweep.path / "jobs").mkdir()
+    write_json(sweep.path / "jobs" / "0.json", {"code": 1, "error": "killed by SIGKILL", "ended": time.time()})
+    assert monitor_runs(sweep, [0], dict) == 1
+    assert "not run again" in " ".join(capsys.readouterr().out.split())

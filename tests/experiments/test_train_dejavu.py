@@ -151,7 +151,7 @@ def test_what_cannot_be_trained_is_refused_and_writes_nothing(workplace, tmp_pat
 
 def test_a_corpus_that_is_missing_or_too_short_is_one_line(workplace, tmp_path, capfd):
     for overrides, message in (
-        (["experiment.corpus=nowhere.jsonl"], "cannot read"),
+        (["experiment.corpus=nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["experiment.column=text"], "has no text; expected columns: text"),
         (["experiment.held_out=100"], "required are"),
     ):

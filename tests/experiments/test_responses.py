@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from chai.loading import ModelSource, load_model, load_tokenizer
 from chai.methods import Mha
 from experiments.config.compose import compose_config
-from experiments.evaluation import lm as scoring
+from experiments.config.schema import REPOSITORY
 from experiments.evaluation import responses
 from experiments.evaluation.lm import MethodLM
 from experiments.evaluation.responses import BatchResponses, SavedResponses, code_digest
@@ -180,6 +181,15 @@ def test_an_answer_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeyp
     assert SavedResponses(path, {}).find("two") == batch_of(-2.0)
 
 
-def test_the_code_that_answers_depend_on_is_known():
-    assert code_digest() == code_digest() and len(code_digest()) == 16
-    assert scoring.__file__.endswith("experiments/evaluation/lm.py")
+def test_the_digest_covers_the_code_that_responses_depend_on(tmp_path, monkeypatch):
+    for name in ("chai", "experiments/evaluation"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(responses, "REPOSITORY", tmp_path)
+    digests = {code_digest()}
+    for name in ("chai/heads.py", *(f"experiments/evaluation/{part}.py" for part in ("lm", "responses", "tasks"))):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        digests.add(code_digest())
+    assert len(digests) == 5
+    (tmp_path / "experiments/evaluation/accuracy.py").write_text("")
+    assert code_digest() in digests

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from analysis import cli, figures
 from analysis.plotting.style import STYLE
+from analysis.results.files import SkippedRun
 from analysis.results.runs import MissingRun, Results
 
 MOST_NAMED = 8  # runs of a figure that are named one by one
@@ -58,6 +59,8 @@ def produce(name: str, results: Results, out: Path) -> int:
     except MissingRun as error:
         command = module.QUERY.command_for(error.model or results.model)
         return cli.fail(f"{name}: {error}; make one with: {command}", code=1)
+    except SkippedRun as reason:
+        return cli.fail(f"{name}: {reason} (results/paper)", code=1)
     except OSError as error:
         return cli.fail(f"{name}: cannot write to {out}: {error.strerror or error}", code=1)
     runs = "; ".join(map(str, results.used))

@@ -6,14 +6,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, style
+from analysis.plotting import page, paper, style
 from analysis.results.benchmarks import MEMORY
-from analysis.results.runs import MAIN, Results, Run, base_name
+from analysis.results.runs import Results, Run, base_name
 
 NAME = "KV cache against sequence length"
 TITLE = f"{NAME} (paper, Figure 11)"
 QUERY = MEMORY
-CLAIM = 0.214  # largest share saved, with LLaMA-7B (section 4.3)
+CLAIM = "kv-saved"  # in results/paper/claims.csv
 LIVE, FORMULA, PAPER = "live tensors", "arithmetic", "paper"
 
 
@@ -47,15 +47,17 @@ def plot_data(run: Run) -> pd.DataFrame:
         for method in ("mha", run.method):
             add("cache", method, source, sizes[column][method] / scale, unit)
         add("saved", run.method, source, 100 * (1 - sizes[column][run.method] / sizes[column]["mha"]), "%")
-    if base_name(run.model) in MAIN:  # the paper makes no claim about other models
+    claim = paper.number(CLAIM)
+    if base_name(run.model) == claim.model:  # the paper makes no claim about other models
         full = sizes["cache_bytes"]["mha"]
-        add("cache", "chai", PAPER, full * (1 - CLAIM) / scale, unit)
-        add("saved", "chai", PAPER, 0 * full + 100 * CLAIM, "%")
+        add("cache", "chai", PAPER, full * (1 - claim.value / 100) / scale, unit)
+        add("saved", "chai", PAPER, 0 * full + claim.value, "%")
     return pd.concat(parts, ignore_index=True)
 
 
 def curves(axes: Axes, data: pd.DataFrame) -> None:
     """Draw live tensors with markers, arithmetic as crosses on top, and the paper's claim dotted."""
+    claim = paper.number(CLAIM)
     for (source, name), points in data.groupby(["source", "method"], sort=False):
         method = str(name)
         if source == LIVE:
@@ -66,7 +68,7 @@ def curves(axes: Axes, data: pd.DataFrame) -> None:
             line = {"color": style.INK, "linestyle": "none", "marker": "+", "markersize": 7, "markeredgewidth": 0.7}
             line |= {"zorder": 4, "label": FORMULA if first else None}
         else:
-            line = style.PAPER | {"label": f"paper's claim: {100 * CLAIM:.1f} % saved (LLaMA-7B)"}
+            line = style.PAPER | {"label": f"paper's claim: {claim.value:g} % saved ({style.label(claim.model)})"}
         axes.plot(points.length_tokens, points.value, **line)
 
 

@@ -8,4 +8,4 @@ from analysis.results.benchmarks import LATENCY
 NAME = "Time to first token"
 TITLE = f"{NAME} against sequence length (paper, Figure 12a)"
 QUERY = LATENCY
-draw = partial(draw_latency, phase="prefill", title=NAME, note="clustering is part of the time", claim=1.73)
+draw = partial(draw_latency, phase="prefill", title=NAME, note="clustering is part of the time", claim="first-token")

@@ -7,13 +7,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, style
+from analysis.plotting import page, paper, style
 from analysis.results.profiles import PROFILE, Profile, best_profile
 from analysis.results.runs import Results
+from analysis.tables.settings import defaults
 
 TITLE = "Sizes of clusters (paper, Figure 13)"
 QUERY = PROFILE
-LAYER, OF = 18, 32  # the paper's layer, of LLaMA-7B's
+CLAIM = "cluster-skew"  # in results/paper/claims.csv, with the paper's layer
 LARGEST, BOTH = "largest cluster", "two largest clusters"
 NOTES = (
     "Clusters found in each sample by itself, ordered by size; mean over samples, whiskers: their standard "
@@ -35,8 +36,11 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
 
 
 def the_layer(layers: int) -> int:
-    """Return layer 18 as in the paper, or the layer at the same relative depth in a model without it."""
-    return LAYER if layers > LAYER else min(round(layers * LAYER / OF), layers - 1)
+    """Return the paper's layer, or the layer at the same relative depth in a model without it."""
+    claim = paper.number(CLAIM)
+    layer = int(claim.options["layer"])
+    depth = int(defaults(f"model/{claim.model}")["architecture"]["num_hidden_layers"])
+    return layer if layers > layer else min(round(layers * layer / depth), layers - 1)
 
 
 def draw_sizes(axes: Axes, data: pd.DataFrame, profile: Profile, layer: int) -> None:

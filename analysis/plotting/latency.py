@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from analysis.plotting import page, style
+from analysis.plotting import page, paper, style
+from analysis.plotting.paper import PaperNumber
 from analysis.results.benchmarks import LATENCY, times
-from analysis.results.runs import MAIN, Results, Run, base_name
+from analysis.results.runs import Results, Run, base_name
 
 MEASURED, LIMIT, PAPER = "measured", "limit", "paper"
-PAPER_LENGTH = 2048  # tokens, of the paper's claims
 MOST_COUNTS = 3  # cluster counts drawn of the attention alone
 COLUMNS = [
     "panel", "series", "source", "implementation", "k", "length_tokens", "value", "unit", "p25", "p75",
@@ -25,13 +25,13 @@ WHISKERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def draw_latency(results: Results, phase: str, title: str, note: str, claim: float) -> tuple[Figure, pd.DataFrame]:
+def draw_latency(results: Results, phase: str, title: str, note: str, claim: str) -> tuple[Figure, pd.DataFrame]:
     """Draw times on the left and speedups on the right, of ``prefill`` or ``decode``.
 
-    The paper's claim, a speedup, is drawn only if the run is of its model.
+    The paper's claim, a speedup named by its id, is drawn only if the run is of its model.
     """
     run = results.newest(LATENCY, lambda run: set(times(run, phase).baseline) == {True, False})
-    data = plot_data(run, phase, claim)
+    data = plot_data(run, phase, paper.number(claim))
     figure = page.of_run(run, f"{title} against sequence length")
     left, right = figure.subplots(1, 2)
     draw_times(left, data[data.panel == "time"], title)
@@ -41,7 +41,7 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
     return figure, data
 
 
-def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
+def plot_data(run: Run, phase: str, claim: PaperNumber) -> pd.DataFrame:
     """Return a row for each point: panel, series, source, implementation, k, length_tokens, value, unit, quartiles."""
     table = run.table[run.table.phase == phase].sort_values("length", ignore_index=True)
     table = table.rename(columns={"length": "length_tokens"}).assign(run=run.result["run_id"])
@@ -66,10 +66,10 @@ def plot_data(run: Run, phase: str, claim: float) -> pd.DataFrame:
         name = f"attention alone, k = {k}"
         parts.append(speedups(attention[attention.k == k], name, name))
 
-    if base_name(run.model) in MAIN:  # the paper makes no claim about other models
-        label = f"paper: {claim:g}{style.TIMES} (LLaMA-7B, V100)"
-        paper = {"panel": "speedup", "series": label, "source": PAPER, "length_tokens": PAPER_LENGTH}
-        parts.append(pd.DataFrame([paper | {"value": claim, "unit": "x"}]))
+    if base_name(run.model) == claim.model:  # the paper makes no claim about other models
+        name = f"paper: {claim.value:g}{style.TIMES} ({style.label(claim.model)}, V100)"
+        point = {"panel": "speedup", "series": name, "source": PAPER, "length_tokens": int(claim.options["length"])}
+        parts.append(pd.DataFrame([point | {"value": claim.value, "unit": "x"}]))
     return pd.concat(parts, ignore_index=True)[COLUMNS].astype({"k": "Int64"})
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting import page, style
+from analysis.plotting import page, paper, style
 from analysis.results.runs import Results
 from analysis.results.scores import ACCURACY, Score, load_scores
 from analysis.stats import Interval
@@ -30,6 +30,12 @@ SIDES: dict[str, tuple[Literal["left", "right"], tuple[int, int]]] = {
     "static": ("right", (-5, 4)),
     "random": ("left", (5, -8)),
     "dejavu": ("left", (5, -8)),
+}
+
+#: Marker and line of each reading of the numbers of heads in Figures 1 and 14.
+READINGS: dict[str, dict[str, Any]] = {
+    paper.KEPT: {"words": "n heads kept", "marker": {}, "line": "-"},
+    paper.COMBINED: {"words": "n heads combined", "marker": {"markerfacecolor": "white"}, "line": "--"},
 }
 
 MHA = Interval(0.0, math.nan, math.nan)  # its change against itself
@@ -50,6 +56,19 @@ class Point:
             if isinstance(value, (int, float)) and set(self.row.settings) <= {name}:
                 return name, float(value)
         return None
+
+    @property
+    def reading(self) -> str:
+        """Reading of Figure 1's numbers of heads that the point's clusters belong to; empty: to none."""
+        if self.place is None or self.place[0] != "clusters":
+            return ""
+        return paper.reading(self.row.method, int(self.place[1]), self.heads) or ""
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer (0: an older run that did not record the architecture)."""
+        run = self.row.scores[0].run
+        return int((run.result.get("architecture") or {}).get("num_attention_heads") or self.row.cells[0].whole_heads)
 
 
 @dataclass(frozen=True)

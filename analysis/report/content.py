@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from analysis.report import claims, figures, layers, overview, plots, provenance, tables
+from analysis.report import claims, conditions, figures, layers, overview, plots, provenance, tables
 from analysis.report.checks import Check, checks
-from analysis.report.claims import Judged
+from analysis.report.claims import CLAIM_VERDICTS, ClaimVerdict, Judged
+from analysis.report.conditions import PAPER_MODELS, PAPER_TABLES, PassedOver
 from analysis.report.figures import Drawn
 from analysis.report.layers import Layers
-from analysis.report.measures import PAPER_TABLES, Source
 from analysis.report.overview import Line
 from analysis.report.plots import Plot
+from analysis.report.source import Source
 from analysis.results.files import SkippedRun
 from analysis.results.profiles import PROFILE
 from analysis.results.runs import Results, Run, base_name
-from analysis.results.scores import ACCURACY, load_scores
-from analysis.stats import VERDICTS, Verdict
+from analysis.results.scores import ACCURACY, Score, load_scores
 from analysis.tables.cells import Table
 from analysis.tables.specs import PAPER, TABLES
 
@@ -52,11 +52,12 @@ class Content:
     runs: list[Run]  # all finished runs
     problems: dict[Path, str]  # files and folders that cannot be used, with the reason
     made: str  # time of writing
+    passed: dict[Path, str]  # accuracy runs of the paper's models that count for no claim, with the reason
 
     @property
-    def counts(self) -> dict[Verdict, int]:
+    def counts(self) -> dict[ClaimVerdict, int]:
         """Number of claims of each verdict."""
-        return {verdict: sum(one.verdict == verdict for one in self.claims) for verdict in VERDICTS}
+        return {verdict: sum(one.verdict == verdict for one in self.claims) for verdict in CLAIM_VERDICTS}
 
 
 def collect(root: Path) -> Content:
@@ -70,13 +71,16 @@ def collect(root: Path) -> Content:
     by_name = tables.fill(scores, problems)
 
     # The real models: those of the paper's tables first, then others.
-    source = Source(real, by_name)
+    counted, passed = _counted(scores, problems)
+    counted_tables = tables.fill(counted, problems)
+    passed = [*passed, *(one for table in counted_tables.values() for one in conditions.not_compared(table, counted))]
+    source = Source(real, counted_tables, passed)
     real_scores = [score for score in scores if base_name(score.run.model) != EMBEDDED]
-    paper_models = [TABLES[name].model for name in PAPER_TABLES]
     paper_tables = [by_name[name] for name in PAPER_TABLES]
-    more = tables.others(real_scores, paper_models)
+    more = tables.others(real_scores, PAPER_MODELS)
     by_model = {table.model: table for table in (*more, *reversed(paper_tables))}  # the first of two tables of a model
-    lines = [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*paper_models, *by_model])]
+    by_model |= {table.model: table for table in reversed([counted_tables[name] for name in PAPER_TABLES])}
+    lines = [overview.line(by_model[model], source, runs) for model in dict.fromkeys([*PAPER_MODELS, *by_model])]
     paper = Part(
         "paper", lines, [*paper_tables, *more],
         plots.tradeoff(real, "tradeoff", real_scores), ACCURACY.command,
@@ -102,7 +106,18 @@ def collect(root: Path) -> Content:
     for skipped in (real.skipped, embedded.skipped, everything.skipped, *drawn_skipped):
         problems |= skipped
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    return Content(root, judgements, known, paper, embedded_part, runs, dict(sorted(problems.items(), key=str)), made)
+    reasons = {one.run.folder: one.reason for one in passed}
+    left_out = dict(sorted(problems.items(), key=str))
+    return Content(root, judgements, known, paper, embedded_part, runs, left_out, made, reasons)
+
+
+def _counted(scores: Sequence[Score], problems: dict[Path, str]) -> tuple[list[Score], list[PassedOver]]:
+    """Divide accuracy runs into those that count for claims and others; none count if the paper's data are corrupt."""
+    try:
+        return conditions.split(scores)
+    except SkippedRun as reason:
+        problems[PAPER / "tasks.csv"] = str(reason)
+        return [], []
 
 
 def _models(runs: Sequence[Run]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.report.measures import Source, kv_saved, latency_run, speedup
+from analysis.report.costs import kv_saved, latency_run, speedup
+from analysis.report.source import Source
 from analysis.results.runs import Run, base_name, optional
 from analysis.stats import Interval, mean_over_tasks
 from analysis.tables.cells import Table

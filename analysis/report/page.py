@@ -14,10 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from analysis.plotting.style import TIMES, label
 from analysis.report import provenance
-from analysis.report.claims import Judged
+from analysis.report.claims import CLAIM_VERDICTS, Judged
 from analysis.report.content import Content
+from analysis.report.conditions import HALF
 from analysis.report.figures import uri
-from analysis.report.tables import cell_ends, cell_title, cell_words, verdict_counts
+from analysis.report.tables import cell_ends, cell_title, cell_words, uncounted, verdict_counts
 from analysis.stats import RULES, VERDICTS, Interval
 from analysis.tables.formats import comma_separated
 from analysis.tables.layout import commands, notes, paper_text
@@ -27,11 +28,30 @@ from analysis.tables.specs import task_name
 #: A sign for each verdict, distinct without colour.
 SIGNS = {
     "reproduced": "✓", "not reproduced": "✗", "undecided": "≈", "not run yet": "○",
-    "holds": "✓", "fails": "✗",
+    "not implemented": "∅", "holds": "✓", "fails": "✗",
 }  # fmt: skip
 MINUS = "\N{MINUS SIGN}"
+#: Which runs count for a claim, and what the board says without a number.
+COUNTED = (
+    "A run counts only if it is of the paper's model in every field of its architecture (as loaded), has 16-bit "
+    f"numbers ({' or '.join(HALF)}), the same on both sides of a comparison, and CHAI's default settings with the "
+    "counts of the model's configuration or of a head profile, the same for accuracy, memory and time. Accuracy counts "
+    "with trained weights on the whole data set, times on a GPU. Runs that were found and do not count are named with "
+    "the reason.",
+    "Accuracy on one task has an exact paired interval (Clopper and Pearson), a mean over tasks a paired bootstrap.",
+    "Not implemented means that this project lacks the means to reach the paper's number, so that ours is no evidence "
+    "against it. A number that cannot decide a claim, such as one of a profile without redundant heads, is undecided.",
+)
 BOUNDS = {"equals": "", "at most": "≤ ", "at least": "≥ ", "reaches": "up to "}
-DIGITS = {"x": 2, "correlation": 2, "GB": 2, "tokens": 0}  # decimals of numbers by unit, else 1
+DIGITS = {
+    "x": 2,
+    "correlation": 2,
+    "GB": 2,
+    "tokens": 0,
+    "heads": 0,
+    "pairs": 0,
+    "numbers": 0,
+}  # decimals of numbers by unit, else 1
 LEFT, RIGHT = 7.0, 143.0  # pixels, ends of the axis of a claim's picture
 UNITS = {"x": TIMES, "correlation": ""}  # how units are printed, else after a space
 
@@ -64,8 +84,8 @@ def _environment() -> Environment:
         "csv": lambda table: uri("text/csv", comma_separated(table).encode()),
     }
     environment.globals |= {
-        "SIGNS": SIGNS, "VERDICTS": VERDICTS, "RULES": RULES, "COUNTS": COUNTS, "PROFILE": PROFILE,
-        "provenance": provenance, "paper_text": paper_text,
+        "SIGNS": SIGNS, "VERDICTS": VERDICTS, "CLAIM_VERDICTS": CLAIM_VERDICTS, "RULES": (*RULES, *COUNTED),
+        "COUNTS": COUNTS, "PROFILE": PROFILE, "provenance": provenance, "paper_text": paper_text,
         # Styles and scripts are included as they are.
         "raw": lambda name: Markup(loader.get_source(environment, name)[0]),
     }  # fmt: skip
@@ -104,10 +124,10 @@ def paper(judged: Judged) -> str:
 
 def ours(judged: Judged) -> str:
     """Format our number with its unit."""
-    if judged.ours is None:
-        return "not run yet"
+    if judged.number is None:
+        return "no run that counts" if judged.passed else "not run yet"
     unit = judged.claim.unit
-    return number(judged.ours.interval.value, DIGITS.get(unit, 1)) + _unit(unit)
+    return number(judged.number.interval.value, DIGITS.get(unit, 1)) + _unit(unit)
 
 
 def our_ends(judged: Judged) -> str:
@@ -149,5 +169,5 @@ def duration(seconds: float) -> str:
 
 FILTERS = (
     label, minus, duration, number, ends, paper, ours, our_ends, strip_places, notes, commands,
-    verdict_counts, cell_words, cell_ends, cell_title,
+    verdict_counts, uncounted, cell_words, cell_ends, cell_title,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analysis.plotting.style import label
@@ -44,10 +44,16 @@ def others(scores: Sequence[Score], excluded: Sequence[str]) -> list[Table]:
     return tables
 
 
-def verdict_counts(table: Table) -> dict[Verdict, int]:
-    """Count the cells of each verdict, if the paper has numbers."""
-    counts = Counter(cell.verdict for row in table.rows for cell in row.cells if cell.verdict)
+def verdict_counts(table: Table, passed: Mapping[Path, str]) -> dict[Verdict, int]:
+    """Count the cells of each verdict, if the paper has numbers; runs in ``passed`` have none."""
+    cells = [cell for row in table.rows for cell in row.cells if cell.verdict and not uncounted(cell, passed)]
+    counts = Counter(cell.verdict for cell in cells)
     return {verdict: counts[verdict] for verdict in VERDICTS}
+
+
+def uncounted(cell: Cell, passed: Mapping[Path, str]) -> str:
+    """Return why the runs of a cell do not count for what the paper says, given such runs with the reason; or empty."""
+    return next((passed[score.run.folder] for score in cell.scores if score.run.folder in passed), "")
 
 
 def cell_words(cell: Cell) -> str:

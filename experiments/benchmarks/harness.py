@@ -32,7 +32,7 @@ from experiments.runs.experiment import Run, check_method, require_minimum, run_
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import settings_id
-from experiments.runs.model import computed_on
+from experiments.runs.model import computed_on, loaded_architecture
 from experiments.system.console import log_info
 
 Timers = dict[str, Callable[[], object]]  # by the name of what is timed
@@ -97,6 +97,7 @@ def run_benchmark(
             "heads": model.config.num_attention_heads,
             "key_heads": num_kv_heads(model.config),
             "heads_kept": run.method.heads_kept(model.config),
+            "architecture": loaded_architecture(model.config, run.config),
             "savings": {"kind": run.method.saving},
             "batch_size": run.options.rows,
             "settings_id": settings_id(run.config),

@@ -29,7 +29,7 @@ from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settings_id
 from experiments.runs.locks import lock_owner
-from experiments.runs.model import model_source
+from experiments.runs.model import loaded_architecture, model_source
 from experiments.system.console import log_error, log_info
 from experiments.system.device import device_name
 from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
@@ -139,6 +139,7 @@ class Scorer:
             "processes": group.world_size,
             "resumed": saved.restored,
             "settings_id": settings_id(config),
+            "architecture": loaded_architecture(self.model.config, config),
             "device": describe_devices(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }

@@ -33,7 +33,7 @@ from experiments.runs.experiment import Run, require_minimum, run_single
 from experiments.runs.files import digest, write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import run_identity, settings_id
-from experiments.runs.model import computed_on
+from experiments.runs.model import computed_on, loaded_architecture
 from experiments.system.console import console, log_info
 from experiments.tables.head_profile import show_head_profile
 
@@ -128,6 +128,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     return {
         **{name: about["model"][name] for name in ("layers", "heads", "key_heads")},
         "heads_kept": profile.num_clusters,
+        "architecture": loaded_architecture(run.architecture, config),
         "metrics": {
             "kv_saved": profile.about["saving"],
             "error": float(remaining / error[:, 0].sum()),

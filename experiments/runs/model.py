@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chai.loading import ModelSource
 from chai.patching.devices import describe_devices, input_device
@@ -31,6 +31,14 @@ def computed_on(model: PreTrainedModel) -> dict[str, str]:
         "device_name": device_name(input_device(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def loaded_architecture(loaded: PreTrainedConfig, config: DictConfig) -> dict[str, Any]:
+    """Return ``architecture`` of ``result.json``: the loaded model's values of the keys of ``model.architecture``.
+
+    The configuration says what was asked for; a folder or the hub may hold another model.
+    """
+    return {str(key): getattr(loaded, str(key), None) for key in config.model.architecture}
 
 
 def process_device(device: str, device_map: Any) -> str:

@@ -32,10 +32,11 @@ SIDES: dict[str, tuple[Literal["left", "right"], tuple[int, int]]] = {
     "dejavu": ("left", (5, -8)),
 }
 
-#: Marker and line of each reading of the numbers of heads in Figures 1 and 14.
+#: Legend, markers and line of each reading of the numbers of heads n in Figures 1 and 14.
 READINGS: dict[str, dict[str, Any]] = {
-    paper.KEPT: {"words": "n heads kept", "marker": {}, "line": "-"},
-    paper.COMBINED: {"words": "n heads combined", "marker": {"markerfacecolor": "white"}, "line": "--"},
+    "": {"words": "", "look": {}, "line": "-"},
+    paper.KEPT: {"words": ", n kept", "look": {}, "line": "-"},
+    paper.COMBINED: {"words": ", n combined", "look": {"markerfacecolor": "white"}, "line": ":"},
 }
 
 MHA = Interval(0.0, math.nan, math.nan)  # its change against itself
@@ -59,16 +60,16 @@ class Point:
 
     @property
     def reading(self) -> str:
-        """Reading of Figure 1's numbers of heads that the point's clusters belong to; empty: to none."""
+        """Reading of the paper's numbers of heads by which the point is in Figure 1; empty: by none."""
         if self.place is None or self.place[0] != "clusters":
             return ""
         return paper.reading(self.row.method, int(self.place[1]), self.heads) or ""
 
     @property
     def heads(self) -> int:
-        """Query heads of a layer (0: an older run that did not record the architecture)."""
-        run = self.row.scores[0].run
-        return int((run.result.get("architecture") or {}).get("num_attention_heads") or self.row.cells[0].whole_heads)
+        """Query heads of a layer, all of which multi-head attention keeps; 0: an older run did not record them."""
+        baseline = self.row.cells[0].baseline
+        return max(baseline.run.result["savings"].get("heads_kept") or [0]) if baseline else 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd
         {
             "panel": panel, "method": point.row.method,
             "label": row_name(point.row.method, point.row.settings),  # row.label may be shorter
-            "settings": " ".join(assignments(point.row.settings)),
+            "settings": " ".join(assignments(point.row.settings)), "reading": point.reading,
             "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
             "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.scores),
@@ -181,10 +182,19 @@ def front_line(data: pd.DataFrame) -> tuple[list[float], list[float]]:
     return [*front.cost.tolist(), float(data.cost.max())], [*front.accuracy.tolist(), float(front.accuracy.iloc[-1])]
 
 
-def series_line(rows: pd.DataFrame, points: Sequence[Point]) -> pd.DataFrame:
-    """Return the rows of a method's series in its order; other settings of the method stand alone."""
+def series_lines(rows: pd.DataFrame, points: Sequence[Point]) -> dict[str, pd.DataFrame]:
+    """Return the rows of a method's series in its order, by reading; other settings of the method stand alone."""
     series = sorted((points[index].place, index) for index in rows.index if points[index].place)
-    return rows.loc[[index for _, index in series]]
+    return {
+        reading: rows.loc[found]
+        for reading in READINGS
+        if (found := [index for _, index in series if points[index].reading == reading])
+    }
+
+
+def series_words(rows: pd.DataFrame, reading: str) -> str:
+    """Return what the legend adds to a method's name; empty for a method with one reading only."""
+    return READINGS[reading]["words"] if paper.COMBINED in set(rows.reading) else ""
 
 
 def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
@@ -196,14 +206,18 @@ def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
     axes.step(*front_line(data), where="post", **front)
     for name, rows in data.groupby("method", sort=False):
         method, look = str(name), style.look(str(name))
-        line = series_line(rows, points)
-        axes.plot(line.cost, line.accuracy, color=look["color"], linewidth=1, zorder=2)
-        ends = [rows.accuracy - rows.low, rows.high - rows.accuracy]
-        whiskers = [side.clip(lower=0).fillna(0) for side in ends]
-        marks = look | {"linestyle": "none", "elinewidth": 0.8, "label": style.label(method), "zorder": 3}
-        axes.errorbar(rows.cost, rows.accuracy, whiskers, **marks)
+        lines = series_lines(rows, points)
+        for reading, line in lines.items():
+            axes.plot(line.cost, line.accuracy, READINGS[reading]["line"], color=look["color"], linewidth=1, zorder=2)
+        for name, group in rows.groupby("reading", sort=False):
+            reading = str(name)
+            ends = [group.accuracy - group.low, group.high - group.accuracy]
+            whiskers = [side.clip(lower=0).fillna(0) for side in ends]
+            words = style.label(method) + series_words(rows, reading)
+            marks = look | READINGS[reading]["look"] | {"linestyle": "none", "elinewidth": 0.8, "label": words}
+            axes.errorbar(group.cost, group.accuracy, whiskers, **marks, zorder=3)
         for index, row in rows.iterrows():
-            if words := _point_label(points[index], alone=line.empty):
+            if words := _point_label(points[index], alone=not lines):
                 side, offset = SIDES.get(method, ("left", (5, 4)))
                 note = axes.annotate(
                     words, (row.cost, row.accuracy), offset, textcoords="offset points", ha=side, fontsize=6.5,
@@ -242,10 +256,23 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     letters = "".join(f"{letter} is {name}. " for letter, name in names)
     words = page.wrap(
         "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
-        f"{notes}Savings in this implementation are {savings}. {letters}{tradeoff.notes}"
+        f"{notes}Savings in this implementation are {savings}. {letters}{reading_notes(tradeoff)}{tradeoff.notes}"
     )
     run = tradeoff.points[0].row.scores[0].run
     torch = run.versions.get("torch")
     source = [str(run.result.get("device", "unknown device")), run.dtype, *([f"torch {torch}"] if torch else [])]
     runs = sum(len(point.row.scores) for point in tradeoff.points)
     page.footer(figure, [*words, " · ".join([*source, f"{runs} runs"])])
+
+
+def reading_notes(tradeoff: Tradeoff) -> str:
+    """Return how the paper's numbers of heads are read, with the readings that are drawn; empty if none is."""
+    by_method = {point.row.method: point for point in tradeoff.points if point.reading}
+    if not by_method:
+        return ""
+    heads = max(point.heads for point in by_method.values())
+    numbers = sorted({n for method in by_method for n in paper.figure1_numbers(method, heads)})
+    drawn = {point.reading for point in tradeoff.points}
+    words = {paper.KEPT: "heads kept (k = n, filled)", paper.COMBINED: f"heads combined (k = {heads} - n + 1, hollow)"}
+    read = " and as ".join(words[reading] for reading in words if reading in drawn)
+    return f"The paper's numbers of heads, n = {', '.join(map(str, numbers))}, read as {read}. "

@@ -15,8 +15,8 @@ from plotly.offline import get_plotlyjs
 from analysis.plotting.style import TIMES, label
 from analysis.report import provenance
 from analysis.report.claims import CLAIM_VERDICTS, Judged
-from analysis.report.content import Content
 from analysis.report.conditions import HALF
+from analysis.report.content import Content
 from analysis.report.figures import uri
 from analysis.report.tables import cell_ends, cell_title, cell_words, uncounted, verdict_counts
 from analysis.stats import RULES, VERDICTS, Interval

@@ -68,7 +68,7 @@ def tradeoff(results: Results, name: str, scores: Sequence[Score]) -> list[Plot]
             continue
         data = tradeoffs.plot_data(cost.label, comparison.shares(cost.value), cost.title)
         file = f"{name}-{cost.label.lower().replace(' ', '-')}"
-        note = comparison.heading("").strip() + ". " + comparison.notes
+        note = comparison.heading("").strip() + ". " + tradeoffs.reading_notes(comparison) + comparison.notes
         plots.append(
             Plot(cost.label, _tradeoff_spec(data, comparison, cost), *csv_uri(file, data), note, narrowed.used)
         )
@@ -84,30 +84,37 @@ def _tradeoff_spec(data: pd.DataFrame, comparison: Tradeoff, cost: Cost) -> str:
     )  # fmt: skip
     for name, rows in data.groupby("method", sort=False):
         method, style = str(name), look(str(name))
-        color, symbol = style["color"], SYMBOLS[style["marker"]]
-        if style.get("markerfacecolor") == "white":
-            symbol += "-open"
-        line = tradeoffs.series_line(rows, comparison.points)
-        if len(line) > 1:
-            figure.add_scatter(
-                x=line.cost.tolist(), y=line.accuracy.tolist(), mode="lines", line={"color": color, "width": 1},
-                hoverinfo="skip", showlegend=False, legendgroup=method,
-            )  # fmt: skip
-        above, below = ((rows.high - rows.accuracy).fillna(0), (rows.accuracy - rows.low).fillna(0))
-        figure.add_scatter(
-            x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=label(method), legendgroup=method,
-            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 1, "color": color}},
-            error_y={
-                "type": "data", "array": above.tolist(), "width": 0, "thickness": 1,
-                "arrayminus": below.tolist(), "symmetric": False, "color": color,
-            },
-            text=[_hover(row) for row in rows.itertuples()], hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
+        for line in tradeoffs.series_lines(rows, comparison.points).values():
+            if len(line) > 1:
+                figure.add_scatter(
+                    x=line.cost.tolist(), y=line.accuracy.tolist(), mode="lines", hoverinfo="skip", showlegend=False,
+                    line={"color": style["color"], "width": 1}, legendgroup=method,
+                )  # fmt: skip
+        for reading, group in rows.groupby("reading", sort=False):
+            _add_points(figure, group, method, str(reading), tradeoffs.series_words(rows, str(reading)))
     figure.update_layout(
         template="none", xaxis={"title": {"text": cost.title}}, yaxis={"title": {"text": "mean accuracy (%)"}},
         hovermode="closest", legend={"tracegroupgap": 0},
     )  # fmt: skip
     return spec(figure)
+
+
+def _add_points(figure: go.Figure, rows: pd.DataFrame, method: str, reading: str, words: str) -> None:
+    """Add the points of a method, hollow for the paper's numbers of heads read as heads combined."""
+    style = look(method) | tradeoffs.READINGS[reading]["look"]
+    color, symbol = style["color"], SYMBOLS[style["marker"]]
+    if style.get("markerfacecolor") == "white":
+        symbol += "-open"
+    above, below = ((rows.high - rows.accuracy).fillna(0), (rows.accuracy - rows.low).fillna(0))
+    figure.add_scatter(
+        x=rows.cost.tolist(), y=rows.accuracy.tolist(), mode="markers", name=label(method) + words, legendgroup=method,
+        marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 1, "color": color}},
+        error_y={
+            "type": "data", "array": above.tolist(), "width": 0, "thickness": 1,
+            "arrayminus": below.tolist(), "symmetric": False, "color": color,
+        },
+        text=[_hover(row) for row in rows.itertuples()], hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
 
 
 def _hover(row: Any) -> str:

@@ -1,12 +1,14 @@
 """``paper=NAME``: the sweeps that fill one of the paper's tables, listed in ``conf/paper/<name>.yaml``.
 
 Methods with different hyper-parameters cannot share a sweep, since a sweep is every combination of its values.
+A file can have sweeps for each ``reading`` of what the paper leaves open, of which ``reading=NAME`` chooses.
 """
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,6 +17,8 @@ from experiments.config.compose import choices, compose_config
 from experiments.config.schema import CONF, ConfigError, unknown_name
 
 GROUP = "paper"
+READING = "reading"
+ALL = "both"  # all readings of a file
 
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
@@ -38,17 +42,18 @@ def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
 def read_table(path: Path, extra: list[str]) -> list[list[str]]:
     """Return the overrides of each sweep in a file, combined with the overrides ``extra``.
 
-    ``extra`` goes to every sweep; its ``model=`` and ``task=`` replace those of the file. ``method.K=V`` goes to the
-    methods that have such a key, unless the sweep sets it itself.
+    ``extra`` goes to every sweep; its ``model=``, ``task=`` and ``reading=`` replace those of the file. ``method.K=V``
+    goes to the methods that have such a key, unless the sweep sets it itself.
     """
     table = yaml.safe_load(path.read_text())
     settings = [override for override in extra if _key(override).startswith("method.")]
     common = [override for override in extra if override not in settings]
+    lines, common = _sweeps(path, table, common)
     given = {_key(override) for override in common}
     common = [*(f"{key}={table[key]}" for key in ("model", "task") if key not in given), *common]
     sweeps: list[list[str]] = []
     used: set[str] = set()
-    for line in table["sweeps"]:
+    for line in lines:
         fixed = dict(word.split("=", 1) for word in replace_aliases(line.split()))
         methods_by_settings: dict[tuple[str, ...], list[str]] = {}
         for method in fixed.pop("method").split(","):
@@ -67,6 +72,20 @@ def read_table(path: Path, extra: list[str]) -> list[list[str]]:
         if override not in used:
             raise ConfigError(f"{override}: no method of {GROUP}={path.stem} has such a key to set")
     return sweeps
+
+
+def _sweeps(path: Path, table: dict[str, Any], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Return the sweeps of a file with those of the chosen readings, and the overrides without ``reading=``."""
+    wanted = [override for override in overrides if _key(override) == READING]
+    readings: dict[str, list[str]] = table.get("readings", {})
+    if wanted and not readings:
+        raise ConfigError(f"{wanted[0]}: {GROUP}={path.stem} has no readings")
+    name = wanted[-1].partition("=")[2] if wanted else table.get(READING, ALL)
+    valid = [*readings, ALL]
+    if readings and name not in valid:
+        raise ConfigError(unknown_name(READING, name, valid))
+    chosen = [line for key, lines in readings.items() if name in (key, ALL) for line in lines]
+    return [*table["sweeps"], *chosen], [override for override in overrides if override not in wanted]
 
 
 def _key(override: str) -> str:

@@ -108,9 +108,10 @@ def test_verdicts(ends, bound, verdict):
 
 def test_every_claim_of_the_paper_is_typed():
     typed = claims.read(PAPER / "claims.csv")
-    assert len({one.id for one in typed}) == len(typed) >= 14
+    assert len({one.id for one in typed}) == len(typed) >= 32
     assert {one.measure for one in typed} <= set(MEASURES)
     assert all(one.source and one.how and one.statement for one in typed)
+    assert set(claims.NOT_IMPLEMENTED) <= {one.id for one in typed}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,23 @@ def test_a_corrupt_line_of_the_claims_is_named(tmp_path, text, reason):
     (tmp_path / "claims.csv").write_text(text)
     with pytest.raises(SkippedRun, match=reason):
         claims.read(tmp_path / "claims.csv")
+
+
+@pytest.mark.parametrize(
+    "reference", ["table4 CHAI-QKV", "table4 CHAI-QKV boolq", "table4 nobody piqa", "table5 cells"]
+)
+def test_a_number_that_refers_to_nothing_is_none(tmp_path, reference):
+    line = f"a,b,c,,kv_saved,equals,{reference},x,1,s,o,n\n"
+    (tmp_path / "claims.csv").write_text(",".join(claims.COLUMNS) + "\n" + line)
+    with pytest.raises(SkippedRun, match="that is not a number"):
+        claims.read(tmp_path / "claims.csv")
+
+
+def test_numbers_of_tables_are_read_from_them():
+    values = {one.id: one.value for one in claims.read(PAPER / "claims.csv")}
+    assert float(values["qkv-arc"]) == pytest.approx(47.5 - 41.29)
+    assert float(values["qkv-piqa"]) == pytest.approx(79.8 - 61.93)
+    assert [values[f"accuracy-{name}"] for name in ("opt", "table-7b", "table-33b")] == [20, 35, 35]
 
 
 def test_ours_is_what_the_runs_say(content):
@@ -146,18 +164,18 @@ def test_ours_is_what_the_runs_say(content):
 
 def test_a_loss_is_paired_and_the_worst_of_the_tasks(content):
     worst = claim(content, "accuracy-7b")
-    assert worst.ours.interval.value == pytest.approx(2.0)  # 4 of 200 answers
+    assert worst.ours.interval.value == pytest.approx(2.0, abs=0.03)  # 4 of 200 answers
     assert worst.ours.interval.low < 2 < worst.ours.interval.high < 4.5
-    assert worst.verdict == "undecided" or worst.ours.interval.high <= 4.2
-    assert claim(content, "dejavu-30").ours.interval.value == pytest.approx(18.5)
-    assert claim(content, "dejavu-30").verdict == "undecided"  # of 200 items the interval is wide
+    assert worst.verdict == "reproduced" and worst.ours.certainty.startswith("exact, paired, 18,698 items")
+    dejavu = claim(content, "dejavu-30")
+    assert dejavu.ours.interval.value == pytest.approx(18.5, abs=0.01) and dejavu.verdict == "reproduced"
 
 
 def test_a_claim_about_three_models_isnt_kept_by_one_but_is_broken_by_one(content, tmp_path):
     whole = claim(content, "accuracy")
     assert whole.verdict == "not run yet" and whole.ours is not None
     assert any("opt66b" in line for line in whole.commands) and not any("llama7b" in line for line in whole.commands)
-    reported.scores(tmp_path, scored.MODEL, lost=30)
+    reported.scores(tmp_path, reported.MODEL, lost=30)
     assert claim(collect(tmp_path), "accuracy").verdict == "not reproduced"
 
 
@@ -166,7 +184,10 @@ def test_the_embedded_model_says_nothing_about_the_paper(tmp_path, monkeypatch):
     reported.scores(tmp_path, scored.TINY, "micro_", lost=1)
     reported.probes(tmp_path, "tiny", reported.GROUPS, 16)
     content = collect(tmp_path)
-    assert content.counts == {"reproduced": 0, "not reproduced": 0, "undecided": 0, "not run yet": len(content.claims)}
+    lacking = len(claims.NOT_IMPLEMENTED)
+    assert {verdict: n for verdict, n in content.counts.items() if n} == {
+        "not run yet": len(content.claims) - lacking, "not implemented": lacking,
+    }  # fmt: skip
     assert all(cell.state == "missing" for table in content.paper.tables for row in table.rows for cell in row.cells)
     assert not content.paper.tradeoff and not content.paper.layers
     assert [one.picture == "" for one in (*content.paper.figures, *content.embedded.figures)] == [True, False]

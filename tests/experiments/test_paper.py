@@ -30,6 +30,26 @@ def table(tmp_path):
     return write
 
 
+def lines_of(content):
+    """All sweeps of a file, of every reading."""
+    return [*content["sweeps"], *(line for lines in content.get("readings", {}).values() for line in lines)]
+
+
+def test_readings_of_the_numbers_of_heads_are_a_setting():
+    def counts(*arguments):
+        sweeps = expand(["paper=figure1", *arguments], multirun=True)
+        return [word for sweep in sweeps for word in sweep if word.startswith("method.clusters=")]
+
+    kept, combined = "method.clusters=4,8,16,24", "method.clusters=29,25,17,9"
+    assert counts() == counts("reading=both") == [kept, combined]
+    assert counts("reading=kept") == [kept] and counts("reading=combined") == [combined]
+    assert [32 - int(k) + 1 for k in combined.partition("=")[2].split(",")] == [4, 8, 16, 24]
+    with pytest.raises(ConfigError, match=r"unknown reading 'keep' \(did you mean 'kept'\?\)"):
+        counts("reading=keep")
+    with pytest.raises(ConfigError, match="reading=kept: paper=table2 has no readings"):
+        expand(["paper=table2", "reading=kept"], multirun=True)
+
+
 def test_each_line_is_a_sweep_on_the_tables_model_and_tasks(table):
     path = table("method=mha,chai", "method=random method.clusters=2,4")
     assert read_table(path, ["limit=5"]) == [
@@ -110,10 +130,10 @@ def test_a_line_without_paper_is_left_alone():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_names_what_there_is(path):
     content = yaml.safe_load(path.read_text())
-    assert set(content) == {"model", "task", "sweeps"}
+    assert set(content) - {"reading", "readings"} == {"model", "task", "sweeps"}
     assert content["model"] in choices("model")
     assert set(content["task"].split(",")) <= set(choices("task"))
-    for line in content["sweeps"]:
+    for line in lines_of(content):
         assert line.startswith("method=")
 
 
@@ -123,7 +143,7 @@ def test_every_sweep_of_a_method_that_is_there_is_valid(path, table):
     there = choices("method")
     content = yaml.safe_load(path.read_text())
     lines = []
-    for line in content["sweeps"]:
+    for line in lines_of(content):
         methods, _, rest = line.removeprefix("method=").partition(" ")
         lines += [f"method={method} {rest}" for method in methods.split(",") if method in there]
     unpublished = ["method.clusters=4"] if content["model"] == "opt66b" else []

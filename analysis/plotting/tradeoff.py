@@ -216,7 +216,9 @@ def draw_panel(axes: Axes, data: pd.DataFrame, points: Sequence[Point]) -> None:
             words = style.label(method) + series_words(rows, reading)
             marks = look | READINGS[reading]["look"] | {"linestyle": "none", "elinewidth": 0.8, "label": words}
             axes.errorbar(group.cost, group.accuracy, whiskers, **marks, zorder=3)
-        for index, row in rows.iterrows():
+        # Of two readings only one is labelled, to keep labels apart; the footer gives the other's clusters.
+        unlabelled = {paper.COMBINED} if paper.KEPT in lines else set()
+        for index, row in rows[~rows.reading.isin(unlabelled)].iterrows():
             if words := _point_label(points[index], alone=not lines):
                 side, offset = SIDES.get(method, ("left", (5, 4)))
                 note = axes.annotate(

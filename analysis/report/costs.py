@@ -91,7 +91,8 @@ def attention_share(source: Source, model: str) -> Ours:
     interval, phase, whole = max(shares, key=lambda one: one[0].value)
     detail = f"{phase}, {whole.length:,} tokens, batch {run.result['batch_size']}"
     certainty = f"from the quartiles of {whole.rounds} rounds"
-    return Ours(interval, certainty, [run], detail, label(whole.implementation))
+    caveat = "attention alone took longer than the whole model with it" if interval.value > 100 else ""
+    return Ours(interval, certainty, [run], detail, label(whole.implementation), caveat=caveat)
 
 
 def ratio_interval(ratio: float, *medians: pd.Series) -> Interval:

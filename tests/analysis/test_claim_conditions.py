@@ -226,6 +226,12 @@ def test_times_of_a_cpu(tmp_path):
     assert row.ours is None and reasons(row) == {"measured on cpu, the paper's times are of a GPU"}
 
 
+def test_a_part_that_takes_longer_than_the_whole_decides_nothing(tmp_path):
+    reported.probes(tmp_path, "llama7b", synthetic.PARAMS_7B, 32)  # attention is timed as 2.4 ms, 32 layers as 16.4
+    row = board(tmp_path)["attention-compute"]
+    assert row.verdict == "undecided" and row.ours.caveat == "attention alone took longer than the whole model with it"
+
+
 def test_what_is_not_implemented_says_what_is_missing(tmp_path):
     reported.probes(tmp_path, "llama7b", synthetic.PARAMS_7B, 32)
     judged = board(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -9,7 +11,9 @@ from analysis.figures import fig1, fig14
 from analysis.figures.__main__ import main
 from analysis.plotting import style
 from analysis.plotting.tradeoff import on_front
+from analysis.report import plots
 from analysis.results.runs import MissingRun, Results
+from analysis.results.scores import load_scores
 from analysis.stats import compare
 from tests.analysis import scored, synthetic
 from tests.analysis.scored import CHAI, MODEL, outcomes
@@ -79,6 +83,38 @@ def test_series_connect_fixed_numbers_in_their_order(root):
     ]  # fmt: skip
     expected = data[(data.method == "random") & data.settings.str.startswith("clusters")].sort_values("cost")
     assert list(line.get_xdata()) == list(expected.cost) and list(line.get_ydata()) == list(expected.accuracy)
+
+
+def test_both_readings_of_the_numbers_of_heads_are_drawn_apart(root):
+    """4, 8, 16, 24 heads kept; and combined, which leaves 29, 25, 17, 9 clusters of 32 heads."""
+    for k in (29, 25, 17, 9):
+        save(root, "random", {"clusters": k, "seed": 0}, 24_000 + 120 * k, 7, 130 - 4 * k)
+    figure, data = fig1.draw(Results(root))
+    series = data[(data.method == "random") & data.settings.str.startswith("clusters")]
+    assert set(series[series.reading == "kept"].settings) == {f"clusters={k}" for k in (4, 8, 16, 24)}
+    assert set(series[series.reading == "combined"].settings) == {f"clusters={k}" for k in (29, 25, 17, 9)}
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"random, n kept", "random, n combined", "static"} <= set(labels)
+    (axes,) = figure.axes
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    hollow = [handles[f"random, n {reading}"].lines[0].get_markerfacecolor() for reading in ("kept", "combined")]
+    assert hollow[1] == "white" != hollow[0]
+    for reading, style_of_line in (("kept", "-"), ("combined", ":")):
+        expected = sorted(series[series.reading == reading].cost)
+        (line,) = [
+            one for one in axes.lines
+            if sorted(one.get_xdata()) == expected and one.get_linestyle() == style_of_line
+            and one.get_color() == style.look("random")["color"]
+        ]  # fmt: skip
+        assert list(line.get_xdata()) == expected
+    small = figure.texts[-1].get_text().replace("\n", " ")
+    assert (
+        "n = 4, 8, 16, 24, read as heads kept (k = n, filled) and as heads combined (k = 32 - n + 1, hollow)" in small
+    )
+    plot = plots.tradeoff(Results(root), "x", load_scores(Results(root)))[0]
+    names = {trace["name"]: trace["marker"]["symbol"] for trace in json.loads(plot.spec)["data"] if "marker" in trace}
+    assert (names["random, n kept"], names["random, n combined"]) == ("square", "square-open")
+    assert "read as heads kept" in plot.note
 
 
 def test_the_interval_is_that_of_the_paired_change(root):

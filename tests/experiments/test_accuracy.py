@@ -56,6 +56,8 @@ def test_methods_side_by_side_then_nothing_to_do(workplace, tmp_path, capsys):
             assert savings["kv_bytes"] == pytest.approx(savings["kv_bytes_mha"] * (1 - saved), abs=1)
             assert savings["kind"] == ("real" if saved else "none")
             assert savings["heads_kept"] == ([2, 2] if saved else [4, 4])
+            assert result["architecture"]["num_hidden_layers"] == 2  # of the folder; the configuration's model has 4
+            assert result["architecture"]["num_attention_heads"] == 4
             assert result["flops"]["tokens"] == 2048  # more than the model has positions
             assert (result["flops"]["method"] < result["flops"]["mha"]) == bool(saved)
             assert set(result) >= {"metrics", "stderr", "seconds", "versions", "seed", "experiment", "settings_id"}

@@ -110,6 +110,8 @@ def test_memory_equals_the_formula_exactly(tmp_path, capsys):
     assert (rows.peak_bytes >= rows.allocated_bytes).all()
     assert (rows.steps == 40).all()
     assert result["metrics"]["kv_saved"] == pytest.approx(5 / 32)
+    loaded = result["architecture"]
+    assert (loaded["model_type"], loaded["num_hidden_layers"], loaded["intermediate_size"]) == ("llama", 2, 96)
     assert "Formula MB" in capsys.readouterr().out
 
 

@@ -181,3 +181,6 @@ def test_local_texts_are_named_by_their_file(tmp_path, shared):
     folder = folder_of(tmp_path, "stories260K")
     assert folder.parent.name == "c4_en_2480"
     assert HeadProfile.load(folder).about["model"]["key_heads"] == 4
+    # The folder's own shape, which is not the configuration's (16 heads in 4 layers).
+    loaded = read_json(folder / "result.json")["architecture"]
+    assert (loaded["num_hidden_layers"], loaded["num_attention_heads"], loaded["num_key_value_heads"]) == (5, 8, 4)

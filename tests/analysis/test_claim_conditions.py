@@ -339,21 +339,45 @@ def test_heads_of_uniform_attention(tmp_path):
 # The trade-off
 
 
-def test_the_trade_off_is_against_the_best_point_of_no_more_operations(tmp_path):
-    reported.scores(tmp_path, MODEL)
+def random_heads(root, points):
+    """Random clusters: their number, operations as a share of CHAI's, answers lost of 200."""
     whole = reported.fields("chai", 0.809, [])["flops"]["method"]
-    for clusters, share, lost in ((4, 0.98, 60), (8, 0.99, 20), (29, 1.05, 2)):
+    for clusters, share, lost in points:
         for name, right in reported.RIGHT.items():
             n = SIZES[name]
             more = reported.fields("random", 0.8, [clusters] * 32) | {"architecture": LLAMA_7B}
             more["flops"] |= {"method": round(whole * share)}
             answers = scored.outcomes(round(right * n), round(lost * n / 200), n=n)
             settings = {"clusters": clusters, "seed": 0}
-            scored.save(tmp_path, "random", name, answers, settings, model=MODEL, result=more)
+            scored.save(root, "random", name, answers, settings, model=MODEL, result=more)
+
+
+def test_the_trade_off_is_against_the_best_point_of_no_more_operations(tmp_path):
+    """Which is known once all points are run, by both readings of the numbers of heads."""
+    reported.scores(tmp_path, MODEL)
+    random_heads(tmp_path, [(4, 0.98, 60), (8, 0.99, 20), (29, 1.05, 2)])
     row = board(tmp_path)["tradeoff-random"]
     # k = 29 has more operations, k = 4 loses more: k = 8 loses 10 points, CHAI 2.
     assert row.ours.interval.value == pytest.approx(8, abs=0.05) and "random k=8, 99.0 %" in row.ours.detail
-    assert row.verdict == "reproduced"
+    assert row.verdict == "not run yet" and row.commands == ("python run.py -m paper=figure1",)
+    random_heads(tmp_path, [(16, 1.01, 30), (24, 1.03, 30), (25, 1.03, 30), (17, 1.01, 30), (9, 0.995, 30)])
+    row = board(tmp_path)["tradeoff-random"]
+    assert row.verdict == "reproduced" and not row.commands
+    assert board(tmp_path)["tradeoff-dejavu"].verdict == "not run yet"  # 30 % alone
+
+
+def test_a_better_point_breaks_the_claim_at_once(tmp_path):
+    reported.scores(tmp_path, MODEL)
+    random_heads(tmp_path, [(8, 0.99, 0)])
+    assert board(tmp_path)["tradeoff-random"].verdict == "not reproduced"
+
+
+def test_pairs_that_are_not_run_yet_break_nothing(tmp_path):
+    reported.scores(tmp_path, MODEL)
+    row = board(tmp_path)["no-training"]
+    assert (
+        row.ours.interval.value == 5 and row.verdict == "not run yet" and any("opt66b" in one for one in row.commands)
+    )
 
 
 def test_the_table_is_counted_by_numbers(tmp_path):

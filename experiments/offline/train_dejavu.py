@@ -140,7 +140,8 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     seconds = train(run, saved, take_step, state_dict, is_finished=lambda: not unfinished())
     for network in networks.values():
         network.restore_best()
-    log_info(f"recall is flat in {len(networks) - len(unfinished())} of {len(networks)} networks")
+    stopped = len(networks) - len(unfinished())
+    log_info(f"{stopped} of {len(networks)} networks stopped before step {options.steps}, their recall flat")
     outcome = _measure(run, model, networks, held_out)
     target = run.folder.path / "predictor"
     target.mkdir(exist_ok=True)

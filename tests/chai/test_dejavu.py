@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_what_is_observed_is_what_the_model_computes():
     assert torch.equal(hidden, fed["hidden"].view(14, 64))
     hidden, neurons = seen["neurons", 1]
     assert torch.equal(hidden, fed["mlp"].view(14, 64)) and torch.equal(neurons, fed["neurons"].view(14, 96))
+
+
+@torch.no_grad()
+def test_the_activity_of_a_layer_is_gone_before_the_next_is_passed_on():
+    model, seen = make_model("opt"), []
+
+    def receive(part, layer, hidden, importance):
+        assert all(earlier() is None for earlier in seen)
+        seen.append(weakref.ref(importance))
+
+    with observe_layers(model, receive, mlp=True):
+        model(**make_batch([7, 7]))
+    assert len(seen) == 2 * LAYERS
 
 
 @pytest.mark.parametrize("scored_by", ["oracle", "predictor"])

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -46,6 +46,10 @@ class Method(ABC):
     def note(self, config: PreTrainedConfig) -> str:
         """Return a one-line note for the user about this method on this model; empty for most."""
         return ""
+
+    def result_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return further fields of a run's result about this method on this model; none for most."""
+        return {}
 
     def check(self, config: PreTrainedConfig) -> None:
         """Verify that the method can run on such a model, before its weights are loaded (ValueError: it cannot)."""

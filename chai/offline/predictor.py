@@ -1,13 +1,14 @@
 """Predictors of contextual sparsity (DejaVu): from the input of a layer to a score for each head, or each neuron.
 
-``score = W_2 relu(W_1 x + b_1) + b_2`` with a narrow middle (Liu et al. 2023, Section 4), one for each layer. On disk,
-a folder with ``predictor.safetensors`` and ``predictor.json``; both identify the model that it was trained for.
+``score = W_2 relu(W_1 x + b_1) + b_2`` with a narrow middle (Liu et al. 2023, Section 4), one for each layer that is
+not dense. On disk, a folder with ``predictor.safetensors`` and ``predictor.json``; both identify the model that it was
+trained for, and the second holds the recall of each layer on held-out tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from chai.patching.model_info import find_blocks
 WEIGHTS, RECORD = "predictor.safetensors", "predictor.json"
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SAMPLES = 64  # weights of each layer that identify the model
+#: Width of the middle in the authors' predictors, for every size of OPT.
+LOW_RANK = 1000
 #: Relative difference up to which sampled weights are equal: another dtype rounds them by up to 0.4 %.
 TOLERANCE = 0.01
 
@@ -44,27 +47,51 @@ class BottleneckNetwork(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The predictors of all layers.
+    """The predictors of all layers that are not dense.
+
+    Args:
+        shape: As the attribute.
+        bottleneck: Width of the middle of a network for heads.
+        neurons: Width of the MLP; 0 if neurons are not predicted.
+        neuron_bottleneck: Width of the middle of a network for neurons.
+        dense_layers: Layers without a network for heads.
+        dense_mlp_layers: Layers without a network for neurons.
 
     Attributes:
         shape: ``model_type``, ``hidden_size``, ``num_hidden_layers`` and ``num_attention_heads`` of the model.
-        heads: A network for each layer.
-        neurons: A network for each layer; empty if neurons are not predicted.
+        heads: A network for each layer that is not dense, by the layer's number as text.
+        neurons: The same for neurons; empty if neurons are not predicted.
         fingerprint: ``[layers, SAMPLES]``, weights of the model (:func:`sample_weights`).
     """
 
     fingerprint: Tensor
 
-    def __init__(self, shape: dict[str, Any], bottleneck: int, neurons: int = 0, neuron_bottleneck: int = 0) -> None:
+    def __init__(
+        self,
+        shape: dict[str, Any],
+        bottleneck: int,
+        neurons: int = 0,
+        neuron_bottleneck: int = 0,
+        dense_layers: Collection[int] = (),
+        dense_mlp_layers: Collection[int] = (),
+    ) -> None:
         super().__init__()
         self.shape = shape
-        self.sizes = {"bottleneck": bottleneck, "neurons": neurons, "neuron_bottleneck": neuron_bottleneck}
+        self.sizes = {
+            "bottleneck": bottleneck,
+            "neurons": neurons,
+            "neuron_bottleneck": neuron_bottleneck,
+            "dense_layers": sorted(dense_layers),
+            "dense_mlp_layers": sorted(dense_mlp_layers),
+        }
         width, layers = shape["hidden_size"], shape["num_hidden_layers"]
-        outputs = shape["num_attention_heads"]
-        self.heads = nn.ModuleList(BottleneckNetwork(width, bottleneck, outputs) for _ in range(layers))
-        self.neurons = nn.ModuleList(
-            BottleneckNetwork(width, neuron_bottleneck, neurons) for _ in range(layers if neurons else 0)
-        )
+
+        def networks(middle: int, outputs: int, dense: Collection[int]) -> nn.ModuleDict:
+            sparse = [layer for layer in range(layers) if layer not in dense]
+            return nn.ModuleDict({str(layer): BottleneckNetwork(width, middle, outputs) for layer in sparse})
+
+        self.heads = networks(bottleneck, shape["num_attention_heads"], dense_layers)
+        self.neurons = networks(neuron_bottleneck, neurons, dense_mlp_layers) if neurons else nn.ModuleDict()
         self.register_buffer("fingerprint", torch.zeros(layers, SAMPLES))
 
     def check_model(self, model: PreTrainedModel) -> None:
@@ -80,8 +107,8 @@ class Predictor(nn.Module):
     def to_layers(self, devices: list[torch.device]) -> Predictor:
         """Move the networks of each layer to its device."""
         for networks in (self.heads, self.neurons):
-            for network, device in zip(networks, devices, strict=False):  # empty if nothing is predicted
-                network.to(device)
+            for layer, network in networks.items():
+                network.to(devices[int(layer)])
         return self
 
     def save(self, folder: Path, write: Callable[[Path, Callable[[Path], object]], None], **record: Any) -> None:
@@ -122,6 +149,28 @@ def check_shape(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     return record
 
 
+def recall_at(record: dict[str, Any], part: str, sparsity: float, layers: Collection[int]) -> float | None:
+    """Return the mean recall on held-out tokens that a predictor's record states.
+
+    Args:
+        record: Of :func:`read_record`.
+        part: ``heads`` or ``neurons``.
+        sparsity: Share that is masked.
+        layers: Layers to average over.
+
+    Returns:
+        The mean, or ``None`` if the recall was not measured at this sparsity. Records of earlier versions have only
+        the mean over all layers.
+    """
+    if "recall" not in record:
+        return record.get("metrics", {}).get(f"recall_{round(100 * sparsity)}") if part == "heads" else None
+    for measured, by_layer in record["recall"].get(part, {}).items():
+        if abs(float(measured) - sparsity) < 1e-9:
+            values = [by_layer[layer] for layer in layers if by_layer[layer] is not None]
+            return sum(values) / len(values) if values else None
+    return None
+
+
 def load_predictor(folder: Path) -> Predictor:
     """Load a trained predictor, in fp32 on the CPU.
 
@@ -131,7 +180,12 @@ def load_predictor(folder: Path) -> Predictor:
     record = read_record(folder)
     try:
         predictor = Predictor(
-            {key: record[key] for key in SHAPE}, record["bottleneck"], record["neurons"], record["neuron_bottleneck"]
+            {key: record[key] for key in SHAPE},
+            record["bottleneck"],
+            record["neurons"],
+            record["neuron_bottleneck"],
+            record.get("dense_layers", ()),  # records of earlier versions have no dense layers
+            record.get("dense_mlp_layers", ()),
         )
         predictor.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:

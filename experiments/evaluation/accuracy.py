@@ -130,6 +130,7 @@ class Scorer:
             "metric": config.task.metric,
             **scores,
             "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
+            **method.result_fields(self.model.config),
             "flops": {
                 "tokens": PROMPT_TOKENS,
                 "method": method.prompt_flops(self.model, PROMPT_TOKENS),

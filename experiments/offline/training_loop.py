@@ -28,10 +28,12 @@ def train(
     saved: dict[str, Any] | None,
     take_step: Callable[[int], dict[str, Tensor]],
     state_dict: Callable[[], dict[str, Any]],
+    is_finished: Callable[[], bool] = lambda: False,
 ) -> float:
     """Take the steps of a run after those of the saved checkpoint, with further checkpoints; return the total seconds.
 
-    ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds.
+    ``take_step`` returns scalars to show, among them ``loss``; ``state_dict`` returns what a checkpoint holds;
+    ``is_finished`` ends the training before its last step.
     """
     first, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     steps = run.options.steps
@@ -40,6 +42,9 @@ def train(
     with progress_bar("step") as progress:
         bar = progress.add_task("", total=steps, completed=first, scalars="")
         for done in range(first + 1, steps + 1):
+            if is_finished():
+                log_info(f"finished after step {done - 1}")
+                break
             began = time.perf_counter()
             scalars = take_step(done - 1)
             if not torch.isfinite(scalars["loss"]):

@@ -22,6 +22,8 @@ MACHINE_ONLY = (
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
+#: Keys that earlier versions did not have: at these values a run is the one that it was without them.
+ADDED = {"method.dense_layers": None, "method.dense_mlp_layers": None}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 BLOCKS = 64  # blocks that represent a large weight file
 
@@ -32,6 +34,10 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
     for key in MACHINE_ONLY:
         section, name = _section(identity, key)
         section.pop(name, None)
+    for key, value in ADDED.items():
+        section, name = _section(identity, key)
+        if name in section and section[name] == value:
+            del section[name]
     for key, file in BY_CONTENT.items():
         section, name = _section(identity, key)
         if section.get(name) is not None:

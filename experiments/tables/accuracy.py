@@ -60,6 +60,7 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
     caption = "; ".join(f"{metric}: {', '.join(tasks)}" for metric, tasks in metrics.items())
     if len(metrics) == 1:
         caption = rows[0][0]["metric"]
+    caption = "; ".join([caption, *dict.fromkeys(text for result, _ in rows for text in predictor_recall(result))])
     table = make_table(
         f"Accuracy of {rows[0][0]['model']}, % ± standard error",
         ["Task", "Method"],
@@ -72,6 +73,15 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
         is_last = index + 1 == len(rows) or rows[index + 1][0]["task"] != result["task"]
         table.add_row(*result_cells(result, baseline), end_section=is_last)
     return table
+
+
+def predictor_recall(result: Result) -> list[str]:
+    """Return the recall of a run's predictors on held-out tokens as text; empty for a run without predictors."""
+    return [
+        f"{result['method']}, recall of {part} at {100 * found['sparsity']:g} %: {found['recall']:.2f}"
+        for part, found in result.get("predictor", {}).items()
+        if found is not None and found["recall"] is not None
+    ]
 
 
 def result_cells(result: Result, baseline: Result | None) -> list[str]:

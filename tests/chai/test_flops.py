@@ -110,7 +110,7 @@ def multiply_by_hand(layer, kept: list[Kept], predictors=()) -> None:
 def counted(layers, kept: list[list[Kept]], predictors=()) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for index, layer in enumerate(layers):
-            multiply_by_hand(layer, kept[index], [network[index] for network in predictors])
+            multiply_by_hand(layer, kept[index], [network[str(index)] for network in predictors])
     return counter.get_total_flops()
 
 
@@ -146,6 +146,25 @@ def test_contextual_sparsity_with_its_predictors(tmp_path, sparsity, mlp_sparsit
     assert method.prompt_flops(model, TOKENS) == expected
     oracle = counted(model.model.layers, kept) + 2 * logit_weights(model)
     assert Dejavu("oracle", sparsity, mlp_sparsity).prompt_flops(model, TOKENS) == oracle
+
+
+def test_dense_layers_need_no_predictor(tmp_path):
+    model, everything = make_model("llama"), list(range(HEADS))
+    neurons = model.config.intermediate_size
+    every_neuron = list(range(neurons))
+    predictor = Predictor(model_shape(model.config), 6, neurons, 10)
+    predictor.save(tmp_path, lambda path, fill: fill(path))
+    method = Dejavu(str(tmp_path), 0.5, 0.4, dense_layers=1, dense_mlp_layers=[1])
+    kept, asked = [], []
+    for layer in range(LAYERS):
+        chosen = [everything if layer == 0 else drawn(HEADS // 2, HEADS) for _ in range(TOKENS)]
+        active = [every_neuron if layer == 1 else drawn(num_kept(neurons, 0.4), neurons) for _ in range(TOKENS)]
+        kept.append([Kept(own, own, own, few) for own, few in zip(chosen, active, strict=True)])
+        asked.append([predictor.heads[str(layer)]] * (layer != 0) + [predictor.neurons[str(layer)]] * (layer != 1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for layer, tokens, networks in zip(model.model.layers, kept, asked, strict=True):
+            multiply_by_hand(layer, tokens, networks)
+    assert method.prompt_flops(model, TOKENS) == counter.get_total_flops() + 2 * logit_weights(model)
 
 
 def test_cascade_pruning():

@@ -9,10 +9,12 @@ a = ``scores`` heads, projects and averages the values of v = ``values``, and mu
 t of the T tokens:
 
     2 t (a d D + a' d D + v' d D + o D d + f M + P)      W_Q, W_K, W_V, W_O, MLP of M entries, predictor of P
-    + 2 D (a + r v) t (t + 1) / 2                        Q K^T and A V, causal
+    + 2 D (a + r v) s t (t + 1) / 2                      Q K^T and A V, causal
 
-with a', v' the KV heads that a and v heads need (a' = a without grouped queries), f the share of the neurons and r of
-the values. Warm-up tokens count with all heads. What an implementation really skips is each method's ``saving``.
+with a', v' the KV heads that a and v heads need (a' = a without grouped queries; all where later tokens may need other
+heads), f the share of the neurons, s that of the tokens up to a token that it sees, and r that of their values, both
+rounded up for each token. Warm-up tokens count with all heads. What an implementation really skips is each method's
+``saving``.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class LayerFlops:
     outputs: int  # heads that W_O reads
     warmup_tokens: int = 0  # warm-up tokens, which run with all heads
     tokens: float = 1.0  # share of the tokens present, in every part of the layer
-    read: float = 1.0  # share of the values that a head averages for a token
+    projected: int = 0  # heads whose keys and values are projected, if they are more than those scored and averaged
+    seen: float = 1.0  # share of the tokens up to a token that it scores
+    read: float = 1.0  # share of the values of these that a head averages for a token
     neurons: float = 1.0  # share of the MLP's neurons
     predictor: int = 0  # entries of the predictor's matrices
 
@@ -90,28 +94,29 @@ def _layer_flops(shape: LayerShape, layer: LayerFlops, q_len: int) -> int:
     all_heads = LayerFlops(shape.num_heads, shape.num_heads, shape.num_heads)
     weights = warmup * _weights(shape, all_heads) + (present - warmup) * _weights(shape, layer)
     weights += present * layer.predictor
-    scored = _pairs(warmup) * shape.num_heads + (_pairs(present) - _pairs(warmup)) * layer.scores
+    scored = _pairs(warmup) * shape.num_heads
+    scored += (_pairs(present, layer.seen) - _pairs(warmup, layer.seen)) * layer.scores
     averaged = _pairs(warmup) * shape.num_heads
-    averaged += (_pairs(present, layer.read) - _pairs(warmup, layer.read)) * layer.values
+    averaged += (_pairs(present, layer.seen, layer.read) - _pairs(warmup, layer.seen, layer.read)) * layer.values
     return 2 * weights + 2 * shape.head_dim * (scored + averaged)
 
 
 def _weights(shape: LayerShape, layer: LayerFlops) -> int:
     """Count the entries that a token is multiplied with; a fused matrix of Q, K and V counts whole."""
     query = shape.query_weights * layer.scores // shape.num_heads
-    key = shape.key_weights * shape.kv_heads_read(layer.scores) // shape.num_kv_heads
-    value = shape.value_weights * shape.kv_heads_read(layer.values) // shape.num_kv_heads
+    key = shape.key_weights * shape.kv_heads_read(max(layer.scores, layer.projected)) // shape.num_kv_heads
+    value = shape.value_weights * shape.kv_heads_read(max(layer.values, layer.projected)) // shape.num_kv_heads
     output = shape.output_weights * layer.outputs // shape.num_heads
     mlp = round(shape.mlp_weights * layer.neurons)
     fused = shape.other_weights - shape.value_weights - shape.output_weights - shape.mlp_weights
     return query + key + value + output + mlp + fused
 
 
-def _pairs(tokens: int, share: float = 1.0) -> int:
-    """Count the pairs of a token with a share of the tokens up to it."""
-    if share == 1:
+def _pairs(tokens: int, seen: float = 1.0, read: float = 1.0) -> int:
+    """Count the pairs of a token with a share of the tokens up to it, of which a share is read."""
+    if seen == 1 and read == 1:
         return tokens * (tokens + 1) // 2
-    return sum(share_of(seen, share) for seen in range(1, tokens + 1))
+    return sum(share_of(share_of(place, seen), read) for place in range(1, tokens + 1))
 
 
 def clustered_prompt_flops(shape: LayerShape, num_clusters: Sequence[int], q_len: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ def _load(run: Run) -> Score:
     if len(samples) != n or abs(samples[metric].mean() - value) > 1e-6:
         raise SkippedRun("samples.parquet does not match the score in result.json")
     settings = {key: value for key, value in config["method"].items() if key != "name"}
+    if run.method == "spatten" and "pruning" not in settings:
+        # Earlier versions pruned per row, and counted the operations of global pruning.
+        settings = {"pruning": "per_row", **settings}
+        run = replace(run, result={key: value for key, value in result.items() if key != "flops"})
     settings_id, task = str(result["settings_id"]), str(result["task"])
     return Score(run, config, samples, run.method, settings, settings_id, task, n, metric, value, stderr, saved, saving)
 

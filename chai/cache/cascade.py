@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class CascadeRule:
     tokens: tuple[float, ...]  # for each layer, the share of the context's tokens; not increasing
     heads: tuple[int, ...]  # for each layer, the number of heads; not increasing
     values: float  # share of the values, those of the largest weights, that a head reads for a token
+    pruning: Literal["global", "per_row"]  # one choice for a sequence, or one for each token
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class CascadeCache(PrunedCache[CascadeLayer]):
             Bool ``[B, T]``, those of the context; long ``[B]``, the index of its last token, -1 if it is not here.
 
         Raises:
-            ValueError: The context lengths do not fit the call, or the cache holds another number of rows.
+            ValueError: The context lengths do not fit the call; the cache holds another number of rows; or pruning is
+                global and the call ends before the context.
         """
         state, batch_size = self.state, len(real)
         if state.count is None:
@@ -185,8 +187,15 @@ class CascadeCache(PrunedCache[CascadeLayer]):
         state.contexts = contexts
         rank = state.count[:, None] + real.cumsum(1)
         context, last = real & (rank <= contexts[:, None]), real & (rank == contexts[:, None])
-        state.count = rank[:, -1]
         ends = torch.where(last.any(1), last.to(torch.uint8).argmax(1), -1)
+        if not state.is_pruned and self.rule.pruning == "global" and bool((ends < 0).any()):
+            short = int((ends < 0).to(torch.uint8).argmax())
+            raise ValueError(
+                f"this call has {int(rank[short, -1])} of the {int(contexts[short])} tokens of a context, but global "
+                "pruning needs the importance from all of them; valid: the whole context in one call, or "
+                "pruning=per_row"
+            )
+        state.count = rank[:, -1]
         if not state.is_pruned and bool(last.any()):
             state.split = max(state.split, self.get_seq_length() + int(ends.max()) + 1)
         return context, ends

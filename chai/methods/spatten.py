@@ -1,15 +1,6 @@
 """SpAtten: cascade pruning of tokens and heads (Wang et al., HPCA 2021, https://arxiv.org/abs/2012.09852).
 
-``S_l[i, j]`` is the attention that token ``j`` was given up to layer ``l`` by the tokens up to ``i``, and ``G_l[i, h]``
-the magnitude of head ``h``'s outputs there (Section III),
-
-    S_l[i, j] = sum over l' <= l, i' <= i, heads h of A_{l',h}[i', j],
-    G_l[i, h] = sum over l' <= l, i' <= i of |y_{l',h}[i']|_1.
-
-In layer ``l`` a token ``i`` of the context sees the top tokens by ``S_{l-1}[i]`` among those that it saw in the layer
-before, itself always among them, and has the top heads by ``G_{l-1}[i]`` among those that it had there. So no token
-depends on a later one. What the last token of the context sees and has, all text after it sees of the context and has:
-that stays in the cache. Scores of padding and of text after the context do not count.
+The equations are in :mod:`chai.patching.cascade`.
 """
 
 from __future__ import annotations
@@ -18,69 +9,111 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from chai.attention import apply_weights, attention_weights, causal_mask
 from chai.cache import vector_bytes
-from chai.cache.cascade import CascadeCache, CascadeLayer, CascadeRule
+from chai.cache.cascade import CascadeCache, CascadeRule
 from chai.flops import LayerFlops
-from chai.heads import repeat_kv, take_heads
 from chai.methods.base import Method, Saving
-from chai.patching.apply import AttentionInputs, Decoder, ForwardPass, adopt_cache, patched, running
+from chai.patching.apply import Decoder, adopt_cache, patched, running
+from chai.patching.cascade import GlobalPass, PerRowPass
 from chai.patching.model_info import check_family, num_kv_heads, sliding_windows
+
+#: Shares that the authors' release keeps, from a depth of the 24-layer model on: GPT-2-medium on WikiText-2, the only
+#: workload of the release that prunes tokens, heads and values (github.com/mit-han-lab/spatten, spatten_hardware/
+#: hardware/workloads/summary-gpt2-medium-wikitext2-per0-hp-step5+dedic+glob_p+local_p+hp+topk+quant.csv: key_fetch_num
+#: of 1,024 tokens, heads of 16, value_fetch_num of key_fetch_num).
+AUTHORS_LAYERS = 24
+AUTHORS_TOKENS = {0: 1.0, 2: 0.9, 3: 0.8, 5: 0.6, 11: 0.3}
+AUTHORS_HEADS = {0: 1.0, 16: 0.8, 22: 0.6}
+AUTHORS_VALUES = 0.3
+#: Numbers of ``preset="linear"``; the unpruned layers are those of the paper (Section V-A).
+LINEAR = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 
 
 @dataclass
 class Spatten(Method):
     """Cascade token pruning, cascade head pruning, and local value pruning (Sections III-A to III-C).
 
-    What one layer prunes stays pruned in all later ones. Each token of the context is pruned by the importance that it
-    and the tokens before it gave. Text after the context (generated, or a continuation that is scored) sees what the
-    last token of the context sees, is never pruned itself, and gives no importance. The context is the tokens of the
-    first call, unless lengths were set with :meth:`set_context_lengths`.
+    What one layer prunes stays pruned in all later ones. Text after the context (generated, or a continuation that is
+    scored) is never pruned itself, and gives no importance. The context is the tokens of the first call, unless lengths
+    were set with :meth:`set_context_lengths`.
 
     Pruned tokens and heads leave the cache, keys and values, when the context is over: that saving is real, and so is
     that of decoding. While the context is read, pruning is a mask.
 
     Attributes:
-        tokens: Share of the tokens that the last layer keeps.
-        heads: Share of the heads that the last layer keeps.
-        values: Share of the values that each head reads for a token, those of the largest weights (a mask).
+        tokens: Share of the tokens that the last layer keeps; ``None``: the preset's shares.
+        heads: Share of the heads that the last layer keeps; ``None``: the preset's shares.
+        values: Share of the values that each head reads for a token, those of the largest weights; ``None``: the
+            preset's.
         unpruned_tokens: Share of the layers, from the first, that keep all tokens; from there the share kept falls
-            linearly to ``tokens``. The first layer always keeps all.
-        unpruned_heads: The same for heads.
+            linearly to ``tokens``. The first layer always keeps all. ``None``: 0.15.
+        unpruned_heads: The same for heads. ``None``: 0.3.
+        pruning: ``global``: the published algorithm; the importance from all tokens of the context decides on one set
+            of tokens and heads for the whole sequence, and a pruned token has no rows in later layers. The context must
+            come in one call. ``per_row``: each token of the context chooses by the importance that it and the tokens
+            before it gave; so none depends on later ones, and all tokens go through all layers.
+        preset: ``authors``: the shares that the authors' release keeps in each layer, by relative depth. ``linear``:
+            the numbers in :data:`LINEAR`. ``None``: authors if pruning is global, linear if it is per row.
 
     Raises:
-        ValueError: A value outside its choices.
+        ValueError: A value outside its choices, or one that the preset does not use.
     """
 
-    tokens: float = 0.5
-    heads: float = 0.75
-    values: float = 1.0
-    unpruned_tokens: float = 0.15
-    unpruned_heads: float = 0.3
+    tokens: float | None = None
+    heads: float | None = None
+    values: float | None = None
+    unpruned_tokens: float | None = None
+    unpruned_heads: float | None = None
+    pruning: Literal["global", "per_row"] = "global"
+    preset: Literal["authors", "linear"] | None = None
 
     saving: ClassVar[Saving] = "real"
 
     def __post_init__(self) -> None:
+        for name, choices in (("pruning", ("global", "per_row")), ("preset", ("authors", "linear", None))):
+            if getattr(self, name) not in choices:
+                listed = ", ".join("null" if choice is None else choice for choice in choices)
+                raise ValueError(f"{name} is {getattr(self, name)}; valid: {listed}")
         for name in ("tokens", "heads", "values"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: above 0, up to 1")
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}; valid: above 0, up to 1")
         for name in ("unpruned_tokens", "unpruned_heads"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: 0 to 1")
+            value, shares = getattr(self, name), name.removeprefix("unpruned_")
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; valid: 0 to 1")
+            if value is not None and self._is_authors and getattr(self, shares) is None:
+                raise ValueError(
+                    f"{name} has no effect on the authors' shares; valid: set {shares}, too, or preset=linear"
+                )
+
+    @property
+    def _is_authors(self) -> bool:
+        return self.preset == "authors" or (self.preset is None and self.pruning == "global")
 
     def rule(self, config: PreTrainedConfig) -> CascadeRule:
         """Return what each layer of such a model keeps."""
-        num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-        tokens = schedule(num_layers, self.unpruned_tokens, self.tokens)
-        shares = schedule(num_layers, self.unpruned_heads, self.heads)
-        return CascadeRule(tokens, tuple(max(1, math.ceil(share * num_heads - 1e-9)) for share in shares), self.values)
+        num_heads = config.num_attention_heads
+        tokens = self._shares("tokens", AUTHORS_TOKENS, config.num_hidden_layers)
+        shares = self._shares("heads", AUTHORS_HEADS, config.num_hidden_layers)
+        heads = tuple(max(1, math.ceil(share * num_heads - 1e-9)) for share in shares)
+        values = AUTHORS_VALUES if self._is_authors and self.values is None else self._number("values")
+        return CascadeRule(tokens, heads, values, self.pruning)
+
+    def _shares(self, name: str, authors: dict[int, float], num_layers: int) -> tuple[float, ...]:
+        """Return the share of tokens or heads that each layer keeps."""
+        if self._is_authors and getattr(self, name) is None:
+            return stretched(authors, AUTHORS_LAYERS, num_layers)
+        return schedule(num_layers, self._number(f"unpruned_{name}"), self._number(name))
+
+    def _number(self, name: str) -> float:
+        value: float | None = getattr(self, name)
+        return LINEAR[name] if value is None else value
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """Apply to ``model`` inside a ``with`` block."""
@@ -90,6 +123,7 @@ class Spatten(Method):
     @contextmanager
     def _apply(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         rule = self.rule(model.config)
+        new_pass = GlobalPass if rule.pruning == "global" else PerRowPass
 
         def forward(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
             call = decoder.parse(args, kwargs)
@@ -101,7 +135,7 @@ class Spatten(Method):
                 "cascade pruning",
             )
             real = call.real_tokens()
-            with cache.state.attach(), running(CascadePass(cache, real, *cache.advance(real))):
+            with cache.state.attach(), running(new_pass(cache, real, *cache.advance(real))):
                 output = decoder.forward(**call.kwargs)
             cache.prune_if_over()
             return output
@@ -120,9 +154,18 @@ class Spatten(Method):
         return list(self.rule(config).heads)
 
     def layer_flops(self, config: PreTrainedConfig) -> list[LayerFlops]:
-        """Kept tokens and heads: a pruned token is gone, with its own queries, outputs and MLP."""
+        """Count what the algorithm of ``pruning`` computes.
+
+        Global: kept tokens and heads; a pruned token is gone, with its queries, keys, values, outputs and MLP. Per row:
+        all tokens, with the keys and values of all heads, since later tokens may keep other ones; each token scores the
+        tokens that it sees, with its own heads.
+        """
         layers = zip(super().layer_flops(config), self.rule(config).tokens, strict=True)
-        return [replace(layer, tokens=share, read=self.values) for layer, share in layers]
+        values = self.rule(config).values
+        if self.pruning == "global":
+            return [replace(layer, tokens=share, read=values) for layer, share in layers]
+        projected = config.num_attention_heads
+        return [replace(layer, projected=projected, seen=share, read=values) for layer, share in layers]
 
     def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
         """Count each layer's share of the context, all later tokens, and the KV heads that are left."""
@@ -146,9 +189,12 @@ class Spatten(Method):
 
     def note(self, config: PreTrainedConfig) -> str:
         """Return the share of tokens kept per layer, and where the saving is real."""
-        shares = ", ".join(f"{share:.2f}" for share in self.rule(config).tokens)
+        rule = self.rule(config)
+        shares = ", ".join(f"{share:.2f}" for share in rule.tokens)
+        kept = "of the tokens" if rule.pruning == "global" else "of the tokens for each token"
         return (
-            f"spatten keeps {shares} of the tokens; real in the cache and in decoding, a mask while the prompt is read"
+            f"spatten keeps {shares} {kept}; operations are those of the algorithm; simulated in prefill (a mask), "
+            "real in cache and decode"
         )
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -162,7 +208,7 @@ class Spatten(Method):
 
     def _prunes_nothing(self, config: PreTrainedConfig) -> bool:
         rule = self.rule(config)
-        return rule == CascadeRule((1.0,) * len(rule.tokens), (config.num_attention_heads,) * len(rule.heads), 1.0)
+        return set(rule.tokens) == {1.0} and set(rule.heads) == {config.num_attention_heads} and rule.values == 1
 
 
 def schedule(num_layers: int, unpruned: float, last: float) -> tuple[float, ...]:
@@ -172,137 +218,12 @@ def schedule(num_layers: int, unpruned: float, last: float) -> tuple[float, ...]
     return tuple(1 - (1 - last) * part for part in falling)
 
 
-@dataclass
-class CascadePass(ForwardPass):
-    """One call of the decoder; what its layers pass on to each other while the context lasts.
+def stretched(shares: dict[int, float], depth: int, num_layers: int) -> tuple[float, ...]:
+    """Return each layer's share from that of the layer at the same relative depth in a model of ``depth`` layers.
 
-    Attributes:
-        kept_tokens: Bool ``[B, T, S]``, the tokens that each new one saw in the layer before; ``None``: all before it.
+    ``shares`` maps the first layer of each stretch of layers to their share.
     """
-
-    cache: CascadeCache  # of the call
-    real: Tensor  # bool [B, T], the new tokens that are not padding
-    context: Tensor  # bool [B, T], the new tokens that belong to the context
-    ends: Tensor  # long [B], the index of the context's last token; -1 where it is not among them
-    kept_tokens: Tensor | None = None
-    kept_heads: Tensor | None = None  # bool [B, T, H], the heads that each had there; None: all
-    votes: Tensor | None = None  # fp32 [B, T, S], S_{l-1}
-    sizes: Tensor | None = None  # fp32 [B, T, H], G_{l-1}
-
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Compute one layer's attention, ``[B, T, H, D]``."""
-        layer, q_len = self.cache.pruned_layers[inputs.layer_idx], inputs.query.shape[2]
-        mask = inputs.mask
-        if mask is None:
-            mask = causal_mask(q_len, layer.seen, inputs.query.device)
-        if mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
-        mask = mask[:, 0].expand(len(inputs.query), -1, -1)  # [B, T, S]
-        if self.cache.state.is_pruned:
-            return self._attend_after_context(layer, inputs, layer.visible(mask)).transpose(1, 2)
-        return self._attend_in_context(layer, inputs, mask).transpose(1, 2)
-
-    def _attend_after_context(self, layer: CascadeLayer, inputs: AttentionInputs, mask: Tensor) -> Tensor:
-        """Attend to what is stored; returns ``[B, H, T, D]``, zero for pruned heads."""
-        query, key, value = inputs.query, inputs.key, inputs.value
-        if layer.remaining is None:
-            key = repeat_kv(key, query.shape[1])
-            return attend_top_values(query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
-        remaining = layer.remaining
-        remaining_query = take_heads(query, remaining.query_heads)
-        if layer.num_kv_heads != query.shape[1]:  # else the stored heads are just those read, in order
-            key, value = take_heads(key, remaining.kv_heads), take_heads(value, remaining.kv_heads)
-        out = attend_top_values(remaining_query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
-        heads = remaining.query_heads[:, :, None, None].expand_as(out)
-        return out.new_zeros(*query.shape[:3], out.shape[3]).scatter_(1, heads, out)
-
-    def _attend_in_context(self, layer: CascadeLayer, inputs: AttentionInputs, mask: Tensor) -> Tensor:
-        """Attend in a call with tokens of the context, and sum up importance; returns ``[B, H, T, D]``."""
-        query, rule = inputs.query, self.cache.rule
-        for name in ("real", "context", "ends", "kept_tokens", "kept_heads", "votes", "sizes"):
-            tensor = getattr(self, name)  # layers may be on several devices
-            setattr(self, name, None if tensor is None else tensor.to(query.device))
-        # Prune by the importance from the layers before.
-        visible = self._choose_tokens(layer, rule.tokens[inputs.layer_idx], mask)
-        heads = self._choose_heads(layer, rule.heads[inputs.layer_idx], query.shape[1])
-        key = repeat_kv(inputs.key, query.shape[1])
-        out, weights = attend_top_values(query, key, inputs.value, visible, inputs.scaling, rule.values)
-        if heads is not None:
-            present = heads.transpose(1, 2)[..., None]  # [B, H, T, 1]
-            out, weights = out * present, weights * present
-        # Sum the importance over the tokens up to each one, those of earlier calls included.
-        counts = self.context[..., None]
-        votes = (weights.float().sum(1) * counts).cumsum(1)
-        sizes = (out.float().abs().sum(-1).transpose(1, 2) * counts).cumsum(1)
-        if layer.votes is not None and layer.sizes is not None:
-            votes[:, :, : layer.votes.shape[1]] += layer.votes[:, None]
-            sizes += layer.sizes[:, None]
-        layer.votes, layer.sizes = votes[:, -1], sizes[:, -1]
-        self.votes = votes if self.votes is None else self.votes + votes
-        self.sizes = sizes if self.sizes is None else self.sizes + sizes
-        return out
-
-    def _choose_tokens(self, layer: CascadeLayer, share: float, mask: Tensor) -> Tensor:
-        """Choose what each new token sees: tokens of the context choose, later ones see what its last token sees."""
-        if share == 1 or self.votes is None:
-            return mask
-        batch_size, q_len, kv_len = mask.shape
-        diagonal = torch.eye(kv_len, dtype=torch.bool, device=mask.device)[kv_len - q_len :]
-        candidates = mask if self.kept_tokens is None else mask & self.kept_tokens
-        importance = self.votes.masked_fill(diagonal, torch.inf)  # a token always sees itself
-        kept = keep_top(importance, candidates, share_of(mask.sum(-1), share))
-        self.kept_tokens = kept
-        # Note what the last token of the context sees, and all tokens after it.
-        position = torch.arange(kv_len, device=mask.device)
-        visible = functional.pad(self.real, (kv_len - q_len, 0), value=True)
-        later = visible & (position > kv_len - q_len + self.ends[:, None])
-        last = kept[torch.arange(batch_size, device=mask.device), self.ends] | later
-        if layer.kept_tokens is not None:
-            visible[:, : layer.kept_tokens.shape[1]] = layer.kept_tokens
-        layer.kept_tokens = torch.where(self.ends[:, None] >= 0, last, visible)
-        return torch.where(self.context[..., None], kept, mask & layer.kept_tokens[:, None])
-
-    def _choose_heads(self, layer: CascadeLayer, count: int, num_heads: int) -> Tensor | None:
-        """Choose the heads that each new token has, bool ``[B, T, H]``; ``None``: all."""
-        if count == num_heads or self.sizes is None:
-            return None
-        candidates = torch.ones_like(self.sizes, dtype=torch.bool) if self.kept_heads is None else self.kept_heads
-        kept = keep_top(self.sizes, candidates, torch.full_like(self.sizes[..., 0], count))
-        self.kept_heads = kept
-        last = kept[torch.arange(len(kept), device=kept.device), self.ends]
-        before = torch.ones_like(last) if layer.kept_heads is None else layer.kept_heads
-        layer.kept_heads = torch.where(self.ends[:, None] >= 0, last, before)
-        return torch.where(self.context[..., None], kept, layer.kept_heads[:, None])
-
-
-def share_of(count: Tensor, share: float) -> Tensor:
-    """Return ``share`` of each count, rounded up, at least 1 (long)."""
-    return (count.double() * share - 1e-9).ceil().long().clamp(min=1)
-
-
-def keep_top(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
-    """Return bool ``[..., N]``: the ``count`` (``[...]``) candidates of the largest scores, ties by lowest index.
-
-    Scores are equal if they differ by rounding: heads that read the same value head have the same output for the first
-    token, for instance.
-    """
-    largest = scores.masked_fill(~candidates, 0).abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    scores = (scores / largest * 2**16).round()
-    order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(-1) < count[..., None]) & candidates
-
-
-def attend_top_values(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, values: float
-) -> tuple[Tensor, Tensor]:
-    """Attend with a mask ``[B, T, S]``, each head reading its values of the largest weights (Section III-C).
-
-    Returns:
-        Outputs ``[B, N, T, D]``, and weights ``[B, N, T, S]`` before values are pruned, zero where nothing is seen.
-    """
-    weights = attention_weights(query, key, scaling, mask[:, None]) * mask[:, None]
-    top = weights
-    if values < 1:
-        count = share_of(mask.sum(-1), values)[:, None].expand(weights.shape[:3])
-        top = weights * keep_top(weights, mask[:, None].expand_as(weights), count)
-    return apply_weights(top, value), weights
+    return tuple(
+        next(share for first, share in reversed(shares.items()) if layer * depth // num_layers >= first)
+        for layer in range(num_layers)
+    )

@@ -24,6 +24,8 @@ MACHINE_ONLY = (
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
 #: Keys that earlier versions did not have: at these values a run is the one that it was without them.
 ADDED = {"method.dense_layers": None, "method.dense_mlp_layers": None}
+#: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
+SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 BLOCKS = 64  # blocks that represent a large weight file
 
@@ -43,8 +45,18 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
         if section.get(name) is not None:
             path = _file_beside(section[name], file) if file else Path(section[name])
             section[name] = content_digest(path) or section[name]
+    if "pruning" in (identity["method"] or {}):
+        identity["method"] = _as_before_pruning(identity["method"])
     # Sections that the experiment does not have at all are left out.
     return {key: value for key, value in identity.items() if value is not None or key not in ("profile", "corpus")}
+
+
+def _as_before_pruning(method: dict[str, Any]) -> dict[str, Any]:
+    """Return SpAtten's settings as earlier versions had them, which chose per row; other choices stay as they are."""
+    if method["pruning"] != "per_row" or method["preset"] not in (None, "linear"):
+        return method
+    rest = {key: value for key, value in method.items() if key not in ("pruning", "preset")}
+    return {key: SPATTEN.get(key) if value is None else value for key, value in rest.items()}
 
 
 def _section(identity: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

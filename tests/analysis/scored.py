@@ -26,6 +26,8 @@ CHAI = {
     "clusters": "llama7b_params", "seed": 0, "tokens": 5, "membership": "kmeans", "representative": "nearest",
     "features": "causal", "group_aware": False,
 }  # fmt: skip
+#: SpAtten's settings before `pruning` was one of them.
+EARLIER_SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 N = 200
 
 
@@ -73,6 +75,8 @@ def save(
         config: ``limit``, ``seed``, ``batch_size``.
     """
     metric = "acc" if task.endswith("boolq") else "acc_norm"
+    if method == "spatten" and settings != EARLIER_SPATTEN:
+        settings = {"pruning": "global", **(settings or {})}
     whole = {
         "experiment": {"name": "accuracy"}, "method": {"name": method, **(settings or {})}, "model": model,
         "task": {"name": task, "data_dir": None, "num_fewshot": 0, "fingerprint": salt},

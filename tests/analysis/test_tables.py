@@ -19,6 +19,7 @@ from analysis.results.runs import Results
 from analysis.results.scores import load_scores
 from analysis.tables.__main__ import main
 from analysis.tables.cells import build
+from analysis.tables.settings import row_name, unusual
 from analysis.tables.specs import PAPER, REPOSITORY, TABLES, TASKS, paper_rows
 from experiments.config.compose import choices, compose_config
 from experiments.config.validate import check_overrides
@@ -495,3 +496,16 @@ def test_runs_from_the_shell(tmp_path):
     command = [sys.executable, "-m", "analysis.tables", "table4", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "CHAI-QKV" in done.stdout and done.stderr == ""
+
+
+def test_spatten_of_earlier_versions_pruned_per_row(tmp_path):
+    """It is told apart from today's default, and its operations, those of another algorithm, are not used."""
+    operations = {"flops": {"tokens": 2048, "method": 1, "mha": 2}}
+    earlier = scored.EARLIER_SPATTEN
+    scored.save(tmp_path, "spatten", "micro_piqa", scored.outcomes(150), earlier, result=operations)
+    scored.save(tmp_path, "spatten", "micro_piqa", scored.outcomes(160), result=operations)
+    old, new = sorted(load_scores(Results(tmp_path)), key=lambda score: score.value)
+    assert old.settings == {"pruning": "per_row", **earlier} and new.settings == {"pruning": "global"}
+    assert "flops" not in old.run.result and new.run.result["flops"] == operations["flops"]
+    assert row_name("spatten", unusual(old)).startswith("SpAtten pruning=per_row heads=0.75 tokens=0.5")
+    assert row_name("spatten", unusual(new)) == "SpAtten"

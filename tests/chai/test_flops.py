@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_all_heads_are_multi_head_attention(family):
     model = make_model(family)
     tokens = 2048  # more than the model has positions
     expected = clustered_prompt_flops(layer_shape(model), [HEADS] * LAYERS, tokens) + 2 * logit_weights(model)
-    idle = Spatten(tokens=1.0, heads=1.0)
+    idle = Spatten(tokens=1.0, heads=1.0, values=1.0)
     for method in (Mha(), Chai(clusters=HEADS), Random(clusters=HEADS), Dejavu("oracle", sparsity=0.0), idle):
         assert method.prompt_flops(model, 2048) == expected
 
@@ -72,13 +72,15 @@ def test_before_the_membership_is_known_all_heads_count():
 
 @dataclass
 class Kept:
-    """What a token gets: its heads' indices for scores, values and outputs, its neurons; all share of the values."""
+    """What a token gets: its heads' indices for scores, values and outputs, its neurons, its shares of the tokens."""
 
     scores: list[int]
     values: list[int]
     outputs: list[int]
     neurons: list[int]
-    read: float = 1.0
+    read: float = 1.0  # share of the values of the tokens that it sees
+    seen: float = 1.0  # share of the tokens up to it that it sees
+    projected: list[int] = field(default_factory=list)  # heads whose keys and values later tokens need, besides its own
 
 
 def multiply_by_hand(layer, kept: list[Kept], predictors=()) -> None:
@@ -94,13 +96,16 @@ def multiply_by_hand(layer, kept: list[Kept], predictors=()) -> None:
         for network in predictors:
             network(hidden)
         outputs = torch.zeros(HEADS, size)
-        for head in own.scores:
+        seen = math.ceil(own.seen * (place + 1) - 1e-9)
+        read = math.ceil(own.read * seen - 1e-9)
+        for head in {*own.scores, *own.projected}:
             keys[head, place] = hidden @ key[head].T
-            (hidden @ query[head].T) @ keys[head, : place + 1].T
-        for head in own.values:
+        for head in own.scores:
+            (hidden @ query[head].T) @ keys[head, :seen].T
+        for head in {*own.values, *own.projected}:
             values[head, place] = hidden @ value[head].T
-            count = math.ceil(own.read * (place + 1))
-            outputs[head] = torch.rand(1, count) @ values[head, :count]
+        for head in own.values:
+            outputs[head] = torch.rand(1, read) @ values[head, :read]
         for head in own.outputs:
             outputs[None, head] @ output[:, head].T
         hidden @ mlp.gate_proj.weight[own.neurons].T
@@ -165,6 +170,20 @@ def test_dense_layers_need_no_predictor(tmp_path):
         for layer, tokens, networks in zip(model.model.layers, kept, asked, strict=True):
             multiply_by_hand(layer, tokens, networks)
     assert method.prompt_flops(model, TOKENS) == counter.get_total_flops() + 2 * logit_weights(model)
+
+
+def test_cascade_pruning_per_row():
+    """All tokens run, with the keys and values of all heads for later tokens; each sees a share, in its own heads."""
+    model = make_model("llama")
+    neurons, everything = list(range(model.config.intermediate_size)), list(range(HEADS))
+    method = Spatten(0.4, 0.5, 0.6, 0.3, 0.3, pruning="per_row")
+    kept = []
+    for seen, left in ((1.0, 8), (0.7, 6), (0.4, 4)):
+        own = [drawn(left, HEADS) for _ in range(TOKENS)]
+        kept.append([Kept(heads, heads, heads, neurons, 0.6, seen, everything) for heads in own])
+    expected = counted(model.model.layers, kept) + 2 * logit_weights(model)
+    assert method.prompt_flops(model, TOKENS) == expected
+    assert Mha().prompt_flops(model, TOKENS) > expected > replace(method, pruning="global").prompt_flops(model, TOKENS)
 
 
 def test_cascade_pruning():

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, StaticCache
 from transformers.masking_utils import eager_mask
 
 import chai.methods.spatten
 from chai.cache.buffer import ROUND
 from chai.cache.cascade import CascadeCache
 from chai.methods import Chai, Mha, Spatten
-from chai.methods.spatten import schedule
+from chai.methods.spatten import LINEAR, schedule
+from chai.patching.cascade import keep_top
+from chai.patching.model_info import logit_weights
+from experiments.runs.identity import SPATTEN
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 
 NAME = "oracle_cascade"
 UNWINDOWED = [family for family in FAMILIES if family != "mistral_sliding"]
 #: Prunes tokens, heads and values from the second layer on.
 HARD = Spatten(tokens=0.4, heads=0.5, values=0.7, unpruned_tokens=0.0, unpruned_heads=0.0)
+PER_ROW = replace(HARD, pruning="per_row")
+BOTH = pytest.mark.parametrize("method", [HARD, PER_ROW], ids=["global", "per_row"])
 
 
 def best(scores: dict[int, float], count: int) -> set[int]:
@@ -33,12 +41,65 @@ def up(value: float) -> int:
     return max(1, math.ceil(value - 1e-9))
 
 
-class SlowRow:
-    """One sequence, told one layer after the other; everything in fp64 and plain Python."""
+class Loop:
+    """One sequence, told one layer after the other, in fp64 and plain Python; it counts its products."""
 
     def __init__(self, real: list[int], context: int, rule) -> None:
         self.real, self.rule = real, rule
-        self.context = real[:context]
+        self.context, self.last = real[:context], real[context - 1]
+        self.counts: list[Counter[str]] = []  # of each layer, over the context's tokens
+
+    def attend(self, out, i, seen, has, query, key, value, scaling):
+        """Write the outputs of token ``i``; return the attention it gives, and the magnitude of each of its heads."""
+        group, columns = HEADS // len(key), sorted(seen)
+        votes, sizes = dict.fromkeys(self.real, 0.0), dict.fromkeys(range(HEADS), 0.0)
+        out[:, i] = 0
+        for h in has:
+            scores = torch.stack([scaling * torch.dot(query[h, i], key[h // group, j]) for j in columns])
+            weights = dict(zip(columns, torch.softmax(scores, 0).tolist(), strict=True))
+            read = best(weights, up(self.rule.values * len(columns)))
+            for j in read:
+                out[h, i] += weights[j] * value[h // group, j]
+            for j in columns:
+                votes[j] += weights[j]
+            sizes[h] = float(out[h, i].abs().sum())
+            if i <= self.last:
+                self.counts[-1].update(query=1, score=len(columns), value=len(read), output=1)
+        return votes, sizes
+
+
+class GlobalLoop(Loop):
+    """The published algorithm (Algorithm 1): a token that is pruned has no row, so its output is NaN from there on."""
+
+    def __init__(self, real: list[int], context: int, rule) -> None:
+        super().__init__(real, context, rule)
+        self.tokens, self.heads = set(self.context), set(range(HEADS))
+        self.s_t, self.s_h = dict.fromkeys(self.context, 0.0), dict.fromkeys(range(HEADS), 0.0)
+
+    def layer(self, index, query, key, value, scaling):
+        """``[H, T, D]`` each (keys and values by group) to the outputs ``[H, T, D]``."""
+        out = torch.full((*query.shape[:2], value.shape[2]), torch.nan, dtype=torch.float64)
+        if index:  # Algorithm 1 ends each layer with the choice for the next
+            kept = up(self.rule.tokens[index] * len(self.context))
+            self.tokens = {self.last} | best({j: self.s_t[j] for j in self.tokens - {self.last}}, kept - 1)
+            self.heads = best({h: self.s_h[h] for h in self.heads}, self.rule.heads[index])
+        self.counts.append(Counter(row=len(self.tokens), key=len(self.tokens) * len(self.heads)))
+        for i in self.real:
+            if i > self.last or i in self.tokens:
+                seen = {j for j in self.real if j <= i and (j > self.last or j in self.tokens)}
+                votes, sizes = self.attend(out, i, seen, self.heads, query, key, value, scaling)
+                for j in self.context if i <= self.last else ():
+                    self.s_t[j] += votes[j]
+                for h in range(HEADS) if i <= self.last else ():
+                    self.s_h[h] += sizes[h]
+        return out
+
+
+class PerRowLoop(Loop):
+    """A choice for each token of the context."""
+
+    def __init__(self, real: list[int], context: int, rule) -> None:
+        super().__init__(real, context, rule)
         self.seen = {i: {j for j in real if j <= i} for i in self.context}
         self.has = {i: set(range(HEADS)) for i in self.context}
         self.given = {i: dict.fromkeys(real, 0.0) for i in self.context}  # S[i][j]
@@ -46,7 +107,7 @@ class SlowRow:
 
     def layer(self, index, query, key, value, scaling):
         """``[H, T, D]`` each (keys and values by group) to the outputs ``[H, T, D]``."""
-        group, out = HEADS // len(key), torch.zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
+        out = torch.zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
         share, heads = self.rule.tokens[index], self.rule.heads[index]
         for i in self.context:
             if share < 1:
@@ -54,20 +115,12 @@ class SlowRow:
                 self.seen[i] = best(importance, up(share * len([j for j in self.real if j <= i])))
             if heads < HEADS:
                 self.has[i] = best({h: self.size[i][h] for h in self.has[i]}, heads)
-        last, votes, sizes = self.context[-1], {}, {}
+        self.counts.append(Counter(row=len(self.context), key=len(self.context) * HEADS))
+        last, votes, sizes = self.last, {}, {}
         for i in self.real:
             later = {j for j in self.real if last < j <= i}
             seen, has = (self.seen[i], self.has[i]) if i <= last else (self.seen[last] | later, self.has[last])
-            votes[i], sizes[i] = dict.fromkeys(self.real, 0.0), dict.fromkeys(range(HEADS), 0.0)
-            columns = sorted(seen)
-            for h in has:
-                scores = torch.stack([scaling * torch.dot(query[h, i], key[h // group, j]) for j in columns])
-                weights = dict(zip(columns, torch.softmax(scores, 0).tolist(), strict=True))
-                for j in best(weights, up(self.rule.values * len(columns))):
-                    out[h, i] += weights[j] * value[h // group, j]
-                for j in columns:
-                    votes[i][j] += weights[j]
-                sizes[i][h] = float(out[h, i].abs().sum())
+            votes[i], sizes[i] = self.attend(out, i, seen, has, query, key, value, scaling)
         for i in self.context:
             for before in [other for other in self.context if other <= i]:
                 for j in self.real:
@@ -77,10 +130,11 @@ class SlowRow:
         return out
 
 
-def slow_logits(model, batch, contexts, method):
-    exact = copy.deepcopy(model).double()
+def slow(model, batch, contexts, method):
+    """Return the logits, and the loop over each row."""
+    exact, kind = copy.deepcopy(model).double(), GlobalLoop if method.pruning == "global" else PerRowLoop
     rows = [
-        SlowRow(mask.nonzero()[:, 0].tolist(), context, method.rule(model.config))
+        kind(mask.nonzero()[:, 0].tolist(), context, method.rule(model.config))
         for mask, context in zip(batch["attention_mask"], contexts, strict=True)
     ]
 
@@ -93,7 +147,7 @@ def slow_logits(model, batch, contexts, method):
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, eager_mask)
     exact.set_attn_implementation(NAME)
-    return exact(**batch, use_cache=False).logits
+    return exact(**batch, use_cache=False).logits, rows
 
 
 def check_against_loop(model, lengths, contexts, method, side, seed=0):
@@ -102,20 +156,27 @@ def check_against_loop(model, lengths, contexts, method, side, seed=0):
         cache = method.new_cache(model)
         cache.contexts = torch.tensor(contexts)
         logits = model(**batch, past_key_values=cache).logits
-    expected = slow_logits(model, batch, contexts, method)
-    real = batch["attention_mask"].bool()
-    torch.testing.assert_close(logits[real].double(), expected[real], rtol=2e-4, atol=2e-4)
+    expected, rows = slow(model, batch, contexts, method)
+    # Of a context under global pruning, the tokens that the last layer keeps have logits.
+    has_logits = batch["attention_mask"].bool() & ~expected.isnan().any(-1)
+    for own, row in zip(has_logits, rows, strict=True):
+        assert own[[i for i in row.real if i >= row.last]].all()
+        assert method.pruning == "global" or own[row.real].all()
+    torch.testing.assert_close(logits[has_logits].double(), expected[has_logits], rtol=2e-4, atol=2e-4)
 
 
+@BOTH
 @pytest.mark.parametrize("family", UNWINDOWED)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_logits_equal_the_slow_loop(family, side):
-    check_against_loop(make_model(family), [9, 11, 5], [6, 11, 2], HARD, side)
+def test_logits_equal_the_slow_loop(family, side, method):
+    check_against_loop(make_model(family), [9, 11, 5], [6, 11, 2], method, side)
 
 
-@settings(max_examples=12, deadline=None)
-@example(rows=[(2, 2)], shares=(0.1, 0.1, 0.6), unpruned=0.0, family="qwen2", side="left", seed=1)  # heads that tie
+@settings(max_examples=24, deadline=None)
+@example(  # heads that tie
+    rows=[(2, 2)], shares=(0.1, 0.1, 0.6), unpruned=0.0, family="qwen2", side="left", seed=1, pruning="per_row"
+)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=3),
     shares=st.tuples(*[st.sampled_from([0.1, 0.35, 0.6, 1.0])] * 3),
@@ -123,15 +184,95 @@ def test_logits_equal_the_slow_loop(family, side):
     family=st.sampled_from(["llama", "qwen2"]),
     side=st.sampled_from(["left", "right"]),
     seed=st.integers(0, 99),
+    pruning=st.sampled_from(["global", "per_row"]),
 )
 @torch.no_grad()
-def test_any_batch_equals_the_slow_loop(rows, shares, unpruned, family, side, seed):
+def test_any_batch_equals_the_slow_loop(rows, shares, unpruned, family, side, seed, pruning):
     tokens, heads, values = shares
     if shares == (1.0, 1.0, 1.0):
         values = 0.5
-    method = Spatten(tokens, heads, values, unpruned, unpruned)
+    method = Spatten(tokens, heads, values, unpruned, unpruned, pruning)
     lengths = [context + more for context, more in rows]
     check_against_loop(make_model(family, seed), lengths, [context for context, _ in rows], method, side, seed)
+
+
+@BOTH
+@torch.no_grad()
+def test_importance_decides_and_not_the_order(method):
+    """Early tokens are seen by more tokens; only sharp attention makes late ones the most important of a context."""
+    model = make_model("llama", 6)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(40)
+    check_against_loop(model, [16, 13], [16, 12], method, "left", 6)
+    with method(model):
+        cache = method.new_cache(model)
+        model(**make_batch([16], 6), past_key_values=cache)
+    kept = sorted(cache.layers[2].positions[0].tolist())
+    assert kept[-1] == 15 and kept[:-1] != list(range(len(kept) - 1))
+
+
+def test_candidates_of_the_largest_scores():
+    scores, left = torch.tensor([[1.0, 5.0, 3.0, 0.5, 5.0]]), torch.tensor([[True, True, True, True, False]])
+    assert keep_top(scores, left, torch.tensor([2])).tolist() == [[False, True, True, False, False]]
+    always = torch.tensor([[False, False, False, True, True]])  # a candidate, and one that is none
+    assert keep_top(scores, left, torch.tensor([2]), always).tolist() == [[False, True, False, True, False]]
+
+
+@BOTH
+@pytest.mark.parametrize("context", [1, 7, 12])
+@torch.no_grad()
+def test_operations_are_the_products_of_the_slow_loop(method, context):
+    """Rows of queries, keys, values, outputs and MLP, and pairs of tokens in every head, each counted as it runs."""
+    model, batch = make_model("llama"), make_batch([context])
+    _, (row,) = slow(model, batch, [context], method)
+    hidden, size, neurons = model.config.hidden_size, 8, model.config.intermediate_size
+    products = 0
+    for count in row.counts:
+        products += (count["query"] + 2 * count["key"] + count["output"]) * hidden * size  # W_Q, W_K and W_V, W_O
+        products += count["row"] * 3 * hidden * neurons + (count["score"] + count["value"]) * size
+    assert method.prompt_flops(model, context) == 2 * products + 2 * logit_weights(model)
+
+
+@pytest.mark.parametrize("family", UNWINDOWED)
+@torch.no_grad()
+def test_rows_of_pruned_tokens_are_read_by_nobody(family):
+    """Noise in the hidden states of tokens after their pruning changes neither logits nor cache."""
+    model, batch = make_model(family), make_batch([15, 12])
+    contexts, layers = torch.tensor([12, 9]), model.get_decoder().layers
+
+    def outcome():
+        cache = HARD.new_cache(model)
+        cache.contexts = contexts
+        return model(**batch, past_key_values=cache).logits, cache
+
+    def add_noise(kept):
+        def hook(module, arguments, keywords):
+            hidden = arguments[0] if arguments else keywords["hidden_states"]
+            noise = torch.where(kept[..., None], 0.0, 100 * torch.randn_like(hidden))
+            if arguments:
+                return (hidden + noise, *arguments[1:]), keywords
+            return arguments, {**keywords, "hidden_states": hidden + noise}
+
+        return hook
+
+    with HARD(model), ExitStack() as stack:
+        logits, cache = outcome()
+        kept = []
+        for layer in cache.layers[1:]:
+            own = torch.zeros(2, 15, dtype=torch.bool)
+            own.scatter_(1, layer.positions, layer.valid)
+            own[:, cache.state.split :] = True
+            kept.append(own)
+        assert [int(own[0].sum()) for own in kept] == [9 + 3, 5 + 3]  # of 12 tokens, and 3 after the context
+        for layer, own in zip(layers[1:], kept, strict=True):
+            handle = layer.register_forward_pre_hook(add_noise(own), with_kwargs=True)
+            stack.callback(handle.remove)
+        noisy, other = outcome()
+    assert torch.equal(noisy[kept[1]], logits[kept[1]]) and not torch.equal(noisy, logits)
+    for layer, same in zip(cache.layers[1:], other.layers[1:], strict=True):
+        valid = layer.valid[:, None, :, None]
+        assert torch.equal(layer.positions, same.positions)
+        assert torch.equal(layer.keys[:, :, : valid.shape[2]] * valid, same.keys[:, :, : valid.shape[2]] * valid)
 
 
 @pytest.mark.parametrize("family", UNWINDOWED)
@@ -142,7 +283,7 @@ def test_nothing_pruned_is_multi_head_attention(family, side, monkeypatch):
     model, batch = make_model(family), make_batch([9, 12, 3], side=side)
     expected, left = model(**batch).logits, make_batch([9, 12, 3])
     tokens = model.generate(**left, max_new_tokens=8, do_sample=False)
-    everything = Spatten(tokens=1.0, heads=1.0)
+    everything = Spatten(tokens=1.0, heads=1.0, values=1.0)
     with everything(model):
         assert torch.equal(model(**batch).logits, expected)
         assert torch.equal(model.generate(**left, max_new_tokens=8, do_sample=False), tokens)
@@ -155,16 +296,17 @@ def test_nothing_pruned_is_multi_head_attention(family, side, monkeypatch):
 
 @pytest.mark.parametrize("family", UNWINDOWED)
 @pytest.mark.parametrize("lengths", [[9, 12, 3], [1, 2, 1]], ids=["long", "short"])
+@BOTH
 @torch.no_grad()
-def test_generation_equals_scoring_the_whole_text(family, lengths):
+def test_generation_equals_scoring_the_whole_text(family, lengths, method):
     """Decoding on what the cache has kept gives what one call gives that is told where the prompt ends."""
     model, batch, widest = make_model(family), make_batch(lengths), max(lengths)
-    with HARD(model):
+    with method(model):
         steps = model.generate(
             **batch, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         for row, length in enumerate(lengths):
-            cache = HARD.new_cache(model)
+            cache = method.new_cache(model)
             cache.contexts = torch.tensor([length])
             own = steps.sequences[row, widest - length :][None]
             whole = model(own, past_key_values=cache).logits[0, -9:-1]
@@ -172,27 +314,28 @@ def test_generation_equals_scoring_the_whole_text(family, lengths):
             torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
 
 
+@BOTH
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
 @torch.no_grad()
-def test_appended_tokens_change_no_earlier_logits(family):
-    """Neither what is appended to a context as continuation, nor as padding, nor to a prompt as more of the prompt."""
+def test_appended_tokens_change_no_earlier_logits(family, method):
+    """Neither what is appended to a context as continuation, nor as padding; per row, nor as more of the context."""
     model, batch = make_model(family), make_batch([14])
     ids = batch["input_ids"]
 
-    def logits(tokens, context=None, method=HARD, **more):
+    def logits(tokens, context=None, **more):
         cache = method.new_cache(model)
         cache.contexts = None if context is None else torch.tensor([context])
         return model(tokens, past_key_values=cache, **more).logits[0]
 
-    with HARD(model):
+    with method(model):
         short = logits(ids[:, :8], 6)
         for tail in (ids[:, 8:], ids[:, 8:].flip(1), torch.zeros(1, 5, dtype=torch.long)):
             torch.testing.assert_close(logits(torch.cat([ids[:, :8], tail], 1), 6)[:8], short, rtol=1e-5, atol=1e-5)
-        for length in (1, 5, 9):
+        for length in (1, 5, 9) if method is PER_ROW else ():
             torch.testing.assert_close(logits(ids)[:length], logits(ids[:, :length]), rtol=1e-5, atol=1e-5)
         # The padding of lm-eval, which comes without a mask, in a batch with a longer row.
         both = torch.cat([torch.nn.functional.pad(ids[:, :8], (0, 6)), ids.flip(1)])
-        cache = HARD.new_cache(model)
+        cache = method.new_cache(model)
         cache.contexts = torch.tensor([6, 9])
         found = model(both, past_key_values=cache).logits[0, :8]
         torch.testing.assert_close(found, short, rtol=1e-5, atol=1e-5)
@@ -200,14 +343,14 @@ def test_appended_tokens_change_no_earlier_logits(family):
 
 
 @torch.no_grad()
-def test_the_context_may_come_in_parts():
+def test_per_row_the_context_may_come_in_parts():
     model, batch = make_model("llama"), make_batch([16, 16])
-    with HARD(model):
-        whole = HARD.new_cache(model)
+    with PER_ROW(model):
+        whole = PER_ROW.new_cache(model)
         whole.contexts = torch.tensor([9, 12])
         expected = model(batch["input_ids"], past_key_values=whole).logits
         for sizes in ([4, 4, 8], [1] * 16, [9, 3, 4], [11, 5]):
-            cache, found = HARD.new_cache(model), []
+            cache, found = PER_ROW.new_cache(model), []
             cache.contexts = torch.tensor([9, 12])
             for part in batch["input_ids"].split(sizes, 1):
                 found.append(model(part, past_key_values=cache).logits)
@@ -215,14 +358,41 @@ def test_the_context_may_come_in_parts():
             assert cache.nbytes == whole.nbytes
         options = {"max_new_tokens": 5, "do_sample": False}
         prompt = model.generate(**batch, **options)
-        cache = HARD.new_cache(model)
+        cache = PER_ROW.new_cache(model)
         cache.contexts = torch.tensor([16, 16])
         assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=5, past_key_values=cache), prompt)
 
 
 @torch.no_grad()
-def test_pruned_tokens_and_heads_leave_the_cache():
-    model, batch, method = make_model("llama"), make_batch([20, 20]), Spatten(0.5, 0.5, 1.0, 0.0, 0.0)
+def test_global_pruning_refuses_a_context_in_parts():
+    model, batch = make_model("llama"), make_batch([16, 16])
+    message = "this call has 9 of the 12 tokens of a context, but global pruning needs the importance from all of them"
+    with HARD(model):
+        cache = HARD.new_cache(model)
+        cache.contexts = torch.tensor([9, 12])
+        with pytest.raises(ValueError, match=message):
+            model(batch["input_ids"][:, :9], past_key_values=cache)
+        whole = HARD.new_cache(model)
+        whole.contexts = torch.tensor([9, 12])
+        expected = model(batch["input_ids"], past_key_values=whole).logits
+        assert torch.equal(model(batch["input_ids"], past_key_values=cache).logits, expected)  # nothing was begun
+        for sizes in ([12, 4], [13, 1, 2]):  # the rest in any parts
+            cache, found = HARD.new_cache(model), []
+            cache.contexts = torch.tensor([9, 12])
+            for part in batch["input_ids"].split(sizes, 1):
+                found.append(model(part, past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+        cache = HARD.new_cache(model)
+        cache.contexts = torch.tensor([16, 16])
+        with pytest.raises(ValueError, match="this call has 5 of the 16 tokens"):
+            model.generate(**batch, max_new_tokens=3, prefill_chunk_size=5, past_key_values=cache)
+
+
+@BOTH
+@torch.no_grad()
+def test_pruned_tokens_and_heads_leave_the_cache(method):
+    model, batch = make_model("llama"), make_batch([20, 20])
+    method = Spatten(0.5, 0.5, 1.0, 0.0, 0.0, method.pruning)
     with method(model):
         cache = DynamicCache()  # becomes ours
         model(**batch, past_key_values=cache)
@@ -239,12 +409,13 @@ def test_pruned_tokens_and_heads_leave_the_cache():
     assert cache.nbytes_allocated == sum(2 * 4 * rows * heads * ROUND * size for rows, heads, _, size in shapes)
 
 
+@BOTH
 @torch.no_grad()
-def test_what_layers_keep_is_nested():
+def test_what_layers_keep_is_nested(method):
     """Cascade: what a layer lacks no later layer has."""
     model, batch = make_model("llama"), make_batch([20, 15], side="right")
-    with HARD(model):
-        cache = HARD.new_cache(model)
+    with method(model):
+        cache = method.new_cache(model)
         model(**batch, past_key_values=cache)
     first, second = cache.layers[1], cache.layers[2]
     for row in range(2):
@@ -252,7 +423,7 @@ def test_what_layers_keep_is_nested():
         heads = [set(layer.remaining.query_heads[row].tolist()) for layer in (first, second)]
         assert tokens[1] < tokens[0]
         assert heads[1] < heads[0]
-        assert max(tokens[1]) == [19, 14][row]  # the last token sees itself
+        assert max(tokens[1]) == [19, 14][row]  # the last token of the context is kept
 
 
 @torch.no_grad()
@@ -354,6 +525,31 @@ def test_contexts_that_do_not_fit_are_refused():
             model(**batch, past_key_values=cache)
 
 
+def test_shares_are_those_of_the_authors_release():
+    """Of 1,024 tokens, heads of 16, and values: the workload's columns, whose numbers are rounded down."""
+    shape = LlamaConfig(num_hidden_layers=24, num_attention_heads=16)
+    rule = Spatten().rule(shape)
+    tokens = [1024] * 2 + [921] + [819] * 2 + [614] * 6 + [307] * 13
+    assert [int(share * 1024 + 1e-6) for share in rule.tokens] == tokens
+    assert list(rule.heads) == [16] * 16 + [13] * 6 + [10] * 2
+    assert {int(rule.values * count) for count in tokens} == {307, 276, 245, 184, 92}
+    assert rule.pruning == "global" and Spatten(preset="authors").rule(shape) == rule
+    # Other depths have the shares of the same relative depth; numbers replace the shares one by one.
+    shape.num_hidden_layers = 4
+    assert Spatten().rule(shape).tokens == (1.0, 0.6, 0.3, 0.3) and Spatten().rule(shape).heads == (16, 16, 16, 13)
+    mixed = Spatten(tokens=0.4, unpruned_tokens=0.0).rule(shape)
+    assert mixed.tokens == pytest.approx((1.0, 0.8, 0.6, 0.4)) and mixed.heads == (16, 16, 16, 13)
+    assert (mixed.values, Spatten(values=0.8).rule(shape).values) == (0.3, 0.8)
+
+
+def test_per_row_has_the_numbers_of_earlier_versions():
+    shape, old = LlamaConfig(num_hidden_layers=8, num_attention_heads=16), Spatten(**LINEAR, pruning="per_row")
+    assert LINEAR == SPATTEN
+    assert Spatten(pruning="per_row").rule(shape) == old.rule(shape)
+    assert old.rule(shape).tokens == schedule(8, 0.15, 0.5)
+    assert replace(old.rule(shape), pruning="global") == Spatten(preset="linear").rule(shape)
+
+
 def test_schedule_falls_linearly_after_the_first_layers():
     assert schedule(4, 0.15, 0.4) == pytest.approx((1.0, 0.8, 0.6, 0.4))
     assert schedule(10, 0.3, 0.3) == pytest.approx((1, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
@@ -365,7 +561,10 @@ def test_schedule_falls_linearly_after_the_first_layers():
     [
         ({"tokens": 0.0}, "tokens is 0.0; valid: above 0, up to 1"),
         ({"heads": 1.5}, "heads is 1.5; valid: above 0, up to 1"),
-        ({"unpruned_heads": -0.1}, "unpruned_heads is -0.1; valid: 0 to 1"),
+        ({"unpruned_heads": -0.1, "heads": 0.5}, "unpruned_heads is -0.1; valid: 0 to 1"),
+        ({"unpruned_heads": 0.1}, "unpruned_heads has no effect on the authors' shares; valid: set heads, too, or"),
+        ({"pruning": "local"}, "pruning is local; valid: global, per_row"),
+        ({"preset": "paper"}, "preset is paper; valid: authors, linear, null"),
     ],
 )
 def test_wrong_values_are_refused(values, message):

@@ -82,7 +82,10 @@ def test_pruned_contexts_and_masks_have_formulas_of_their_own(tmp_path, key_head
     """SpAtten's cache is its schedule's; DejaVu's mask leaves everything in it."""
     grouped = f"model.architecture.num_key_value_heads={key_heads}"
     settings = [grouped, "experiment=memory", "experiment.lengths=[64,100]", "experiment.steps=8"]
-    for method in (["method=spatten", "method.unpruned_heads=0"], ["method=dejavu", "method.predictor=oracle"]):
+    for method in (
+        ["method=spatten", "method.preset=linear", "method.unpruned_heads=0"],
+        ["method=dejavu", "method.predictor=oracle"],
+    ):
         assert run(tmp_path, *settings, *method) == 0
     for name in ("spatten", "dejavu"):
         _, rows = only(tmp_path, f"memory/tiny-random/{name}/none/*")

@@ -31,6 +31,21 @@ def test_run_ids_are_those_of_the_first_version(method):
         assert [str(folder.path.relative_to("results")) for folder in folders] == KNOWN[command], command
 
 
+def test_pruning_for_the_whole_sequence_has_ids_of_its_own():
+    """SpAtten's earlier runs chose per row: the default of today is another method, though the command is the same."""
+    commands = [command for command in KNOWN if "method=spatten" in command.split()]
+    assert commands and all("method.pruning=per_row" in command for command in commands)
+    for command in commands:
+        words = [word for word in command.split() if word != "method.pruning=per_row"]
+        (earlier, *_) = run_folders(compose_config(command.split()))
+        for changes in ([], ["method.preset=linear"], ["method.pruning=per_row", "method.preset=authors"]):
+            (folder, *_) = run_folders(compose_config([*words, *changes]))
+            assert folder.path != earlier.path
+        # Numbers that were the defaults may be written out.
+        same = ["method.pruning=per_row", "method.preset=linear", "method.heads=0.75"]
+        assert run_folders(compose_config([*words, *same]))[0].path == earlier.path
+
+
 def test_a_result_of_an_earlier_version_is_shown_and_not_redone(tmp_path, capsys):
     command = "method=mha model=tiny task=micro_piqa"
     (name,) = KNOWN["method=mha model=tiny task=micro_piqa"]

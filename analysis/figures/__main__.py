@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.clusters is not None and (fixed := [name for name in options.figures if not takes_clusters(name)]):
         return cli.fail(f"{fixed[0]} takes no --clusters; valid: {', '.join(filter(takes_clusters, valid))}")
     results = Results(options.results, options.model, options.device)
-    codes = [produce(name, replace(results, used=[]), options.out, options.clusters) for name in dict.fromkeys(options.figures)]
+    codes = [
+        produce(name, replace(results, used=[]), options.out, options.clusters)
+        for name in dict.fromkeys(options.figures)
+    ]
     cli.report_skipped(results.skipped)
     return max(codes)
 

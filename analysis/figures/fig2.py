@@ -15,7 +15,10 @@ QUERY = PROFILE
 
 
 def draw(results: Results, clusters: int | None = None) -> tuple[Figure, pd.DataFrame]:
-    """Draw the map on the left and the correlation on the right, heads in the same order; ``clusters`` replaces the chosen number."""
+    """Draw the map on the left and the correlation on the right, heads in the same order.
+
+    ``clusters`` replaces the chosen numbers of clusters.
+    """
     profile = best_profile(results).at(clusters)
     layer, searched = clearest(profile)
     values = profile.sample_correlation

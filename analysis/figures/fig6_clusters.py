@@ -22,7 +22,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     profile.need(*SERIES)
     data = plot_data(profile)
     figure = page.of_run(profile.run, TITLE, 3.6)
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     shades, width = page.depth(profile.layers), 0.8 if profile.layers <= 40 else 0.5
     for axes, (series, title) in zip(panels, SERIES.items(), strict=True):
         for layer in range(profile.layers):
@@ -40,7 +40,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         "Pearson correlation of the heads' attention, clusters found in each sample by itself, mean over pairs of "
         f"heads and samples. {page.COUNTED}"
     )
-    page.finish_profiles(figure, [profile], notes)
+    page.finish_profiles(figure, [profile], notes, paper=())
     return figure, data
 
 

@@ -63,8 +63,9 @@ def notes(profile: Profile) -> str:
     rule = profile.about["rule"]
     parameters = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "name")
     return (
-        f"{spread_note(profile)} Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
-        f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
+        f"{spread_note(profile)} Squared distances of the heads' attention to the mean of their cluster, clusters "
+        "found in each sample by itself, mean over samples. Chosen by the rule "
+        f"{rule['name']}{f' ({parameters})' if parameters else ''}. "
         "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
         f"{page.COUNTED}"
     )

@@ -26,7 +26,7 @@ RULES: dict[str, dict[str, Any]] = {
     "saving": {"color": style.EXTRA[1]["color"], "marker": "<"},
     "error": {"color": style.EXTRA[2]["color"], "marker": ">"},
 }
-OPEN = {"linestyle": "none", "markerfacecolor": "none", "markersize": 4.5, "markeredgewidth": 0.9}
+OPEN = {"linestyle": "none", "markerfacecolor": "none", "markersize": 7, "markeredgewidth": 0.9}
 BAND = {"color": CHOSEN["color"], "alpha": 0.22, "linewidth": 0}
 
 
@@ -37,19 +37,20 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     data = plot_data(profile, seeds)
     columns = 4 if profile.layers <= 40 else 8
     lines = math.ceil(profile.layers / columns)
-    height = lines * (1.35 if lines <= 2 else 0.95)  # inches
+    height = 0.4 + lines * (1.35 if lines <= 2 else 0.95)  # inches
     figure = page.of_run(profile.run, TITLE, 3.2 + height)
     upper, lower = figure.subfigures(2, 1, height_ratios=(height, 2.2))
     grid = list(upper.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     elbows = data[data.panel == "elbow"]
     for layer, axes in enumerate(grid[: profile.layers]):
         draw_elbow(axes, elbows[elbows.layer == layer], profile, layer)
-    for axes in grid[profile.layers :]:
-        axes.set_visible(False)
+    for place, axes in enumerate(grid):
+        axes.set_visible(place < profile.layers)
+        axes.tick_params(labelbottom=profile.layers - columns <= place)  # the lowest of each column
     upper.supxlabel("number of clusters k", fontsize=8.5)
-    upper.supylabel("error relative to one cluster's", fontsize=8.5)
+    upper.supylabel("relative error", fontsize=8.5)
     draw_counts(lower.subplots(), data[data.panel == "counts"], profile)
-    notes = f"{fig8.spread_note(profile)} Errors as in Figure 8. {page.COUNTED}"
+    notes = f"{fig8.spread_note(profile)} Errors as in Figure 8, relative to that of one cluster. {page.COUNTED}"
     page.finish_profiles(figure, [profile], notes)
     return figure, data
 
@@ -92,7 +93,8 @@ def draw_counts(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
         mark = {"color": style.GREY, "marker": "x", "markersize": 3.5, "linestyle": "none", "zorder": 5}
         axes.plot(others.layer, others.value, label=style.plural(seeds, "other seed"), **mark)
     axes.set(xlabel="layer", ylabel="clusters k", ylim=(0, profile.heads + 1))
-    axes.xaxis.set_major_locator(page.whole_numbers())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(page.whole_numbers())
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

@@ -95,7 +95,8 @@ class Profile:
         self.need("assignment_by_k")
         counts = [clusters] * self.layers
         arrays = {"clusters": np.array(counts), "assignment": self["assignment_by_k"][:, clusters - 1]}
-        return replace(self, clusters=counts, arrays=self.arrays | arrays)
+        run = replace(self.run, result=self.run.result | {"heads_kept": counts})
+        return replace(self, run=run, clusters=counts, arrays=self.arrays | arrays)
 
     def need(self, *names: str) -> None:
         """Raise :class:`MissingRun` if the profile is of an earlier version that did not save these arrays."""
@@ -165,8 +166,9 @@ def other_seeds(results: Results, profile: Profile) -> dict[int, Run]:
         about = results.attempt(run.folder, read_json, run.folder / "profile.json")
         if about and _settings(about) == same and run.dtype == profile.run.dtype:
             seeds[seed] = run
+    seeds = dict(sorted(seeds.items()))
     results.used.extend(seeds.values())
-    return dict(sorted(seeds.items()))
+    return seeds
 
 
 def _settings(about: dict[str, Any]) -> Any:

@@ -10,7 +10,18 @@ from chai.offline.head_profile import HeadProfile
 from experiments.system.console import log_info
 from experiments.tables.layout import make_table, print_table
 
-COLUMNS = ("Layer", "Clusters", "95 %", "Halves", "Error left", "Largest", "Correlation", "First token", "Agreement", "Changes")
+COLUMNS = (
+    "Layer",
+    "Clusters",
+    "95 %",
+    "Halves",
+    "Error left",
+    "Largest",
+    "Correlation",
+    "First token",
+    "Agreement",
+    "Changes",
+)
 
 
 def show_head_profile(folder: Path) -> None:

@@ -22,16 +22,16 @@ NOTES = (
 )
 
 
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """Draw bars of one layer on the left, all layers on the right."""
-    profile = best_profile(results)
+def draw(results: Results, clusters: int | None = None) -> tuple[Figure, pd.DataFrame]:
+    """Draw bars of one layer on the left, all layers on the right; ``clusters`` replaces the chosen numbers."""
+    profile = best_profile(results).at(clusters)
     layer = the_layer(profile.layers)
     data = plot_data(profile, layer)
     figure = page.of_run(profile.run, TITLE, 4.1)
     left, right = figure.subplots(1, 2)
     draw_sizes(left, data[data.panel == "sizes"], profile, layer)
     draw_shares(right, data[data.panel == "shares"], profile, layer)
-    page.finish_profiles(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], f"{NOTES} {page.requested(clusters)}".strip())
     return figure, data
 
 

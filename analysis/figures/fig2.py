@@ -14,9 +14,12 @@ TITLE = "Redundancy across the heads of a layer (paper, Figure 2)"
 QUERY = PROFILE
 
 
-def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
-    """Draw the map on the left and the correlation on the right, heads in the same order."""
-    profile = best_profile(results)
+def draw(results: Results, clusters: int | None = None) -> tuple[Figure, pd.DataFrame]:
+    """Draw the map on the left and the correlation on the right, heads in the same order.
+
+    ``clusters`` replaces the chosen numbers of clusters.
+    """
+    profile = best_profile(results).at(clusters)
     layer, searched = clearest(profile)
     values = profile.sample_correlation
     groups = profile.order(layer)
@@ -42,7 +45,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     maps.bar(figure, norm, ax=left, **where)
     correlation.bar(figure, ax=right, **where)
 
-    notes = correlation.NOTES
+    notes = correlation.notes(clusters)
     if searched:
         within, between = correlation.within_and_between(values[layer], profile["assignment"][layer])
         notes = (

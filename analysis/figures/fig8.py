@@ -51,6 +51,9 @@ def draw_curves(axes: Axes, data: pd.DataFrame, profile: Profile) -> None:
         shade = depth.to_rgba(layer)
         axes.plot(points.k, points.value, color=shade, linewidth=width, zorder=2)
         axes.plot(chosen.k, chosen.value, color=shade, zorder=3, **DOT)
+        if spread := profile.stability:
+            low, high, value = spread["low"][layer], spread["high"][layer], float(chosen.value.iloc[0])
+            axes.hlines(value, low, high, color=shade, linewidth=2.5 * width, alpha=0.6, zorder=2.5)
     axes.set_xlabel("number of clusters k")
     page.count_ticks(axes, profile.heads)
 
@@ -60,22 +63,36 @@ def notes(profile: Profile) -> str:
     rule = profile.about["rule"]
     parameters = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "name")
     return (
-        "Squared distances of the heads' attention to the mean of their cluster, clusters found in each sample by "
-        f"itself, mean over samples. Chosen by the rule {rule['name']}{f' ({parameters})' if parameters else ''}. "
+        f"{spread_note(profile)} Squared distances of the heads' attention to the mean of their cluster, clusters "
+        "found in each sample by itself, mean over samples. Chosen by the rule "
+        f"{rule['name']}{f' ({parameters})' if parameters else ''}. "
         "The logarithmic axis cannot show an error of 0, that of a cluster for each head. "
         f"{page.COUNTED}"
     )
 
 
+def spread_note(profile: Profile) -> str:
+    """Return what the intervals of the numbers of clusters are, or that there are none."""
+    spread = profile.stability
+    if spread is None:
+        return "No interval of the chosen numbers: this profile has no errors of single samples."
+    return (
+        f"Interval of a chosen number: {100 * spread['level']:g} % of {spread['resamples']:,} bootstrap samples of the "
+        "texts; it says nothing about the choice of the rule."
+    )
+
+
 def plot_data(profile: Profile) -> pd.DataFrame:
-    """Return a row for each layer and k."""
+    """Return a row for each layer and k; ``low`` and ``high`` are the ends of the interval of the layer's chosen k."""
     layer, k = (place.ravel() for place in np.indices(profile["error"].shape))
     error = profile["error"]
     with np.errstate(invalid="ignore"):  # the error of a layer of identical heads is 0
         relative = error / error[:, :1]
+    spread = profile.stability
+    interval = {end: np.array(spread[end])[layer] for end in ("low", "high")} if spread else {}
     return page.rows(
         profile,
         layer=layer, k=k + 1, error=error.ravel(), error_sd=profile["error_sd"].ravel(),
         error_static=profile["error_static"].ravel(), relative_error=relative.ravel(),
-        chosen=k + 1 == profile["clusters"][layer],
+        chosen=k + 1 == profile["clusters"][layer], **interval,
     )  # fmt: skip

@@ -85,9 +85,19 @@ def plot_data(profile: Profile, correlation: NDArray[Any], layers: Sequence[int]
     return pd.concat(parts, ignore_index=True)
 
 
-def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure, pd.DataFrame]:
-    """Draw heat maps of a few layers, of one sample or the mean; below, the mean correlation of two heads by layer."""
-    profile = best_profile(results)
+def notes(clusters: int | None) -> str:
+    """Return how to read the heat maps, with a requested number of clusters."""
+    return f"{NOTES} {page.requested(clusters)}".strip()
+
+
+def draw_layers(
+    results: Results, title: str, one_sample: bool, clusters: int | None = None
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw heat maps of a few layers, of one sample or the mean; below, the mean correlation of two heads by layer.
+
+    ``clusters`` replaces the chosen numbers of clusters.
+    """
+    profile = best_profile(results).at(clusters)
     mean_label = f"mean over {profile.samples:,} samples"
     correlation = profile.sample_correlation if one_sample else profile["correlation"]
     curves = {"one sample": between_heads(correlation)} if one_sample else {}
@@ -114,7 +124,7 @@ def draw_layers(results: Results, title: str, one_sample: bool) -> tuple[Figure,
     axes.set_ylim(min(0.0, *(np.nanmin(values, initial=0) for values in curves.values())), 1)
     if one_sample:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    page.finish_profiles(figure, [profile], NOTES)
+    page.finish_profiles(figure, [profile], notes(clusters))
     return figure, pd.concat(data, ignore_index=True)
 
 

@@ -63,6 +63,11 @@ def finish_profiles(figure: Figure, profiles: Sequence[Profile], notes: str, pap
     footer(figure, [*words, *map(profile_provenance, profiles)])
 
 
+def requested(clusters: int | None) -> str:
+    """Return a sentence that says that a number of clusters was requested; empty if the profile's are shown."""
+    return "" if clusters is None else f"With {plural(clusters, 'cluster')} in every layer, as requested."
+
+
 def other_model(profiles: Sequence[Profile], paper: Sequence[str]) -> str:
     """Return a sentence that names the models of the paper's figure; empty if they were drawn."""
     models = {base_name(profile.run.model) for profile in profiles}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
 
 from analysis.results.files import SkippedRun, read_file, read_json, require
-from analysis.results.runs import MAIN, Results, Run, RunQuery, base_name
+from analysis.results.runs import MAIN, MissingRun, Results, Run, RunQuery, base_name
 
 PROFILE = RunQuery(
     "profile",
@@ -34,6 +34,14 @@ TENSORS = {
     "changes": "fLn", "agreement": "fLN",
     "entropy": "fLH", "first_token": "fLH", "own_token": "fLH",
 }  # fmt: skip
+#: Arrays that profiles of earlier versions lack; T: samples.
+OPTIONAL = {"assignment_by_k": "iLHH", "sample_error": "fTLH", "within": "fLH", "between": "fLH"}
+#: Lists in ``stability`` of profile.json, of a number for each layer.
+STABILITY = ("low", "high", "halves_equal", "halves_difference")
+
+
+class ClustersError(ValueError):
+    """Raised for a number of clusters that no layer of a profile can have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,48 @@ class Profile:
     def clustered_layers(self) -> list[int]:
         """Layers with more than one cluster and fewer clusters than heads."""
         return [layer for layer, k in enumerate(self.clusters) if 1 < k < self.heads]
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule that chose the numbers of clusters: ``plateau``, ``knee``, ``saving`` or ``error``."""
+        rule = self.about["rule"]
+        return next((name for name in ("saving", "error") if name in rule), str(rule["name"]))
+
+    @property
+    def stability(self) -> dict[str, Any] | None:
+        """Spread of the numbers of clusters over samples of the texts, by layer; ``None`` if it is not known."""
+        return self.about.get("stability")
+
+    @property
+    def counts_by_rule(self) -> dict[str, list[int]]:
+        """Numbers of clusters of each layer that each rule chooses; empty in profiles of earlier versions."""
+        return self.about.get("rules", {})
+
+    def at(self, clusters: int | None) -> Profile:
+        """Return the profile with the static clusters of another number of clusters, the same in every layer.
+
+        Raises:
+            ClustersError: A layer cannot have this number.
+            MissingRun: The profile is of an earlier version, which kept the chosen clusters only.
+        """
+        if clusters is None:
+            return self
+        if not 1 <= clusters <= self.heads:
+            raise ClustersError(f"{clusters}: a layer has {self.heads} heads; valid: 1 to {self.heads}")
+        self.need("assignment_by_k")
+        counts = [clusters] * self.layers
+        arrays = {"clusters": np.array(counts), "assignment": self["assignment_by_k"][:, clusters - 1]}
+        run = replace(self.run, result=self.run.result | {"heads_kept": counts})
+        return replace(self, run=run, clusters=counts, arrays=self.arrays | arrays)
+
+    def need(self, *names: str) -> None:
+        """Raise :class:`MissingRun` if the profile is of an earlier version that did not save these arrays."""
+        missing = [name for name in names if name not in self.arrays]
+        if missing:
+            raise MissingRun(
+                f"the profile in {self.run.folder} is of an earlier version, without {', '.join(missing)} "
+                "(force=true makes it again)"
+            )
 
     def order(self, layer: int) -> list[NDArray[np.int64]]:
         """Return a layer's heads by cluster: the largest cluster first, heads of a cluster by number."""
@@ -105,6 +155,29 @@ def best_profiles(results: Results, prefer: Sequence[str], most: int) -> list[Pr
     return list(profiles.values())
 
 
+def other_seeds(results: Results, profile: Profile) -> dict[int, Run]:
+    """Return the newest run of each other seed that differs from a profile's in nothing else; add them to ``used``."""
+    same = _settings(profile.about)
+    seeds: dict[int, Run] = {}
+    for run in results.of(profile.run.model).ranked(PROFILE):
+        seed = run.result.get("seed")
+        if type(seed) is not int or seed == profile.run.result.get("seed") or seed in seeds:
+            continue
+        about = results.attempt(run.folder, read_json, run.folder / "profile.json")
+        if about and _settings(about) == same and run.dtype == profile.run.dtype:
+            seeds[seed] = run
+    seeds = dict(sorted(seeds.items()))
+    results.used.extend(seeds.values())
+    return seeds
+
+
+def _settings(about: dict[str, Any]) -> Any:
+    """Return what is equal in profiles of the same model, corpus and rule, with other samples."""
+    corpus = about.get("corpus") or {}
+    names = ("name", "source", "fingerprint", "samples")
+    return [about.get(name) for name in ("model", "features", "rule")] + [corpus.get(name) for name in names]
+
+
 def load_profile(run: Run) -> Profile:
     """Load the profile of a run (SkippedRun: a file is missing or corrupt, or the files do not belong together)."""
     about = read_json(run.folder / "profile.json")
@@ -133,9 +206,18 @@ def _is_complete(about: dict[str, Any]) -> bool:
     return (
         all(type(number) is int for number in numbers)
         and "name" in about["rule"]
+        and _lists_layers(about.get("rules", {}), about.get("rules", {}), about["model"]["layers"])
+        and _lists_layers(about.get("stability") or {}, STABILITY, about["model"]["layers"])
         and isinstance(corpus["name"], str)
         and isinstance(about["sha256"], str)
         and all(len(text) > 0 and all(isinstance(token, str) for token in text) for text in tokens)
+    )
+
+
+def _lists_layers(lists: dict[str, Any], names: Collection[str], layers: int) -> bool:
+    """Return whether each of the named entries is a number for each layer; there may be no entry at all."""
+    return not lists or all(
+        len(lists[name]) == layers and all(isinstance(value, (int, float)) for value in lists[name]) for name in names
     )
 
 
@@ -154,7 +236,10 @@ def _check_arrays(arrays: dict[str, NDArray[Any]], sizes: dict[str, int]) -> Non
         shape = arrays[name].shape
         sizes = sizes | {axis: shape[-1] if shape else 0}
     sizes |= {"n": sizes["N"] - 1, "K": max(arrays["clusters"].max(initial=0), 1)}
-    for name, (kind, *axes) in TENSORS.items():
+    if "sample_error" in arrays:
+        sizes["T"] = len(arrays["sample_error"]) if arrays["sample_error"].shape else 0
+    kinds = TENSORS | {name: axes for name, axes in OPTIONAL.items() if name in arrays}
+    for name, (kind, *axes) in kinds.items():
         array, shape = arrays[name], tuple(sizes[axis] for axis in axes)
         if array.dtype.kind != kind:
             raise SkippedRun(f"profile.safetensors: {name} has dtype {array.dtype}, expected {KINDS[kind]}")

@@ -1,9 +1,11 @@
-"""Agreement of two clusterings, independent of cluster labels."""
+"""Agreement of two clusterings, and of values within and between clusters, independent of cluster labels."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+
+from chai.clustering.kmeans import compiled
 
 
 def contingency(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -38,3 +40,34 @@ def changed_heads(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     flat = tables.reshape(-1, *tables.shape[-2:])
     matched = [table[linear_sum_assignment(table, maximize=True)].sum() for table in flat]
     return first.shape[-1] - np.array(matched, dtype=np.int64).reshape(first.shape[:-1])
+
+
+@compiled
+def within_and_between(values, labels):  # type: ignore[no-untyped-def]
+    """Average the values of pairs of heads that share a cluster, and of pairs that do not, for several clusterings.
+
+    Args:
+        values: ``[N, H, H]``, symmetric, such as correlations.
+        labels: ``[N, K, H]``, K clusterings of the same heads.
+
+    Returns:
+        within ``[N, K]`` and between ``[N, K]``; NaN without such a pair.
+    """
+    problems, count, heads = labels.shape
+    within, between = np.empty((problems, count)), np.empty((problems, count))
+    for problem in range(problems):
+        for k in range(count):
+            row = labels[problem, k]
+            same = other = 0.0
+            pairs = 0
+            for i in range(heads):
+                for j in range(i):
+                    if row[i] == row[j]:
+                        same += values[problem, i, j]
+                        pairs += 1
+                    else:
+                        other += values[problem, i, j]
+            apart = heads * (heads - 1) // 2 - pairs
+            within[problem, k] = same / pairs if pairs else np.nan
+            between[problem, k] = other / apart if apart else np.nan
+    return within, between

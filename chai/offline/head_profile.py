@@ -151,9 +151,13 @@ def build_profile(
         "cluster_sizes_sd": deviation("sizes"),
         "changes": changes,
         "agreement": agreement,
+        "assignment_by_k": static_assignments(distances),
         **{name: sums[name] / samples for name in ("entropy", "first_token", "own_token")},
         **series,
     }
+    if (sample_errors := statistics.sample_errors) is not None:  # gathered by this version from the first sample on
+        arrays |= {"sample_error": sample_errors}
+        arrays |= {name: sums[name] / samples for name in ("within", "between")}
     # Build profile.json.
     kept = [{"tokens": tokens} for tokens in statistics.kept_tokens]
     model = about["model"]
@@ -161,6 +165,18 @@ def build_profile(
     saving = (1 - read / (len(num_clusters) * model["key_heads"])) / 2
     about = {"format": FORMAT, **about, "decide_tokens": warmup_tokens, "kept": kept, "saving": saving}
     return HeadProfile(about, arrays)
+
+
+def static_assignments(distances: np.ndarray) -> np.ndarray:
+    """Return the static clusters of every number of clusters, ``[L, H, H]`` (int16): those of k clusters at ``k - 1``.
+
+    Args:
+        distances: ``[L, H, H]`` fp32, squared, mean over the samples.
+    """
+    layers, heads, _ = distances.shape
+    counts = np.tile(np.arange(1, heads + 1), layers)
+    labels, _, _ = cluster(np.repeat(distances, heads, axis=0), counts, nearest=True)
+    return labels.reshape(layers, heads, heads).astype(np.int16)
 
 
 def track_clusters(statistics: HeadStatistics, num_clusters: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from chai.clustering.kmeans import pairwise_distances, sweep
+from chai.clustering.metrics import within_and_between
 from chai.heads import repeat_kv
 
 Features = Literal["causal", "last_row"]
@@ -171,11 +172,12 @@ class HeadStatistics:
     Attributes:
         sums: By name, float64: ``error``, ``error_square`` ``[L, H]`` (with k clusters at ``k - 1``),
             ``distances``, ``correlation`` ``[L, H, H]``, ``sizes``, ``sizes_square`` ``[L, H, H]`` (of the i-th
-            largest of k clusters at ``k - 1, i``), ``entropy``, ``first_token``, ``own_token`` ``[L, H]``, and
-            for ``last_row`` ``rows`` ``[L, H, tokens]``.
-        series: By name, one fp32 array per sample: ``maps`` ``[L, H, map_tokens]``, ``sample_correlation``
-            ``[L, H, H]``, ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the
-            samples in ``steps``).
+            largest of k clusters at ``k - 1, i``), ``within``, ``between`` ``[L, H]`` (mean correlation of two heads
+            that share one of k clusters, and that do not, at ``k - 1``; NaN without such heads), ``entropy``,
+            ``first_token``, ``own_token`` ``[L, H]``, and for ``last_row`` ``rows`` ``[L, H, tokens]``.
+        series: By name, one fp32 array per sample: ``sample_error`` ``[L, H]`` (as ``error``) of every sample; of the
+            first ones ``maps`` ``[L, H, map_tokens]``, ``sample_correlation`` ``[L, H, H]``,
+            ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the samples in ``steps``).
     """
 
     options: StatisticsOptions  # what is gathered
@@ -192,12 +194,13 @@ class HeadStatistics:
     def __post_init__(self) -> None:
         layers, heads = self.options.layers, self.options.heads
         square = ("distances", "correlation", "sizes", "sizes_square")
-        flat = ("error", "error_square", "entropy", "first_token", "own_token")
+        flat = ("error", "error_square", "within", "between", "entropy", "first_token", "own_token")
         shapes = dict.fromkeys(square, (layers, heads, heads)) | dict.fromkeys(flat, (layers, heads))
         if self.options.features == "last_row":
             shapes["rows"] = (layers, heads, self.options.tokens)
         self.sums = {name: np.zeros(shape) for name, shape in shapes.items()} | self.sums
-        self.series = {name: [] for name in ("maps", "sample_correlation", "steps", "whole")} | self.series
+        names = ("sample_error", "maps", "sample_correlation", "steps", "whole")
+        self.series = {name: [] for name in names} | self.series
 
     @property
     def nbytes(self) -> int:
@@ -220,7 +223,9 @@ class HeadStatistics:
         alike = correlation(flat, squares, np.tile(entries, len(layers)), np.tile(total, len(layers)))
         error, labels = sweep(flat)
         sizes = -np.sort(-_sizes(labels), 2)
+        within, between = within_and_between(alike, labels)
         new = {"error": error, "error_square": error**2, "sizes": sizes, "sizes_square": sizes**2, "correlation": alike}
+        new |= {"within": within, "between": between}
         # Sums over the samples.
         for name, value in new.items():
             self.sums[name] += value.reshape(len(layers), len(tokens), *value.shape[1:]).sum(1)
@@ -230,6 +235,7 @@ class HeadStatistics:
             row = host("row")
             self.sums["rows"][:, :, : row.shape[3]] += row.sum(1, dtype=np.float64)
         # Samples that are saved one by one.
+        self.series["sample_error"] += list(error.reshape(len(layers), len(tokens), heads).swapaxes(0, 1).astype("f4"))
         for sample in range(min(len(tokens), self.options.saved_samples - len(self.kept_tokens))):
             self.kept_tokens.append(tokens[sample][: self.options.map_tokens])
             self.series["maps"].append(host("map_row")[:, sample])
@@ -258,6 +264,12 @@ class HeadStatistics:
         if "rows" not in self.sums:
             raise ValueError("features are averaged for last_row only: causal matrices are too large to keep a mean of")
         return sweep(pairwise_distances((self.sums["rows"] / self.samples).astype(np.float32)))[0]
+
+    @property
+    def sample_errors(self) -> np.ndarray | None:
+        """Clustering error ``[N, L, H]`` of each sample; ``None`` if an earlier version saw some of them."""
+        errors = self.series["sample_error"]
+        return np.stack(errors) if errors and len(errors) == self.samples else None
 
     @property
     def distances(self) -> np.ndarray:

@@ -16,18 +16,31 @@ from experiments.microworld.documents import document
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_jsonl, read_lines
 
+#: Texts of a hub stream from which the next one is drawn, if the order is random.
+SHUFFLE_BUFFER = 10_000
 #: Batch number ``index`` as token ids ``[batch_size, length]``.
 Batches = Callable[[int], Tensor]
 
 
 def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
-    """Yield the texts of a corpus after the first ``skip``, always in the same order; a RunError if unreadable."""
+    """Yield the texts of a corpus after the first ``skip``; a RunError if it is unreadable.
+
+    Seed 0 reads a file or a data set of the hub in its own order, any other seed in a random order that is always the
+    same. All texts of a file are shuffled; of a stream, its files and a window of :data:`SHUFFLE_BUFFER` texts. The
+    embedded generator makes other texts for each seed.
+    """
+    shuffle_seed = seed if is_shuffled(corpus, seed) else None
     if corpus.path is not None:
-        return itertools.islice(_read_file(Path(corpus.path), corpus.column), skip, None)
+        return itertools.islice(_read_file(Path(corpus.path), corpus.column, shuffle_seed), skip, None)
     if corpus.hub_id is not None:
-        return _read_hub(corpus, skip)
+        return _read_hub(corpus, skip, shuffle_seed)
     documents = (document(random.Random(f"{seed}-{number}"), phase=1) for number in itertools.count(skip))
     return (" ".join(text for text, _ in pieces) for pieces in documents)
+
+
+def is_shuffled(corpus: CorpusConfig, seed: int) -> bool:
+    """Return whether the texts are read in a random order: those of a file or of the hub, unless the seed is 0."""
+    return seed != 0 and (corpus.path is not None or corpus.hub_id is not None)
 
 
 def describe_source(corpus: CorpusConfig) -> str:
@@ -39,23 +52,25 @@ def describe_source(corpus: CorpusConfig) -> str:
     return "experiments/microworld/documents.py"
 
 
-def _read_file(path: Path, column: str) -> Iterator[str]:
+def _read_file(path: Path, column: str, shuffle_seed: int | None) -> Iterator[str]:
     if path.suffix != ".jsonl":
-        yield from (line for _, line in read_lines(path))
+        yield from (line for _, line in read_lines(path, shuffle_seed))
         return
-    for number, row in enumerate(read_jsonl(path, [column]), 1):
+    for number, row in enumerate(read_jsonl(path, [column], shuffle_seed), 1):
         if not isinstance(row[column], str):
             raise RunError(f"{path}, text {number}: '{column}' is not a string")
         yield row[column]
 
 
-def _read_hub(corpus: CorpusConfig, skip: int) -> Iterator[str]:
+def _read_hub(corpus: CorpusConfig, skip: int, shuffle_seed: int | None) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
         stream = load_dataset(
             corpus.hub_id, corpus.subset, split=corpus.split, revision=corpus.revision, streaming=True
         )
+        if shuffle_seed is not None:
+            stream = stream.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
         for row in stream.skip(skip):
             yield row[corpus.column]
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types

@@ -6,10 +6,11 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import psutil
 import torch
 from omegaconf import DictConfig
@@ -22,11 +23,12 @@ from chai.loading import load_model, load_tokenizer
 from chai.offline import head_statistics
 from chai.offline.head_profile import build_profile, model_shape
 from chai.offline.head_statistics import Features, HeadStatistics, LayerSamples, StatisticsError, StatisticsOptions
+from chai.offline.stability import Rule, Stability, measure_stability
 from chai.patching.apply import capture
 from chai.patching.devices import input_device
 from chai.patching.model_info import check_family, num_kv_heads
 from experiments.config.schema import ConfigError
-from experiments.offline.corpus import describe_source, read_texts
+from experiments.offline.corpus import describe_source, is_shuffled, read_texts
 from experiments.offline.training_loop import progress_bar
 from experiments.runs.code import versions
 from experiments.runs.experiment import Run, require_minimum, run_single
@@ -42,6 +44,7 @@ CHECKPOINT_SECONDS = 30.0
 WARMUP_TOKENS = 5  # after which CHAI clusters (paper, section 3.3)
 #: Options that are applied to the statistics: changing them needs no other pass over the corpus.
 RULE_OPTIONS = ("combine", "rule", "tolerance", "saving", "error")
+RuleName = Literal["plateau", "knee", "saving", "error"]
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Options:
     tokens: int
     features: Features
     combine: Literal["per_sample", "concatenated", "averaged"]
-    rule: Literal["plateau", "knee", "saving", "error"]
+    rule: RuleName
     tolerance: float
     saving: float
     error: float
@@ -96,6 +99,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     began = time.perf_counter()
     config, options = run.config, run.options
     statistics = _statistics(run)
+    stability = _stability(run, statistics)
     parameter = "tolerance" if options.rule == "plateau" else options.rule
     about = {
         "model": {
@@ -111,6 +115,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
             "samples": statistics.samples,
             "tokens": statistics.seen_tokens,
             "longest": statistics.longest,
+            "seed": config.seed,
         },
         "features": options.features,
         "rule": {
@@ -118,9 +123,11 @@ def _work(run: Run[Options]) -> dict[str, Any]:
             **({} if options.rule == "knee" else {parameter: getattr(options, parameter)}),
             "combine": options.combine,
         },
+        "rules": counts_of_every_rule(statistics, options, num_kv_heads(run.architecture)),
+        "stability": stability.to_json() if stability else None,
         "versions": versions(),
     }
-    num_clusters = choose_num_clusters(statistics, options, num_kv_heads(run.architecture))
+    num_clusters = about["rules"][options.rule]
     profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS)
     profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
     error = profile.arrays["error"]
@@ -129,6 +136,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         **{name: about["model"][name] for name in ("layers", "heads", "key_heads")},
         "heads_kept": profile.num_clusters,
         "architecture": loaded_architecture(run.architecture, config),
+        "stability": about["stability"],
         "metrics": {
             "kv_saved": profile.about["saving"],
             "error": float(remaining / error[:, 0].sum()),
@@ -145,16 +153,45 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     }
 
 
-def choose_num_clusters(statistics: HeadStatistics, options: Options, num_kv_heads: int) -> list[int]:
-    """Return the number of clusters of each layer by the requested rule."""
-    error = statistics.errors(options.combine)
-    if options.rule == "plateau":
-        return plateau(error, options.tolerance)
-    if options.rule == "knee":
-        return knee(error)
-    if options.rule == "saving":
-        return budget(error, num_kv_heads, saving=options.saving)
-    return budget(error, num_kv_heads, share=options.error)
+def make_rule(options: Options, num_kv_heads: int) -> Rule:
+    """Return the requested rule as a function from errors ``[..., L, H]`` to counts ``[..., L]``."""
+
+    def rule(error: np.ndarray) -> np.ndarray:
+        if options.rule == "plateau":
+            return plateau(error, options.tolerance)
+        if options.rule == "knee":
+            return knee(error)
+        if options.rule == "saving":
+            return budget(error, num_kv_heads, saving=options.saving)
+        return budget(error, num_kv_heads, share=options.error)
+
+    return rule
+
+
+def counts_of_every_rule(statistics: HeadStatistics, options: Options, num_kv_heads: int) -> dict[str, list[int]]:
+    """Return the counts of each rule with the run's parameters; without a saving that the model cannot reach."""
+    error, counts = statistics.errors(options.combine), {}
+    for name in get_args(RuleName):
+        try:
+            counts[name] = make_rule(replace(options, rule=name), num_kv_heads)(error).tolist()
+        except ValueError:  # the requested rule itself has been checked before
+            continue
+    return counts
+
+
+def _stability(run: Run[Options], statistics: HeadStatistics) -> Stability | None:
+    """Measure how far the counts depend on the texts; say why if that cannot be known."""
+    options, errors = run.options, statistics.sample_errors
+    if options.combine != "per_sample":
+        log_info(f"no interval of the numbers of clusters: combine={options.combine} has no error of single texts")
+    elif errors is None:
+        log_info(
+            "no interval of the numbers of clusters: the statistics are of an earlier version, without the errors of "
+            "single texts (force=true gathers them again)"
+        )
+    else:
+        return measure_stability(errors, make_rule(options, num_kv_heads(run.architecture)), run.config.seed)
+    return None
 
 
 def _statistics(run: Run[Options]) -> HeadStatistics:
@@ -173,6 +210,8 @@ def _statistics(run: Run[Options]) -> HeadStatistics:
     identity = run_identity(run.config)
     identity["profile"] = {key: value for key, value in identity["profile"].items() if key not in RULE_OPTIONS}
     note = {"statistics": digest(identity)}
+    if is_shuffled(run.config.corpus, run.config.seed):
+        note["order"] = "shuffled"  # earlier versions read the first texts whatever the seed
     # Look for saved statistics: this run's, or those that another run has completed.
     path = folder.path / STATISTICS
     candidates = [] if run.config.force else [path, *sorted(folder.path.parent.glob(f"*/{STATISTICS}"))]

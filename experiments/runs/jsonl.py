@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from typing import Any
 from experiments.runs.folder import RunError
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the non-blank lines of a text file with their numbers; a RunError if it cannot be read."""
+def read_lines(path: Path, shuffle_seed: int | None = None) -> Iterator[tuple[int, str]]:
+    """Yield the non-blank lines of a text file with their numbers, in their order or in a random one.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
     try:
+        if shuffle_seed is not None:
+            yield from _shuffled_lines(path, shuffle_seed)
+            return
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -21,9 +29,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise RunError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _shuffled_lines(path: Path, seed: int) -> Iterator[tuple[int, str]]:
+    """Shuffle the positions of the lines, not the lines: a corpus may be larger than the memory."""
+    lines, position = [], 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                lines.append((number, position))
+            position += len(line)
+        random.Random(seed).shuffle(lines)
+        for number, position in lines:
+            file.seek(position)
+            yield number, file.readline().decode("utf-8").strip()
+
+
+def read_jsonl(path: Path, columns: Sequence[str], shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file; a RunError if a line is not a JSON object with these columns."""
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, shuffle_seed):
         where = f"{path}, line {number},"
         try:
             row = json.loads(line)

@@ -10,7 +10,18 @@ from chai.offline.head_profile import HeadProfile
 from experiments.system.console import log_info
 from experiments.tables.layout import make_table, print_table
 
-COLUMNS = ("Layer", "Clusters", "Error left", "Largest", "Correlation", "First token", "Agreement", "Changes")
+COLUMNS = (
+    "Layer",
+    "Clusters",
+    "95 %",
+    "Halves",
+    "Error left",
+    "Largest",
+    "Correlation",
+    "First token",
+    "Agreement",
+    "Changes",
+)
 
 
 def show_head_profile(folder: Path) -> None:
@@ -26,11 +37,14 @@ def show_head_profile(folder: Path) -> None:
     table = make_table(title, [], COLUMNS)
     tokens = about["decide_tokens"]
     off_diagonal = ~np.eye(heads, dtype=bool)
+    stability = about.get("stability")  # null or missing: no errors of single texts
     for layer, k in enumerate(profile.num_clusters):
         error = arrays["error"][layer]
         table.add_row(
             f"{layer}",
             f"{k}",
+            f"{stability['low'][layer]}-{stability['high'][layer]}" if stability else "",
+            f"{100 * stability['halves_equal'][layer]:.0f} %" if stability else "",
             f"{100 * error[k - 1] / error[0]:.1f} %" if error[0] > 0 else "0.0 %",
             f"{arrays['cluster_sizes'][layer, k - 1, 0]:.1f}",
             f"{arrays['correlation'][layer][off_diagonal].mean():.2f}" if heads > 1 else "",
@@ -38,7 +52,14 @@ def show_head_profile(folder: Path) -> None:
             f"{arrays['agreement'][layer, tokens - 1]:.2f}",
             f"{100 * arrays['changes'][layer, tokens - 1]:.1f} %",
         )
+    spread = (
+        "95 %: percentile interval of the clusters, bootstrap of the texts. Halves: random splits of the texts whose\n"
+        "halves have the same number of clusters."
+        if stability
+        else "No interval of the clusters: the errors of single texts are not in this profile."
+    )
     legend = (
+        f"{spread}\n"
         "Error left: of that with one cluster, each sample clustered by itself. Largest: heads of the largest\n"
         "cluster. Correlation: between two heads' attention, mean. First token: its share of the attention.\n"
         f"Agreement: adjusted Rand index of the clusters after {tokens} tokens with those of the whole text.\n"

@@ -21,8 +21,10 @@ from analysis.figures import (
     fig2,
     fig4,
     fig6,
+    fig6_clusters,
     fig7,
     fig8,
+    fig8_elbow,
     fig9,
     fig13,
     fig15,
@@ -42,6 +44,34 @@ SMALL = synthetic.profile(4, 16)
 SEVEN = synthetic.profile(32, 32, history=64)
 OPT = synthetic.profile(64, 72, tokens=synthetic.BYTES, uniform=0.5, history=64)
 TINY = {"model": "tiny", "task": "micro", "device": "cpu", "device_name": None, "dtype": "float32"}
+
+
+def with_stability(profile):
+    """The arrays and entries of profile.json that profiles of earlier versions lack: two more clusters are possible."""
+    arrays, kept = profile
+    layers, heads = arrays["assignment"].shape
+    counts, rng = arrays["clusters"], np.random.default_rng(0)
+    by_k = np.stack([np.arange(heads) % k for k in range(1, heads + 1)]).astype(np.int16)
+    within, between = rng.uniform(0.4, 1, (layers, heads)), rng.uniform(0, 0.4, (layers, heads))
+    within[:, -1], between[:, 0] = np.nan, np.nan
+    arrays = arrays | {
+        "assignment_by_k": np.tile(by_k, (layers, 1, 1)),
+        "sample_error": (arrays["error"] * rng.uniform(0.5, 1.5, (10, layers, heads))).astype(np.float32),
+        "within": within, "between": between,
+    }  # fmt: skip
+    low, high = np.maximum(counts - 1, 1), np.minimum(counts + 2, heads)
+    stability = {"level": 0.95, "resamples": 1000, "low": low.tolist(), "high": high.tolist()}
+    stability |= {"splits": 200, "halves_equal": [0.5] * layers, "halves_difference": [1.0] * layers}
+    rules = {"plateau": counts.tolist(), "knee": np.maximum(counts // 2, 1).tolist(), "error": [heads] * layers}
+    return (arrays, kept), {"stability": stability, "rules": rules}
+
+
+def save_stable(root, profile, run_id, **fields):
+    """A profile of this version on disk."""
+    profile, about = with_stability(profile)
+    folder = synthetic.save_profile(root, *profile, run_id, **fields)
+    describe(folder, **about)
+    return folder
 
 
 @pytest.fixture
@@ -289,6 +319,103 @@ def test_fig8_errors_and_chosen_k(both):
     assert "plateau (threshold 0.05)" in footer(figure)
 
 
+@pytest.mark.parametrize(("profile", "model"), [(SMALL, "tiny"), (synthetic.profile(41, 72), "opt66b")])
+def test_elbow_plot_shows_the_interval_and_every_choice(profile, model, tmp_path):
+    save_stable(tmp_path, profile, "a", model=model, updated=3)
+    arrays, about = profile[0], with_stability(profile)[1]
+    counts, layers = arrays["clusters"].tolist(), len(arrays["clusters"])
+    # Runs of other seeds; the third has other settings.
+    for run_id, changes in (("b", {}), ("c", {}), ("d", {"features": "last_row"})):
+        seed = {"b": 1, "c": 2, "d": 3}[run_id]
+        describe(save_stable(tmp_path, profile, run_id, model=model, seed=seed, updated=seed - 2), **changes)
+    figure, data, results = drawn(fig8_elbow, tmp_path)
+    assert_legible(figure)
+    assert [run.folder.name for run in results.used] == ["a", "b", "c"]
+    panels = [axes for axes in figure.axes if axes.get_title().startswith("layer ")]
+    assert len(panels) == layers
+    for layer, axes in enumerate(panels):
+        curve, *marks = axes.lines
+        assert curve.get_ydata() == pytest.approx(arrays["error"][layer] / arrays["error"][layer, 0])
+        places = [int(np.asarray(mark.get_xdata()).item()) for mark in marks]
+        assert places == [about["rules"]["knee"][layer], about["rules"]["error"][layer], counts[layer]]
+        (band,) = axes.patches
+        assert band.get_x() == about["stability"]["low"][layer] - 0.5
+        assert band.get_x() + band.get_width() == pytest.approx(about["stability"]["high"][layer] + 0.5)
+    lower = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")
+    shown = {line.get_label(): line.get_ydata() for line in lower.lines}
+    assert list(shown) == ["chosen by plateau", "knee", "error", "2 other seeds"]
+    assert list(shown["chosen by plateau"]) == counts and list(shown["knee"]) == about["rules"]["knee"]
+    assert list(shown["2 other seeds"]) == 2 * counts
+    assert [bar.get_y() + 0.5 for bar in lower.patches] == about["stability"]["low"]
+    assert data[(data.panel == "elbow") & data.chosen.eq(True)].low.to_list() == about["stability"]["low"]
+    assert "1,000 bootstrap samples" in footer(figure)
+
+
+def test_figure_8_shows_the_interval(tmp_path):
+    save_stable(tmp_path, SMALL, "a", **TINY)
+    figure, data, _ = drawn(fig8, tmp_path)
+    stability = with_stability(SMALL)[1]["stability"]
+    spans = [tuple(part.get_segments()[0][:, 0]) for part in figure.axes[1].collections]
+    assert spans == list(zip(stability["low"], stability["high"], strict=True))
+    assert data[data.chosen].high.to_list() == stability["high"]
+
+
+def test_profiles_of_earlier_versions_have_no_interval(small, capsys):
+    for module in (fig8, fig8_elbow):
+        figure, data, _ = drawn(module, small)
+        assert_legible(figure)
+        assert "No interval of the chosen numbers" in footer(figure) and "low" not in data
+    assert not [patch for axes in figure.axes for patch in axes.patches]
+    for words, lacks in ((["fig6_clusters"], "within, between"), (["fig7", "--clusters", "4"], "assignment_by_k")):
+        assert run_main(small, *words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"is of an earlier version, without {lacks} (force=true makes it again); make one with: " in line
+
+
+@pytest.mark.parametrize(("profile", "model"), [(SMALL, "tiny"), (SEVEN, "llama7b"), (OPT, "opt66b")])
+def test_correlation_at_every_number_of_clusters(profile, model, tmp_path):
+    save_stable(tmp_path, profile, "a", model=model)
+    figure, data, _ = drawn(fig6_clusters, tmp_path)
+    assert_legible(figure)
+    arrays = with_stability(profile)[0][0]
+    for axes, series in zip(figure.axes, ("within", "between"), strict=False):
+        curves = [line for line in axes.lines if len(line.get_xdata()) == arrays[series].shape[1]]
+        assert len(curves) == len(arrays[series])
+        for curve, expected in zip(curves, arrays[series], strict=True):
+            np.testing.assert_array_equal(curve.get_ydata(), expected)
+        rows = data[data.series == series]
+        np.testing.assert_array_equal(rows.correlation.to_numpy().reshape(arrays[series].shape), arrays[series])
+        assert rows[rows.chosen].k.to_list() == arrays["clusters"].tolist()
+
+
+@pytest.mark.parametrize("module", [fig2, fig6, fig7, fig13])
+def test_figures_at_another_number_of_clusters(module, tmp_path):
+    save_stable(tmp_path, SMALL, "a", **TINY)
+    with rc_context(style.STYLE):
+        figure, data = module.draw(Results(tmp_path), clusters=5)
+        FigureCanvasAgg(figure).draw()
+    assert "With 5 clusters in every layer, as requested." in footer(figure).replace("\n", " ")
+    assert "k = 5 in all 4 layers" in figure.get_suptitle()
+    if module is fig13:
+        assert set(data[data.panel == "shares"].clusters) == {5}
+    else:
+        pairs = data.dropna(subset=["other_head"])
+        assert (pairs.cluster == pairs["head"] % 5).all() and pairs.cluster.nunique() == 5
+
+
+def test_another_number_of_clusters_from_the_command_line(tmp_path, capsys):
+    save_stable(tmp_path, SMALL, "a", **TINY)
+    assert run_main(tmp_path, "fig7", "--clusters", "5") == 0
+    assert "fig7_k5.png" in capsys.readouterr().out and not (tmp_path / "figures" / "fig7.png").exists()
+    for number in ("0", "17", "-1"):
+        assert run_main(tmp_path, "fig7", f"--clusters={number}") == 2
+        assert capsys.readouterr().err == (
+            f"error: fig7_k{number}: --clusters {number}: a layer has 16 heads; valid: 1 to 16\n"
+        )
+    assert run_main(tmp_path, "fig7", "fig8", "--clusters", "4") == 2
+    assert capsys.readouterr().err == "error: fig8 takes no --clusters; valid: fig2, fig6, fig7, fig13\n"
+
+
 def test_fig9_changes_in_percent_and_agreement(both):
     figure, data, _ = drawn(fig9, both, "llama7b")
     left, right = figure.axes[:2]
@@ -453,6 +580,12 @@ def cut(folder, right_digest=False):
         (lambda folder: describe(folder, kept=[]), "profile.json is incomplete"),
         (lambda folder: describe(folder, model={"layers": "4"}), "profile.json is incomplete"),
         (lambda folder: describe(folder, rule="knee"), "profile.json is incomplete"),
+        (lambda folder: describe(folder, stability={"low": [1] * 4}), "profile.json is incomplete"),
+        (lambda folder: describe(folder, rules={"knee": [1] * 3}), "profile.json is incomplete"),
+        (
+            lambda folder: rewrite(folder, within=np.zeros((4, 15))),
+            "profile.safetensors: within has shape (4, 15), expected (4, 16)",
+        ),
         (
             lambda folder: describe(folder, model={"layers": 4, "heads": 8}),
             "profile.json and result.json describe different models",

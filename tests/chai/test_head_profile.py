@@ -39,7 +39,7 @@ def test_a_profile_comes_back_as_it_was_saved(profile, tmp_path):
         loaded = HeadProfile.load(path)
         assert loaded.num_clusters == COUNTS
         assert set(loaded.arrays) == set(profile.arrays)
-        assert all(np.array_equal(loaded.arrays[name], array) for name, array in profile.arrays.items())
+        assert all(np.array_equal(loaded.arrays[name], array, equal_nan=True) for name, array in profile.arrays.items())
         assert loaded.about["saving"] == pytest.approx((1 - sum(COUNTS) / (LAYERS * HEADS)) / 2)
 
 
@@ -56,6 +56,25 @@ def test_static_membership_is_k_means_on_all_samples(profile, k):
     expected, _, _ = kmeans(points[None], clusters.k)
     together = clusters.assignment[0][:, None] == clusters.assignment[0]
     assert torch.equal(together, expected[0][:, None] == expected[0])
+
+
+def test_static_clusters_of_every_number_are_saved(profile):
+    for layer in range(LAYERS):
+        for k in range(1, HEADS + 1):
+            saved = profile.arrays["assignment_by_k"][layer, k - 1]
+            assert saved.tolist() == profile.clusters(layer, k).assignment[0].tolist()
+        chosen = profile.arrays["assignment_by_k"][layer, COUNTS[layer] - 1]
+        assert chosen.tolist() == profile.arrays["assignment"][layer].tolist()
+
+
+def test_a_profile_of_an_earlier_version_is_read(profile, tmp_path):
+    new = ("assignment_by_k", "sample_error", "within", "between")
+    assert set(new) <= set(profile.arrays)
+    old = HeadProfile(profile.about, {name: array for name, array in profile.arrays.items() if name not in new})
+    old.save(tmp_path)
+    loaded = HeadProfile.load(tmp_path)
+    assert loaded.num_clusters == COUNTS and not set(new) & set(loaded.arrays)
+    assert Chai(profile=str(tmp_path)).heads_kept(make_model("llama").config) == COUNTS
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import chai.offline.head_statistics
 from chai.clustering.kmeans import sweep
-from chai.clustering.metrics import adjusted_rand, changed_heads
+from chai.clustering.metrics import adjusted_rand, changed_heads, within_and_between
 from chai.offline.head_profile import track_clusters
 from chai.offline.head_statistics import HeadStatistics, StatisticsError, StatisticsOptions, correlation, gather
 from chai.patching.apply import capture
@@ -134,6 +134,20 @@ def test_changed_heads_are_the_fewest_over_all_namings(labels):
     assert changed_heads(first[None], second[None]).tolist() == [fewest]
 
 
+def test_within_and_between_against_a_loop():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 6, 6))
+    values += values.swapaxes(1, 2)
+    labels = np.stack([np.tile([0] * 6, (3, 1)), rng.integers(0, 3, (3, 6)), np.tile(np.arange(6), (3, 1))], 1)
+    within, between = within_and_between(values, labels)
+    for sample, k in itertools.product(range(3), range(3)):
+        pairs = {True: [], False: []}
+        for i, j in itertools.combinations(range(6), 2):
+            pairs[bool(labels[sample, k, i] == labels[sample, k, j])].append(values[sample, i, j])
+        for found, expected in ((within, pairs[True]), (between, pairs[False])):
+            assert found[sample, k] == pytest.approx(np.mean(expected) if expected else np.nan, nan_ok=True)
+
+
 def test_no_choice_is_agreement():
     for labels in (np.zeros((1, 5), dtype=int), np.arange(5)[None]):
         assert adjusted_rand(labels, labels).tolist() == [1.0]
@@ -170,9 +184,27 @@ def test_errors_are_those_of_k_means_on_the_features(features):
         if features == "last_row":
             mean = float(kmeans(torch.stack(points).mean(0)[None].float(), k)[2])
             assert statistics.errors("averaged")[0, k - 1] == pytest.approx(mean, rel=1e-3, abs=1e-6)
+        assert statistics.sample_errors[:, 0, k - 1] == pytest.approx(alone, rel=1e-3, abs=1e-6)
+    np.testing.assert_allclose(statistics.sample_errors.mean(0), statistics.errors("per_sample"), rtol=1e-5, atol=1e-6)
     if features == "causal":
         with pytest.raises(ValueError, match="last_row only"):
             statistics.errors("averaged")
+
+
+def test_statistics_of_an_earlier_version_have_no_errors_of_single_samples(tmp_path):
+    """Neither complete ones, nor those of an interrupted pass that is continued."""
+    whole, _ = gathered(samples=6)
+    part, _ = gathered(samples=2)
+    for name in ("within", "between"):
+        del part.sums[name]
+    part.series["sample_error"] = []
+    part.save(tmp_path / "old.safetensors", {})
+    old = HeadStatistics.load(tmp_path / "old.safetensors", WANTED, {})
+    assert old.sample_errors is None and whole.sample_errors.shape == (6, 1, 4)
+    generator = torch.Generator().manual_seed(2)
+    query, key = (2 * torch.randn(2, 4, 9, 8, generator=generator) for _ in range(2))
+    old.add([gather(query, key, 0.5, None, torch.tensor([9, 6]), WANTED)], [["x"] * 9, ["x"] * 6])
+    assert old.samples == 4 and old.sample_errors is None
 
 
 def test_memberships_are_followed_as_a_loop_does():
@@ -201,7 +233,7 @@ def test_saved_statistics_go_on_where_they_stood(tmp_path):
         lengths = torch.tensor([9, 6])
         part.add([gather(query, key, 0.5, None, lengths, WANTED)], [["x"] * 9, ["x"] * 6])
     assert part.samples == whole.samples == 6 and part.kept_tokens == whole.kept_tokens
-    assert all(np.array_equal(part.sums[name], whole.sums[name]) for name in whole.sums)
+    assert all(np.array_equal(part.sums[name], whole.sums[name], equal_nan=True) for name in whole.sums)
     for name, arrays in whole.series.items():
         assert all(np.array_equal(a, b) for a, b in zip(arrays, part.series[name], strict=True))
     with pytest.raises(StatisticsError, match="other statistics"):

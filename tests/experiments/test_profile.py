@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from datasets import IterableDataset
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from sklearn.metrics import adjusted_rand_score
 
 import experiments.offline.profile_heads
+from chai.clustering.num_clusters import plateau
 from chai.offline.head_profile import HeadProfile
+from chai.offline.stability import measure_stability
 from experiments.config.compose import compose_config
-from experiments.config.schema import REPOSITORY
+from experiments.config.schema import REPOSITORY, CorpusConfig
 from experiments.execute import run_config
+from experiments.offline.corpus import read_texts
 from experiments.runs.files import read_json
+from experiments.runs.folder import RunError
+from experiments.tables.head_profile import show_head_profile
 
+RULES = ("plateau", "knee", "saving", "error")
 RECIPE = REPOSITORY / "experiments" / "microworld" / "model" / "recipe.json"
 FEW = ["experiment=profile", "profile.samples=48", "profile.history_samples=8"]
 
@@ -48,6 +59,101 @@ def test_the_planted_clusters_are_found(done):
         assert adjusted_rand_score(groups, found.numpy()) >= 0.9
 
 
+def test_the_planted_number_is_inside_the_interval_of_every_layer(done):
+    """Bootstrap of the texts."""
+    result, about = read_json(done / "result.json"), read_json(done / "profile.json")
+    planted = [len(set(groups)) for groups in json.loads(RECIPE.read_text())["planted_groups"]["facts"]]
+    spread = about["stability"]
+    assert result["stability"] == spread and spread["level"] == 0.95 and spread["resamples"] == 1000
+    assert planted == [8, 6, 4, 4]
+    assert all(low <= k <= high for low, k, high in zip(spread["low"], planted, spread["high"], strict=True))
+    assert about["rules"]["plateau"] == result["heads_kept"] and set(about["rules"]) == set(RULES)
+    # It is that of the saved errors.
+    errors = HeadProfile.load(done).arrays["sample_error"]
+    assert errors.shape == (48, 4, 16)
+    again = measure_stability(errors, lambda error: plateau(error, 0.01), seed=0)
+    assert again.to_json() == spread
+
+
+def test_the_printed_table_has_the_intervals(done, capsys):
+    show_head_profile(done)
+    said, spread = capsys.readouterr().out, read_json(done / "profile.json")["stability"]
+    rows = [line.split() for line in said.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]
+    assert [row[2] for row in rows] == [f"{a}-{b}" for a, b in zip(spread["low"], spread["high"], strict=True)]
+    assert "bootstrap of the texts" in said
+
+
+def test_a_profile_without_errors_of_single_texts_says_that_it_has_no_interval(tmp_path, capsys):
+    assert start(tmp_path, "profile.combine=concatenated") == 0
+    said = capsys.readouterr().out
+    assert "no interval of the numbers of clusters: combine=concatenated" in said
+    assert "No interval of the clusters" in said
+    assert read_json(folder_of(tmp_path) / "result.json")["stability"] is None
+    show_head_profile(REPOSITORY / "experiments" / "microworld" / "profile")  # of an earlier version
+    assert "No interval of the clusters" in capsys.readouterr().out
+
+
+def test_statistics_of_an_earlier_version_give_no_interval(done, tmp_path, capsys):
+    """They are used, and the reason is said."""
+    folder = tmp_path / done.relative_to(done.parents[4])
+    shutil.copytree(done, folder)
+    (folder / "status.json").unlink()
+    with safe_open(folder / "statistics.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    new = ("series.sample_error", "within", "between")
+    old = {name: array for name, array in tensors.items() if name not in new}
+    save_file(old, folder / "statistics.safetensors", metadata=metadata)
+    assert start(tmp_path) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reusing statistics" in said and "statistics are of an earlier version" in said
+    assert "sample_error" not in HeadProfile.load(folder).arrays
+    assert HeadProfile.load(folder).num_clusters == HeadProfile.load(done).num_clusters
+
+
+class Stream:
+    """A streamed data set of the hub: shuffled by a window, then skipped, as ``datasets`` does it."""
+
+    def __init__(self, texts):
+        self.stream = IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
+
+    def __call__(self, hub_id, subset, *, split, revision, streaming):
+        assert (hub_id, subset, split, streaming) == ("allenai/c4", "en", "train", True)
+        return self.stream
+
+
+@pytest.mark.parametrize("source", ["hub", "jsonl", "txt"])
+def test_the_order_of_the_texts_follows_the_seed(source, tmp_path, monkeypatch):
+    texts = [f"text {number}" for number in range(300)]
+    corpus = CorpusConfig("c4", column="text")
+    if source == "hub":
+        corpus.hub_id, corpus.subset = "allenai/c4", "en"
+        monkeypatch.setattr(datasets, "load_dataset", Stream(texts))
+    else:
+        path = tmp_path / f"c4.{source}"
+        path.write_text("\n\n".join(json.dumps({"text": text}) if source == "jsonl" else text for text in texts))
+        corpus.path = str(path)
+
+    def read(seed, skip=0, most=50):
+        return list(itertools.islice(read_texts(corpus, seed, skip), most))
+
+    assert read(0) == texts[:50]  # as earlier versions read them: run ids of seed 0 stay what they were
+    assert read(1) == read(1) and read(1) != read(2) and read(1) != texts[:50]
+    assert len(set(read(1))) == 50 and not set(read(1)) <= set(texts[:60])
+    assert read(1, skip=20) == read(1, most=70)[20:]  # an interrupted pass goes on in the same order
+    assert sorted(read(1, most=1000)) == sorted(texts)
+
+
+def test_a_bad_line_is_named_in_any_order(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "x"}\nno json\n{"text": "y"}\n')
+    for seed in range(3):
+        with pytest.raises(RunError, match="line 2, is not valid JSON"):
+            list(read_texts(CorpusConfig("bad", path=str(path)), seed))
+    with pytest.raises(RunError, match=r"none.jsonl: No such file"):
+        list(read_texts(CorpusConfig("none", path=str(tmp_path / "none.jsonl")), 1))
+
+
 def test_what_is_saved(done):
     result, about = read_json(done / "result.json"), read_json(done / "profile.json")
     assert result["n"] == about["corpus"]["samples"] == 48
@@ -55,7 +161,9 @@ def test_what_is_saved(done):
     assert about["model"]["fingerprint"] and about["corpus"]["source"].endswith("documents.py")
     assert {"statistics_bytes", "host_bytes", "seconds_pass", "device_name"} <= set(result)
     arrays = HeadProfile.load(done).arrays
-    assert np.isfinite(np.concatenate([array.ravel() for array in arrays.values()])).all()
+    assert np.isnan(arrays["within"][:, -1]).all() and np.isnan(arrays["between"][:, 0]).all()  # no such pairs
+    complete = arrays | {"within": arrays["within"][:, :-1], "between": arrays["between"][:, 1:]}
+    assert np.isfinite(np.concatenate([array.ravel() for array in complete.values()])).all()
     assert (np.diff(arrays["error"], axis=1) <= 1e-3 * arrays["error"][:, :1]).all()
     np.testing.assert_allclose(arrays["maps"].sum(-1), 1, atol=1e-5)
     assert arrays["changes"][:, 10:].mean() < arrays["changes"][:, 0].mean()
@@ -81,7 +189,8 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch, 
     assert start(tmp_path) == 0
     assert "resuming after 32 samples" in capsys.readouterr().out
     first, second = HeadProfile.load(done), HeadProfile.load(folder)
-    assert all(np.array_equal(first.arrays[name], array) for name, array in second.arrays.items())
+    assert all(np.array_equal(first.arrays[name], array, equal_nan=True) for name, array in second.arrays.items())
+    assert first.about["stability"] == second.about["stability"]
 
 
 def test_another_rule_needs_no_other_pass(done, monkeypatch, capsys):

@@ -54,6 +54,7 @@ def anchors(page: Path) -> set[str]:
 def commands(page: Path) -> list[str]:
     """Every command of a page, once, in its order: the lines of shell blocks, and commands between backticks.
 
+    A block of Python that is no file and no fragment (those are indented) is a command ``python -c``.
     ``a|b`` in a word stands for one command with each; overrides that begin with ``experiment=`` for ``run.py`` with
     them. Comments are removed. An AssertionError names a block or a fence that could hide commands.
     """
@@ -61,11 +62,15 @@ def commands(page: Path) -> list[str]:
     fences = [line for line in text.splitlines() if re.match(r"\s*(```|~~~)", line)]
     assert len(fences) == 2 * len(blocks(page)), f"{page.name}: a fence that tests/docs/pages.py cannot read"
     for block in blocks(page):
-        assert block.language in SHELL + OTHER, f"{page.name}: blocks of '{block.language}' are not known to be commands"
+        assert block.language in SHELL + OTHER, (
+            f"{page.name}: blocks of '{block.language}' are not known to be commands"
+        )
         if block.language in SHELL:
             lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
             prompts = [line[2:] for line in lines if line.startswith("$ ")]  # the other lines are then their output
             found += prompts or lines
+        if block.language == "python" and block.path is None and not block.text.startswith(" "):
+            found.append(shlex.join(["python", "-c", block.text]))
     for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         words = span.split()
         if len(words) > 1 and words[0].startswith("experiment="):

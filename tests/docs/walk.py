@@ -29,6 +29,7 @@ from tests.docs.coverage import elsewhere
 from tests.docs.pages import REPOSITORY, blocks, commands, split
 
 PARTS = ("chai", "conf", "experiments", "analysis", "results/paper", "examples", "docs", "run.py")
+TIMEOUT_S = float(os.environ.get("CHAI_WALK_TIMEOUT_S", 230))
 MICROWORLD = "experiments/microworld"
 TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "boolq", "paper")
 #: Settings of each experiment that make it small; those of the command itself come after them.
@@ -50,7 +51,7 @@ FORCED = {
 
 @dataclass
 class Outcome:
-    """How a command ended: its exit code, its output, and the seconds that it took."""
+    """How a command ended: its exit code, its output, and the seconds of processor time that it took."""
 
     command: str
     code: int
@@ -94,12 +95,13 @@ def walk(pages: Sequence[Path], folder: Path) -> Walk:
     asked = list(dict.fromkeys(command for page in pages for command in commands(page)))
     run = sorted((command for command in asked if elsewhere(command) is None), key=stage)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"}
+    file = folder / "outcomes.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.docs.walk", str(folder / "outcomes.json")],
-        cwd=project, env=environment, input=json.dumps(run), capture_output=True, text=True, timeout=230,
+        [sys.executable, "-m", "tests.docs.walk", str(file)],
+        cwd=project, env=environment, input=json.dumps(run), capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    outcomes = [Outcome(**one) for one in json.loads((folder / "outcomes.json").read_text())]
+    outcomes = [Outcome(**json.loads(line)) for line in file.read_text().splitlines()]
     assert [one.command for one in outcomes] == run
     return Walk(project, outcomes, [command for command in asked if elsewhere(command) is not None])
 
@@ -158,7 +160,7 @@ def script_of(words: list[str]) -> list[str]:
 
 
 def run_python(arguments: list[str]) -> int:
-    """Run a module (``-m NAME``) or a script with its arguments, as ``python`` would; return the exit code."""
+    """Run a module (``-m NAME``), code (``-c``) or a script, as ``python`` would; return the exit code."""
     is_module = arguments[0] == "-m"
     name, *rest = arguments[is_module:]
     sys.argv[:] = [name, *rest]
@@ -166,6 +168,8 @@ def run_python(arguments: list[str]) -> int:
         if is_module:
             sys.modules.pop(name, None)  # else runpy warns of an import by another command
             runpy.run_module(name, run_name="__main__", alter_sys=True)
+        elif name == "-c":
+            exec(compile(rest[0], "<page>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(name, run_name="__main__")
     except SystemExit as end:
@@ -177,7 +181,7 @@ def run_experiment(words: list[str]) -> int:
     """Run ``run.py`` in this process at a small size; return its exit code."""
     from experiments.cli import main
 
-    if words[0].startswith("--"):
+    if words and all(word.startswith("--") for word in words):
         return main(words)
     words = [fill(word, words) for word in words]
     launcher = [word for word in words if word.startswith("hydra")]
@@ -251,7 +255,7 @@ def fill(word: str, words: list[str]) -> str:
     elif value == "PROFILE":
         value = str(newest(f"results/profile/{model}/none/*/*"))
     elif value == "PREDICTOR":
-        value = str(newest(f"results/train_dejavu/{model}/dejavu/none/*"))
+        value = str(newest(f"results/train_dejavu/{model}/dejavu/none/*") / "predictor")
     elif value.startswith("/data/"):
         value = str(machine.reader_file(value))
     elif key == "model.device_map":
@@ -270,7 +274,7 @@ def newest(pattern: str) -> Path:
 
 def outcome(command: str) -> Outcome:
     """Run a command with its output caught."""
-    caught, began, here = StringIO(), time.perf_counter(), os.getcwd()
+    caught, began, here = StringIO(), time.process_time(), os.getcwd()
     with redirect_stdout(caught), redirect_stderr(caught):
         try:
             code = run_command(command)
@@ -280,7 +284,7 @@ def outcome(command: str) -> Outcome:
             traceback.print_exc()
             code = 1
     os.chdir(here)
-    return Outcome(command, code, caught.getvalue(), round(time.perf_counter() - began, 3))
+    return Outcome(command, code, caught.getvalue(), round(time.process_time() - began, 3))
 
 
 def measure_peak_once() -> None:
@@ -296,4 +300,6 @@ if __name__ == "__main__":
     asked = json.load(sys.stdin)
     if any("experiment=latency" in command for command in asked):
         measure_peak_once()
-    Path(sys.argv[1]).write_text(json.dumps([asdict(outcome(command)) for command in asked]))
+    with open(sys.argv[1], "w") as file:
+        for command in asked:
+            print(json.dumps(asdict(outcome(command))), file=file, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,16 @@ def save(name: str, architecture: dict[str, Any]) -> Path:
 
 @functools.cache
 def tasks() -> Path:
-    """Return a folder with a few items of each task, and any other ``data/*.jsonl`` that a page has written."""
+    """Return a folder with a few items of each task, the embedded model's too, and the data that a page has written."""
     from experiments.microworld.items import write_tasks
 
     folder = (ROOT / "tasks").absolute()
     write_tasks(folder, count=4)
     for path in list(folder.glob("micro_*.jsonl")):
         name = path.stem.removeprefix("micro_")
-        path.rename(folder / yaml.safe_load(Path("conf/task", f"{name}.yaml").read_text())["data_file"])
+        shutil.copy(path, folder / yaml.safe_load(Path("conf/task", f"{name}.yaml").read_text())["data_file"])
     for path in Path("data").glob("*.jsonl"):
-        (folder / path.name).write_bytes(path.read_bytes())
+        shutil.copy(path, folder)
     return folder
 
 

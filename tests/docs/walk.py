@@ -46,8 +46,6 @@ FORCED = {
     "train_dejavu": ["experiment.batch_size=2", "experiment.sequence_length=16"],
     "pretrain_tiny": ["experiment.batch_size=2"],
 }
-#: The task of a sweep with many methods; the methods of other commands score all tasks.
-ONE_TASK = {"micro": "micro_piqa", "table1": "piqa", "table3": "piqa", "figure1": "piqa"}
 
 
 @dataclass
@@ -190,7 +188,7 @@ def run_experiment(words: list[str]) -> int:
     words = [fill(word, words) for word in words]
     launcher = [word for word in words if word.startswith("hydra")]
     if launcher:
-        check_launcher(words)
+        check_launcher(launcher)
     own = [word for word in words if word not in launcher]
     flags, overrides = [word for word in own if "=" not in word], small([word for word in own if "=" in word])
     same = (
@@ -204,18 +202,18 @@ def run_experiment(words: list[str]) -> int:
     return codes[same]
 
 
-def check_launcher(words: list[str]) -> None:
+def check_launcher(overrides: list[str]) -> None:
     """Check the settings of a launcher whose jobs are run one after the other here; they have tests of their own."""
+    from experiments.config.aliases import replace_aliases
+    from experiments.config.compose import compose_config
     from experiments.config.validate import check_overrides, to_dataclass
     from experiments.sweeps import local, slurm
-    from experiments.sweeps.expand import expand
-    from experiments.sweeps.plan import plan_jobs
 
-    sweeps = expand([word for word in words if word != "-m"], multirun="-m" in words)
-    for overrides in sweeps:
-        check_overrides(overrides, multirun=True)
-    job = plan_jobs(sweeps)[0]
-    to_dataclass({"local": local, "slurm": slurm}[job.launcher].Settings, job.settings, "hydra.launcher")
+    overrides = replace_aliases(overrides)
+    check_overrides(overrides, multirun=True)
+    hydra = compose_config(overrides, with_hydra=True).hydra
+    module = {"local": local, "slurm": slurm}[hydra.runtime.choices["hydra/launcher"]]
+    to_dataclass(module.Settings, hydra.launcher, "hydra.launcher")
 
 
 def small(overrides: list[str]) -> list[str]:
@@ -233,7 +231,8 @@ def small(overrides: list[str]) -> list[str]:
         size.append(f"task.data_dir={machine.tasks()}")
     if given.get("corpus") == "c4":
         size.append(f"corpus.path={machine.corpus()}")
-    forced = [f"task={ONE_TASK[given['paper']]}"] if given.get("paper") in ONE_TASK else []
+    # One task of a table's many methods; other commands score all tasks with some methods.
+    forced = [f"task={'micro_piqa' if model == 'tiny' else 'piqa'}"] if "paper" in given else []
     return [*size, *overrides, *FORCED.get(experiment, []), *forced]
 
 

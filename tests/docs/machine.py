@@ -12,17 +12,20 @@ from typing import Any
 import yaml
 
 ROOT = Path("machine")  # in the copy of the project
+#: Layers of models whose number of layers no preset of cluster counts needs.
+LAYERS = {"opt66b": 12}
 
 
 @functools.cache
 def shape(name: str) -> dict[str, Any]:
-    """Return the sizes of ``conf/model/<name>.yaml`` that are made small: only widths, not heads, layers or words."""
+    """Return the sizes of ``conf/model/<name>.yaml`` that are made small: widths (and ``LAYERS``), not heads or words."""
     architecture = architecture_of(name)
     head_dim = 8 if "rope_parameters" in architecture else 4  # a quarter of it is rotated in GPT-NeoX
     hidden = head_dim * architecture["num_attention_heads"]
     widths = {"hidden_size": hidden, "head_dim": head_dim, "word_embed_proj_dim": hidden}
     widths |= {"intermediate_size": 64, "ffn_dim": 64}
-    return {key: widths[key] for key in widths if key in architecture}
+    layers = {"num_hidden_layers": LAYERS[name]} if name in LAYERS else {}
+    return {key: widths[key] for key in widths if key in architecture} | layers
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-#: Pages about the paper's tables, whose commands use each other's results; they are walked apart from the others.
-TABLES = [page for page in PAGES if page.name in ("README.md", "reproducing.md", "results.md")]
+#: Pages about the paper's tables and figures, whose commands use each other's results; walked apart from the others.
+TABLES = [page for page in PAGES if page.stem in ("README", "profile", "reproducing", "results", "sweeps")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Languages of blocks in which each line is a command, and of those that hold something else.
 SHELL, OTHER = ("", "bash", "sh", "console"), ("text", "python", "yaml", "json")

@@ -29,6 +29,7 @@ print(found.assignment[0].tolist(), found.representatives[0].tolist())
 """
 
 
+@pytest.mark.timeout(900)
 def test_the_examples_and_the_commands_beside_them_work(tmp_path, record_property):
     """One test, for all commands are run in one process."""
     assert {block.path for page in EXAMPLES for block in blocks(page) if block.path is not None} == WRITTEN
@@ -36,7 +37,7 @@ def test_the_examples_and_the_commands_beside_them_work(tmp_path, record_propert
     for name, value in done.properties():
         record_property(name, value)
     assert not done.failed, "\n\n".join(done.failed)
-    assert len(done.outcomes) > 40
+    assert len(done.outcomes) > 20
     for check in (check_method, check_own_cache, check_model, check_task):
         check(done.project)
 

@@ -35,3 +35,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real data in ../shared, which isn't there")
     return SHARED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Show how many commands of the README and the documentation were run (tests/docs)."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    named = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    run, elsewhere = (
+        {one for name, found in named if name == f"commands {kind}" for one in found} for kind in ("run", "elsewhere")
+    )
+    if run or elsewhere:
+        terminalreporter.write_line(f"documents: {len(run)} commands run, {len(elsewhere)} covered elsewhere")

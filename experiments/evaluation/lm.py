@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lm_eval.evaluator
 import lm_eval.utils
 import torch
 from lm_eval import simple_evaluate
@@ -161,11 +162,22 @@ def cached_templates() -> Iterator[None]:
         del environment.from_string  # uncovers the method of the class
 
 
+@contextmanager
+def without_environment() -> Iterator[None]:
+    """Keep lm-eval from listing the machine's packages after a task, which takes a second and is not saved."""
+    add_env_info = lm_eval.evaluator.add_env_info
+    lm_eval.evaluator.add_env_info = lambda storage: None
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.add_env_info = add_env_info
+
+
 def score(
     lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples."""
-    with cached_templates(), lm.method(lm.model):
+    with cached_templates(), without_environment(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,
             tasks=[task],

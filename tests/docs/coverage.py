@@ -1,0 +1,23 @@
+"""The commands that other tests run, or that nothing can run offline; tests/docs/walk.py runs all others."""
+
+from __future__ import annotations
+
+import re
+
+#: Pattern of the whole command: the test that covers it, or why none can.
+ELSEWHERE = {
+    r"make test": "it is what runs this test",
+    r"make test-slurm": "tests/slurm/test_sweeps.py is what it runs, against a real Slurm",
+    r"scontrol update EndTime=now\+45": "tests/slurm/test_sweeps.py does it to a job of a real Slurm",
+    r"source \.venv/bin/activate": "it changes the reader's own shell; Makefile makes the folder",
+    r"pip install (\.|'\.\[\w+\]')": "it needs a package index; tests/docs/test_commands.py checks the extras",
+    r"python -m pytest tests/\S+\.py": "it runs a part of this suite",
+    r"hf (download|auth login)\b.*": "it needs the hub",
+    r"wandb sync \.\.\.": "it needs a server; tests/experiments/test_tracking.py has the runs that it would upload",
+    r"accelerate launch --cpu": "tests/experiments/test_distributed.py starts the processes on CPUs",
+}
+
+
+def elsewhere(command: str) -> str | None:
+    """Return where a command is covered, or ``None`` if it has to be run."""
+    return next((where for pattern, where in ELSEWHERE.items() if re.fullmatch(pattern, command)), None)

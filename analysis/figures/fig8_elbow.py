@@ -18,6 +18,7 @@ from analysis.results.runs import Results, Run
 
 TITLE = "Elbow plot of every layer (paper, Figure 8 and Section 3.2)"
 QUERY = PROFILE
+WIDE_LAYERS = 40  # most layers in four columns; more are in eight, with fewer ticks
 CHOSEN = {"color": style.LOOKS["chai"]["color"], "marker": "o", "markeredgecolor": "white", "markeredgewidth": 0.5}
 #: Marks of the rules that did not choose; without filling, so that those at the same number stay visible.
 RULES: dict[str, dict[str, Any]] = {
@@ -35,7 +36,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     profile = best_profile(results)
     seeds = other_seeds(results, profile)
     data = plot_data(profile, seeds)
-    columns = 4 if profile.layers <= 40 else 8
+    columns = 4 if profile.layers <= WIDE_LAYERS else 8
     lines = math.ceil(profile.layers / columns)
     height = 0.4 + lines * (1.35 if lines <= 2 else 0.95)  # inches
     figure = page.of_run(profile.run, TITLE, 3.2 + height)
@@ -72,7 +73,10 @@ def draw_elbow(axes: Axes, curve: pd.DataFrame, profile: Profile, layer: int) ->
     axes.plot(chosen, value[chosen - 1], zorder=4, markersize=4.5, **CHOSEN)
     axes.set_title(f"layer {layer}", fontsize=7, pad=2)
     axes.tick_params(labelsize=6)
-    page.count_ticks(axes, profile.heads)
+    if profile.layers <= WIDE_LAYERS:
+        page.count_ticks(axes, profile.heads)
+    else:
+        axes.set_xticks([1, profile.heads // 2, profile.heads])
     axes.set(ylim=(-0.06, 1.06), yticks=(0, 0.5, 1))
 
 

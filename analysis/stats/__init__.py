@@ -8,11 +8,11 @@ tasks, :mod:`.families` corrects many comparisons, :mod:`.verdicts` judges our n
 """
 
 from analysis.stats.families import holm
-from analysis.stats.intervals import EQUAL_LEVEL, LEVEL, Interval
+from analysis.stats.intervals import ALPHA, EQUAL_LEVEL, LEVEL, Interval
 from analysis.stats.paired import Comparison, Flips, Unpaired, compare, compare_seeds, mcnemar, mean_over_tasks
 from analysis.stats.verdicts import BOUNDS, MARGIN, RULES, VERDICTS, Bound, Verdict, judge
 
 __all__ = [
-    "BOUNDS", "EQUAL_LEVEL", "LEVEL", "MARGIN", "RULES", "VERDICTS", "Bound", "Comparison", "Flips", "Interval",
+    "ALPHA", "BOUNDS", "EQUAL_LEVEL", "LEVEL", "MARGIN", "RULES", "VERDICTS", "Bound", "Comparison", "Flips", "Interval",
     "Unpaired", "Verdict", "compare", "compare_seeds", "holm", "judge", "mcnemar", "mean_over_tasks",
 ]  # fmt: skip

@@ -3,8 +3,8 @@
 Both runs answer the same questions, so differences are taken item by item (a paired comparison). Their uncertainty
 comes from the items on which the runs differ, and is much smaller than that of either score.
 
-:mod:`.score_interval` has the interval of one paired difference, :mod:`.paired` compares runs, several seeds and several
-tasks, :mod:`.families` corrects many comparisons, :mod:`.verdicts` judges our numbers.
+:mod:`.score_interval` has the interval of one paired difference, :mod:`.paired` compares runs, several seeds and
+several tasks, :mod:`.families` corrects many comparisons, :mod:`.verdicts` judges our numbers.
 """
 
 from analysis.stats.families import holm
@@ -13,6 +13,6 @@ from analysis.stats.paired import Comparison, Flips, Unpaired, compare, compare_
 from analysis.stats.verdicts import BOUNDS, MARGIN, RULES, VERDICTS, Bound, Verdict, judge
 
 __all__ = [
-    "ALPHA", "BOUNDS", "EQUAL_LEVEL", "LEVEL", "MARGIN", "RULES", "VERDICTS", "Bound", "Comparison", "Flips", "Interval",
-    "Unpaired", "Verdict", "compare", "compare_seeds", "holm", "judge", "mcnemar", "mean_over_tasks",
+    "ALPHA", "BOUNDS", "EQUAL_LEVEL", "LEVEL", "MARGIN", "RULES", "VERDICTS", "Bound", "Comparison", "Flips",
+    "Interval", "Unpaired", "Verdict", "compare", "compare_seeds", "holm", "judge", "mcnemar", "mean_over_tasks",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from analysis.stats import score_interval
 from analysis.stats.intervals import EQUAL_LEVEL, LEVEL, Interval, quantile
 
 DRAWS = 50_000  # random signs of the permutation test; as many combinations are enumerated instead
-SEED = 0
+SEED = 0  # of the drawn signs; and of runs without one
 FARTHEST = 8.0  # standard errors; beyond, p is given as that of this distance
 
 
@@ -140,7 +140,7 @@ def compare(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> Compari
     Raises:
         Unpaired: the items differ, an item occurs twice, or an outcome is neither 0 nor 1.
     """
-    return compare_seeds(baseline, {0: other}, metric)
+    return compare_seeds(baseline, {SEED: other}, metric)
 
 
 def compare_seeds(baseline: pd.DataFrame, others: Mapping[int, pd.DataFrame], metric: str) -> Comparison:
@@ -150,14 +150,22 @@ def compare_seeds(baseline: pd.DataFrame, others: Mapping[int, pd.DataFrame], me
         Unpaired: see :func:`compare`.
     """
     flips = np.stack([_flips(baseline, other, metric) for other in others.values()])  # [seeds, items]
-    by_seed = {seed: float(row.mean()) for seed, row in zip(others, flips, strict=True)}
-    lost, gained = ((flips == sign).sum(axis=1).mean() for sign in (-1, 1))
-    return _comparison([_effective(flips)], by_seed, float(lost), float(gained), flips.shape[1])
+    return from_flips(flips, list(others))
+
+
+def from_flips(flips: np.ndarray, seeds: Sequence[int]) -> Comparison:
+    """Return the comparison of the seeds' runs, given 1 for an item gained, -1 for one lost, else 0: [seeds, items]."""
+    n = flips.shape[1]
+    by_seed = {seed: float(row.mean()) for seed, row in zip(seeds, flips, strict=True)}
+    lost, gained = (int((flips == sign).sum()) for sign in (-1, 1))
+    if len(seeds) == 1:
+        return _comparison([Flips(n, lost, gained)], by_seed, lost, gained, n)
+    return _comparison([_effective(flips)], by_seed, lost / len(seeds), gained / len(seeds), n)
 
 
 def from_counts(lost: int, gained: int, n: int) -> Comparison:
     """Return the comparison of two runs of which only the numbers of flipped items are known."""
-    return _comparison([Flips(n, lost, gained)], {0: (gained - lost) / n}, lost, gained, n)
+    return _comparison([Flips(n, lost, gained)], {SEED: (gained - lost) / n}, lost, gained, n)
 
 
 def mean_over_tasks(comparisons: Sequence[Comparison]) -> Comparison:
@@ -218,9 +226,7 @@ def _effective(flips: np.ndarray) -> Flips:
     return Flips(n / effect, lost / effect, gained / effect)
 
 
-def _comparison(
-    tasks: Sequence[Flips], by_seed: Mapping[int, float], lost: float, gained: float, n: int
-) -> Comparison:
+def _comparison(tasks: Sequence[Flips], by_seed: Mapping[int, float], lost: float, gained: float, n: int) -> Comparison:
     spread = list(by_seed.values())
     error = float(np.std(spread, ddof=1) / math.sqrt(len(spread))) if len(spread) > 1 else 0.0
     return Comparison(n, lost, gained, tuple(tasks), by_seed, error, len(spread) - 1)

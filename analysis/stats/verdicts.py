@@ -10,8 +10,8 @@ Verdict = Literal["reproduced", "not reproduced", "undecided", "not run yet"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 Bound = Literal["equals", "at most", "at least", "reaches"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
-#: Points within which two scores are called equal. Chosen by power (docs/reproducing.md): on the smallest task, of 1,172
-#: items, a rerun that flips one item in fifty is found to be equal in 99 % of cases; with 1 point it were half.
+#: Points within which two scores are called equal. Chosen by power (docs/reproducing.md): on the smallest task, of
+#: 1,172 items, a rerun that flips one item in fifty is found to be equal in 99 % of cases; within 1 point, in half.
 MARGIN = 2.0
 
 RULES = (

@@ -12,7 +12,18 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 from analysis.results.scores import Score
-from analysis.stats import ALPHA, MARGIN, Comparison, Interval, Unpaired, Verdict, compare_seeds, holm, judge, mean_over_tasks
+from analysis.stats import (
+    ALPHA,
+    MARGIN,
+    Comparison,
+    Interval,
+    Unpaired,
+    Verdict,
+    compare_seeds,
+    holm,
+    judge,
+    mean_over_tasks,
+)
 from analysis.tables.settings import METHODS, row_name, unusual
 from analysis.tables.specs import MEAN, PaperRow, Spec
 
@@ -248,17 +259,24 @@ def _row(spec: Spec, group: Sequence[Score], baselines: Mapping[str, Score], pap
 
 
 def _lettered(rows: list[Row]) -> list[Row]:
-    """Replace the settings by a letter in names that are too long for a column or not unique."""
-    labels = [row.label for row in rows]
+    """Shorten names that are too long for a column or not unique: the settings are replaced by a letter.
+
+    A head profile needs no letter if no other row has the name: the method is the same, only its counts are from there.
+    """
+    labels, bases = [row.label for row in rows], [_base_label(row) for row in rows]
     letters = iter(ascii_lowercase)
     renamed = []
-    for row in rows:
+    for row, base in zip(rows, bases, strict=True):
         label = row.label
         if row.settings and (len(label) > WIDEST or labels.count(label) > 1):
-            name = row.paper.label if row.paper else METHODS.get(row.method, row.method)
-            label = f"{name} ({next(letters, '?')})"
+            only_profile = set(row.settings) == {"profile"} and bases.count(base) == 1
+            label = base if only_profile else f"{base} ({next(letters, '?')})"
         renamed.append(replace(row, label=label))
     return renamed
+
+
+def _base_label(row: Row) -> str:
+    return row.paper.label if row.paper else METHODS.get(row.method, row.method)
 
 
 def _cells(spec: Spec, group: Sequence[Score], baselines: Mapping[str, Score], paper: PaperRow | None) -> list[Cell]:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from analysis.stats import LEVEL, MARGIN
 from analysis.tables.cells import SEEDS, Cell, Row, Table
-from analysis.tables.settings import assignments, command, profile_of, sweep
+from analysis.tables.settings import assignments, command, profile_of, row_name, sweep
 from analysis.tables.specs import MEAN, at_chance, chance_levels, task_name
 
 STARS = ((0.01, "**"), (0.05, "*"))
@@ -109,7 +109,7 @@ def notes(table: Table) -> list[str]:
         )
         lines.append(_conditions(table))
     for row in table.rows:
-        if row.settings and "(" in row.label:
+        if row.settings and _is_shortened(row):
             lines.append(f"{row.label}: {', '.join(assignments(row.settings))}.")
     lines += _chance(table)
     lines += _counts(table)
@@ -123,15 +123,25 @@ def notes(table: Table) -> list[str]:
     return list(dict.fromkeys(lines))  # several rows of ours can stand beside one of the paper
 
 
+def _is_shortened(row: Row) -> bool:
+    """Return whether a row's name does not show its settings."""
+    shown = row.paper.settings if row.paper else {}
+    hidden = {key: value for key, value in row.settings.items() if key not in shown}
+    return bool(hidden) and row_name("", hidden) not in row.label
+
+
 def _tests(table: Table) -> list[str]:
     """Describe the tests of the numbers, and the families that they are corrected for."""
     changes = [cell for row in table.rows for cell in row.cells if cell.change is not None]
     cells, means = ([cell for cell in changes if (cell.task == MEAN) == is_mean] for is_mean in (False, True))
     several = any(row.seeds > 1 for row in table.rows)
+    sources, inverted = ("; with several seeds, of items and seeds", "; with several seeds, from the interval")
+    if not several:
+        sources = inverted = ""
     lines = [
         f"MHA: % ± standard error. Others: points against MHA on the same items, below them the {100 * LEVEL:g} % "
-        f"interval (Tango's score interval of the items{'; with several seeds, of items and seeds' if several else ''}).",
-        f"* p < 0.05, ** p < 0.01 (McNemar, exact{'; with several seeds, from the interval' if several else ''}), "
+        f"interval (Tango's score interval of the items{sources}).",
+        f"* p < 0.05, ** p < 0.01 (McNemar, exact{inverted}), "
         f"corrected by Holm's method for the {len(cells)} comparisons of a method with MHA on a task in this table. "
         f"{EQUAL} equal to MHA within {MARGIN:g} points (two one-sided tests, p < 0.05, corrected likewise).",
     ]
@@ -141,9 +151,13 @@ def _tests(table: Table) -> list[str]:
             f"{len(means)} means."
         )
     if several:
-        lines.append("sd of n: standard deviation over n seeds of the method, in points; the number above is their mean.")
+        lines.append(
+            "sd of n: standard deviation over n seeds of the method, in points; the number above is their mean."
+        )
     if any(row.too_few_seeds for row in table.rows):
-        lines.append(f"{FEW} fewer than {SEEDS} seeds of a method with chance in it: how far seeds differ is not known.")
+        lines.append(
+            f"{FEW} fewer than {SEEDS} seeds of a method with chance in it: how far seeds differ is not known."
+        )
     if any(row.method.startswith("chai") and row.scores for row in table.rows):
         lines.append("CHAI's clustering (Ward's tree, then exchange) is deterministic: it has no seed.")
     return lines
@@ -217,6 +231,6 @@ def commands(table: Table) -> list[tuple[str, str]]:
 def fill(table: Table, row: Row, tasks: Sequence[str]) -> str:
     """Return the command that fills some cells of a row, with all seeds of a method that takes them."""
     seeds, settings = range(SEEDS) if row.method == "random" else (), row.settings
-    if table.spec.profile and row.method == "chai" and not row.scores:
+    if table.spec.profile and row.method in ("chai", "chai_qkv") and not row.scores:
         settings = settings | {"profile": profile_of(table.model)}
     return command(table.spec, table.model, table.like, row.method, settings, tasks, seeds)

@@ -124,7 +124,9 @@ def placeholders(model: str, method: str, settings: dict[str, Any]) -> list[str]
     return [
         f"method.{key}={word}"
         for key, word in (("clusters", COUNTS), ("profile", PROFILE))
-        if wanted.get(key) == f"${{model.{key}}}" and key not in settings and defined.get(key) is None
+        if wanted.get(key) == f"${{model.{key}}}"
+        and key not in settings
+        and defined.get(key) is None
         and not (key == "clusters" and settings.get("profile"))
     ]
 

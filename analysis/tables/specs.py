@@ -39,7 +39,6 @@ class Spec:
         """Tasks, and the mean if the table has it."""
         return [*self.tasks, *([MEAN] if self.mean else [])]
 
-
     def embedded(self) -> Spec:
         """Return the table for the embedded model: the same methods, on its own tasks, with their mean."""
         if self.model == EMBEDDED:
@@ -56,7 +55,7 @@ SPECS = (
     Spec("table1", "Accuracy on OPT-66B (paper, Table 1)", "opt66b", TASKS, "paper", profile=True),
     Spec("table2", "Accuracy on LLaMA-7B (paper, Table 2)", "llama7b", TASKS, "paper", profile=True),
     Spec("table3", "Accuracy on LLaMA-33B (paper, Table 3)", "llama33b", TASKS, "paper", profile=True),
-    Spec("table4", PRUNED_V, "llama7b", ("arc_challenge", "piqa"), None, extras=False),
+    Spec("table4", PRUNED_V, "llama7b", ("arc_challenge", "piqa"), None, extras=False, profile=True),
     Spec("micro", "Accuracy of the embedded model", EMBEDDED, MICRO_TASKS, "micro", mean=True),
 )
 TABLES = {spec.name: spec for spec in SPECS}

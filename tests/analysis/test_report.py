@@ -89,8 +89,9 @@ def claim(content, name):
 @pytest.mark.parametrize(
     ("ends", "bound", "verdict"),
     [
-        ((18.0, 17.0, 19.0), "equals", "reproduced"),
-        ((17.0, 16.0, 18.2), "equals", "reproduced"),  # 18.6 is within the tolerance of its end
+        ((18.5, 18.2, 18.8), "equals", "reproduced"),
+        ((18.0, 17.0, 19.0), "equals", "undecided"),  # no difference is shown, and no equality
+        ((17.0, 16.0, 18.2), "equals", "undecided"),
         ((17.0, 16.0, 17.9), "equals", "not reproduced"),
         ((18.6, 10.0, 27.0), "equals", "undecided"),  # it would agree with anything
         ((3.0, 2.0, 19.0), "at most", "reproduced"),
@@ -147,7 +148,7 @@ def test_ours_is_what_the_runs_say(content):
 def test_a_loss_is_paired_and_the_worst_of_the_tasks(content):
     worst = claim(content, "accuracy-7b")
     assert worst.ours.interval.value == pytest.approx(2.0)  # 4 of 200 answers
-    assert worst.ours.interval.low < 2 < worst.ours.interval.high < 4.5
+    assert worst.ours.interval.low < 2 < worst.ours.interval.high < 5.1
     assert worst.verdict == "undecided" or worst.ours.interval.high <= 4.2
     assert claim(content, "dejavu-30").ours.interval.value == pytest.approx(18.5)
     assert claim(content, "dejavu-30").verdict == "undecided"  # of 200 items the interval is wide
@@ -163,7 +164,7 @@ def test_a_claim_about_three_models_isnt_kept_by_one_but_is_broken_by_one(conten
 
 def test_the_embedded_model_says_nothing_about_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "names", lambda: ["fig11"])
-    reported.scores(tmp_path, scored.TINY, "micro_", lost=1)
+    reported.scores(tmp_path, scored.TINY, "micro_", lost=0)
     reported.probes(tmp_path, "tiny", reported.GROUPS, 16)
     content = collect(tmp_path)
     assert content.counts == {"reproduced": 0, "not reproduced": 0, "undecided": 0, "not run yet": len(content.claims)}

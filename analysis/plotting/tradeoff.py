@@ -117,7 +117,7 @@ def compare_methods(
     for model in dict.fromkeys(run.model for run in ranked):
         tradeoff = _of_model(model, [score for score in costed if score.run.model == model])
         if tradeoff is not None:
-            results.used += [score.run for point in tradeoff.points for score in point.row.scores]
+            results.used += [score.run for point in tradeoff.points for score in point.row.all_scores]
             return tradeoff
     raise results.missing(ACCURACY)
 
@@ -163,7 +163,7 @@ def plot_data(panel: str, costs: Sequence[tuple[Point, float]], unit: str) -> pd
             "settings": " ".join(assignments(point.row.settings)), "reading": point.reading,
             "accuracy": point.accuracy.value, "low": point.accuracy.low, "high": point.accuracy.high,
             "cost": 100 * share, "unit": unit, "saving": point.row.scores[0].saving,
-            "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.scores),
+            "runs": " ".join(str(score.run.result["run_id"]) for score in point.row.all_scores),
         }
         for point, share in costs
     )  # fmt: skip
@@ -257,13 +257,13 @@ def finish(figure: Figure, tradeoff: Tradeoff, notes: str) -> None:
     names = [(point.row.label.split()[-1], row_name(point.row.method, point.row.settings)) for point in lettered]
     letters = "".join(f"{letter} is {name}. " for letter, name in names)
     words = page.wrap(
-        "Whiskers: 95 % interval of the change against MHA on the same items (paired bootstrap). "
+        "Whiskers: 95 % interval of the change against MHA on the same items (score interval). "
         f"{notes}Savings in this implementation are {savings}. {letters}{reading_notes(tradeoff)}{tradeoff.notes}"
     )
     run = tradeoff.points[0].row.scores[0].run
     torch = run.versions.get("torch")
     source = [str(run.result.get("device", "unknown device")), run.dtype, *([f"torch {torch}"] if torch else [])]
-    runs = sum(len(point.row.scores) for point in tradeoff.points)
+    runs = sum(len(point.row.all_scores) for point in tradeoff.points)
     page.footer(figure, [*words, " · ".join([*source, f"{runs} runs"])])
 
 

@@ -117,4 +117,4 @@ def _mean(table: Table, method: str) -> tuple[Comparison | None, tuple[Run, ...]
 
 
 def _items(change: Comparison) -> str:
-    return f"{100 * LEVEL:g} %, paired bootstrap over {change.n:,} items"
+    return f"{100 * LEVEL:g} %, paired, over {change.n:,} items"

@@ -6,6 +6,7 @@ Exit codes: 0 printed, also with missing cells; 1 nothing to print; 2 usage erro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from analysis import cli
@@ -14,7 +15,7 @@ from analysis.results.scores import ACCURACY, load_scores
 from analysis.tables.cells import build
 from analysis.tables.formats import FORMATS
 from analysis.tables.settings import sweep
-from analysis.tables.specs import REPOSITORY, TABLES, Spec, paper_rows
+from analysis.tables.specs import EMBEDDED, REPOSITORY, TABLES, Spec, paper_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(spec: Spec, model: str, results: Results, form: str) -> int:
     """Print one table of a model; return the exit code."""
-    table = build(spec, model, load_scores(results.of(model)), paper_rows(spec.name))
-    if not table.rows:
+    paper = paper_rows(spec.name)
+    if model == EMBEDDED:
+        # Its tasks are others than the paper's: the rows are the same, the paper's numbers are left out.
+        spec, paper = spec.embedded(), [replace(row, values={}) for row in paper]
+    table = build(spec, model, load_scores(results.of(model)), paper)
+    if not table.rows or (table.like is None and spec.other_tasks):
         message = f"{spec.name}: no finished accuracy run of model '{model}' on its tasks in {results.root}"
         return cli.fail(f"{message}; make some with: {sweep(spec, model, None)}", code=1)
     print(FORMATS[form](table), flush=True)

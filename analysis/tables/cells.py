@@ -12,7 +12,18 @@ from string import ascii_lowercase
 from typing import Any, Literal
 
 from analysis.results.scores import Score
-from analysis.stats import CELL_TOLERANCE, Comparison, Interval, Unpaired, Verdict, compare, judge, mean_over_tasks
+from analysis.stats import (
+    ALPHA,
+    MARGIN,
+    Comparison,
+    Interval,
+    Unpaired,
+    Verdict,
+    compare_seeds,
+    holm,
+    judge,
+    mean_over_tasks,
+)
 from analysis.tables.settings import METHODS, row_name, unusual
 from analysis.tables.specs import MEAN, PaperRow, Spec
 
@@ -20,6 +31,7 @@ from analysis.tables.specs import MEAN, PaperRow, Spec
 State = Literal["done", "missing", "no MHA", "refused"]
 WIDEST = 12  # characters of a row's name; longer settings are replaced by a letter and listed below the table
 Z95 = 1.959964  # half-width of a 95 % interval, in standard errors
+SEEDS = 5  # fewest runs of a method with chance in it
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,14 @@ class Cell:
 
     task: str
     state: State
-    score: Score | None = None  # our run
+    score: Score | None = None  # our run; of several seeds, the first
     value: float | None = None  # score of MHA, between 0 and 1
     stderr: float | None = None  # its standard error
     change: Comparison | None = None  # another method's score against MHA
     baseline: Score | None = None  # the run of MHA
+    runs: tuple[Score, ...] = ()  # our run of each seed, if it is compared
+    p_holm: float | None = None  # of the change, corrected for the table's comparisons
+    p_equal_holm: float | None = None  # of equivalence with MHA, corrected likewise
     reason: str = ""  # why the pair is refused
     paper: Decimal | None = None  # the paper's score in %, or change in points
 
@@ -59,12 +74,18 @@ class Cell:
     @property
     def verdict(self) -> Verdict | None:
         """Our number against the paper's; ``None`` if the paper has none."""
-        return None if self.paper is None else judge(self.interval, "equals", float(self.paper), CELL_TOLERANCE)
+        return None if self.paper is None else judge(self.interval, "equals", float(self.paper), MARGIN)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether it is shown that the change is at most :data:`MARGIN` points (two one-sided tests, Holm)."""
+        return self.p_equal_holm is not None and self.p_equal_holm < ALPHA
 
     @property
     def scores(self) -> list[Score]:
-        """Our run and the run of MHA, as far as there are any."""
-        return [score for score in (self.score, self.baseline) if score]
+        """Our run of each seed and the run of MHA, as far as there are any."""
+        ours = self.runs or ((self.score,) if self.score else ())
+        return [*ours, *([self.baseline] if self.baseline else [])]
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,23 @@ class Row:
 
     @property
     def scores(self) -> list[Score]:
-        """The run of each task that has one."""
+        """The run of each task that has one; of several seeds, the first."""
         return [cell.score for cell in self.cells if cell.score]
+
+    @property
+    def all_scores(self) -> list[Score]:
+        """The runs of all tasks and seeds."""
+        return [score for cell in self.cells for score in (cell.runs or ((cell.score,) if cell.score else ()))]
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds, of the task that has the fewest; 0 without a run."""
+        return min((len(cell.runs) for cell in self.cells if cell.runs), default=0)
+
+    @property
+    def too_few_seeds(self) -> bool:
+        """Whether the method has chance in it and was run with fewer seeds than :data:`SEEDS`."""
+        return 0 < self.seeds < SEEDS and any(score.has_chance for score in self.scores)
 
     @property
     def saving(self) -> str:
@@ -127,12 +163,30 @@ def build(spec: Spec, model: str, scores: Sequence[Score], paper: Sequence[Paper
     best = max(groups.values(), key=_rank, default=[])
     others = [_difference(group, best) for group in groups.values() if group is not best]
     rows = _rows(spec, best, paper) if best or paper else []
-    return Table(spec, model, rows, best[0] if best else None, sorted(others))
+    like = next((score for score in best if score.method == "mha"), best[0]) if best else None
+    return Table(spec, model, _corrected(rows), like, sorted(others))
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """Add Holm's p-values: cells of tasks are one family of comparisons, means of rows another."""
+    adjusted: dict[tuple[int, int], Cell] = {}
+    places = [(i, j) for i, row in enumerate(rows) for j, cell in enumerate(row.cells) if cell.change is not None]
+    for is_mean in (False, True):
+        family = [(i, j) for i, j in places if (rows[i].cells[j].task == MEAN) == is_mean]
+        changes = [change for i, j in family if (change := rows[i].cells[j].change) is not None]
+        different = holm([change.p for change in changes])
+        equal = holm([change.p_equal(MARGIN / 100) for change in changes])
+        for (i, j), p, p_equal in zip(family, different, equal, strict=True):
+            adjusted[i, j] = replace(rows[i].cells[j], p_holm=p, p_equal_holm=p_equal)
+    return [
+        replace(row, cells=[adjusted.get((i, j), cell) for j, cell in enumerate(row.cells)])
+        for i, row in enumerate(rows)
+    ]
 
 
 def _rank(group: Sequence[Score]) -> tuple[int, int, float]:
     """Rank conditions: the most cells filled, then the most items, then the newest run."""
-    filled = {(score.method, json.dumps(score.settings, sort_keys=True), score.task) for score in group}
+    filled = {(score.method, json.dumps(score.replicate[1], sort_keys=True), score.task) for score in group}
     return len(filled), sum(score.n for score in group), max(score.run.updated for score in group)
 
 
@@ -147,7 +201,7 @@ def _rows(spec: Spec, scores: Sequence[Score], paper: Sequence[PaperRow]) -> lis
     baselines = {task: score for task in spec.tasks if (score := _baseline(scores, task))}
     variants: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
-        variants[json.dumps([score.method, score.settings], sort_keys=True)].append(score)
+        variants[json.dumps([score.method, score.replicate[1]], sort_keys=True)].append(score)
     rows: list[Row] = []
     if not paper and not baselines:
         rows.append(Row(METHODS["mha"], "mha", {}, _cells(spec, [], {}, None), None))
@@ -164,10 +218,14 @@ def _rows(spec: Spec, scores: Sequence[Score], paper: Sequence[PaperRow]) -> lis
 
 
 def _baseline(scores: Sequence[Score], task: str) -> Score | None:
-    """Return the run of MHA with the same settings_id as the most runs of a task; of several, the newest."""
-    candidates = [score for score in scores if score.task == task and score.method == "mha"]
-    partners = [score.settings_id for score in scores if score.task == task]
-    return max(candidates, key=lambda score: (partners.count(score.settings_id), score.run.updated), default=None)
+    """Return the run of MHA that the most runs of a task can be compared with; of several, the newest."""
+    partners = [score for score in scores if score.task == task]
+    candidates = [score for score in partners if score.method == "mha"]
+    return max(
+        candidates,
+        key=lambda mha: (sum(mha.is_pair(score) for score in partners), mha.run.updated),
+        default=None,
+    )
 
 
 def _fits(score: Score, wanted: PaperRow) -> bool:
@@ -176,8 +234,9 @@ def _fits(score: Score, wanted: PaperRow) -> bool:
 
 
 def _row_settings(score: Score) -> dict[str, Any]:
-    """Return the settings that a row shows: the unusual ones, and sparsity always."""
-    return unusual(score) | {key: value for key, value in score.settings.items() if key == "sparsity"}
+    """Return the settings that a row shows: the unusual ones but the seed, and sparsity always."""
+    shown = unusual(score) | {key: value for key, value in score.settings.items() if key == "sparsity"}
+    return {key: value for key, value in shown.items() if key != "seed"}
 
 
 def _order(group: Sequence[Score]) -> tuple[int, str, tuple[tuple[str, float, str], ...]]:
@@ -190,6 +249,8 @@ def _order(group: Sequence[Score]) -> tuple[int, str, tuple[tuple[str, float, st
 
 def _row(spec: Spec, group: Sequence[Score], baselines: Mapping[str, Score], paper: PaperRow | None) -> Row:
     method, settings = group[0].method, _row_settings(group[0])
+    if "predictor" in settings:  # of each training
+        settings["predictor"] = ",".join(dict.fromkeys(str(score.settings["predictor"]) for score in group))
     if paper is None:
         label = row_name(method, settings)
     else:
@@ -198,17 +259,24 @@ def _row(spec: Spec, group: Sequence[Score], baselines: Mapping[str, Score], pap
 
 
 def _lettered(rows: list[Row]) -> list[Row]:
-    """Replace the settings by a letter in names that are too long for a column or not unique."""
-    labels = [row.label for row in rows]
+    """Shorten names that are too long for a column or not unique: the settings are replaced by a letter.
+
+    A head profile needs no letter if no other row has the name: the method is the same, only its counts are from there.
+    """
+    labels, bases = [row.label for row in rows], [_base_label(row) for row in rows]
     letters = iter(ascii_lowercase)
     renamed = []
-    for row in rows:
+    for row, base in zip(rows, bases, strict=True):
         label = row.label
         if row.settings and (len(label) > WIDEST or labels.count(label) > 1):
-            name = row.paper.label if row.paper else METHODS.get(row.method, row.method)
-            label = f"{name} ({next(letters, '?')})"
+            only_profile = set(row.settings) == {"profile"} and bases.count(base) == 1
+            label = base if only_profile else f"{base} ({next(letters, '?')})"
         renamed.append(replace(row, label=label))
     return renamed
+
+
+def _base_label(row: Row) -> str:
+    return row.paper.label if row.paper else METHODS.get(row.method, row.method)
 
 
 def _cells(spec: Spec, group: Sequence[Score], baselines: Mapping[str, Score], paper: PaperRow | None) -> list[Cell]:
@@ -225,17 +293,21 @@ def _cell(task: str, scores: Sequence[Score], baseline: Score | None) -> Cell:
         return Cell(task, "missing")
     if baseline is None:
         return Cell(task, "no MHA", max(scores, key=lambda score: score.run.updated))
-    # Prefer a run that can be compared; of several (with other library versions, for example) the newest.
-    score = max(scores, key=lambda score: (score.settings_id == baseline.settings_id, score.run.updated))
-    if score.method == "mha":
+    # Of each seed, prefer a run that can be compared; of several (with other library versions, for example) the newest.
+    by_seed: dict[int, Score] = {}
+    for score in sorted(scores, key=lambda score: (score.is_pair(baseline), score.run.updated)):
+        by_seed[score.replicate[0]] = score
+    runs = [by_seed[seed] for seed in sorted(by_seed)]
+    if runs[0].method == "mha":
         return Cell(task, "done", baseline, baseline.value, baseline.stderr, baseline=baseline)
     try:
-        if score.settings_id != baseline.settings_id:
+        if not all(score.is_pair(baseline) for score in runs):
             raise Unpaired("no MHA run with the same settings_id, so other data or settings")
-        change = compare(baseline.samples, score.samples, score.metric)
+        samples = {score.replicate[0]: score.samples for score in runs}
+        change = compare_seeds(baseline.samples, samples, baseline.metric)
     except Unpaired as error:
-        return Cell(task, "refused", score, baseline=baseline, reason=str(error))
-    return Cell(task, "done", score, change=change, baseline=baseline)
+        return Cell(task, "refused", runs[0], baseline=baseline, reason=str(error))
+    return Cell(task, "done", runs[0], change=change, baseline=baseline, runs=tuple(runs))
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:

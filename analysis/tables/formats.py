@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.stats import EQUAL_LEVEL, MARGIN
 from analysis.tables.cells import Cell, Row, Table
-from analysis.tables.layout import block, commands, header, notes
-from analysis.tables.settings import COUNTS, PROFILE, assignments, command
+from analysis.tables.layout import block, commands, fill, header, notes
+from analysis.tables.settings import COUNTS, PROFILE, assignments
 
 WIDTH = 110  # characters of a note's line
 BULLET: dict[str, Any] = {"initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
@@ -66,10 +67,10 @@ def _title(table: Table) -> str:
 
 def _escape(words: str) -> str:
     special = {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    special |= {"<": "$<$", "…": ", "} | {char: f"\\{char}" for char in "&%$#_{}"}
+    special |= {"<": "$<$", "…": ", ", "†": r"$^{\dagger}$"} | {char: f"\\{char}" for char in "&%$#_{}"}
     escaped = "".join(special.get(char, char) for char in words)
     # Stars of significance become superscripts; signs of numbers become minus and plus of mathematics.
-    escaped = re.sub(r"(?<=\d)(\*+)$", r"$^{\1}$", escaped)
+    escaped = re.sub(r"(?<=\d)(\*+)(?= =$|$)", r"$^{\1}$", escaped)
     return re.sub(r"(?<![\w.-])([-+])(?=\d)", r"$\1$", escaped)
 
 
@@ -83,9 +84,8 @@ def _fields(table: Table, row: Row, cell: Cell) -> dict[str, Any]:
     change, score = cell.change, cell.score
     metrics = score.run.result["metrics"] if score else {}
     settings = score.settings if score else row.settings
-    fill = ""
-    if cell.state == "missing" and cell.task in table.spec.tasks:
-        fill = command(table.spec, table.model, table.like, row.method, row.settings, [cell.task])
+    inner = change.ends(EQUAL_LEVEL) if change else (None, None)
+    is_missing = cell.state == "missing" and cell.task in table.spec.tasks
     return {
         "table": table.spec.name, "model": table.model, "row": row.label, "method": row.method,
         "settings": " ".join(assignments(settings)),
@@ -93,17 +93,21 @@ def _fields(table: Table, row: Row, cell: Cell) -> dict[str, Any]:
         "kind": "score" if row.method == "mha" else "change",
         "ours": _number(cell.points), "stderr": _number(cell.stderr, 100),
         "low": _number(change.low if change else None, 100), "high": _number(change.high if change else None, 100),
-        "p": _number(change.p if change else None, digits=6),
-        "lost": change.lost if change else "", "gained": change.gained if change else "",
+        "p": _number(change.p if change else None, digits=6), "p_holm": _number(cell.p_holm, digits=6),
+        "low_90": _number(inner[0], 100), "high_90": _number(inner[1], 100), "margin": f"{MARGIN:g}" if change else "",
+        "p_equal": _number(change.p_equal(MARGIN / 100) if change else None, digits=6),
+        "p_equal_holm": _number(cell.p_equal_holm, digits=6), "equal": ("no", "yes")[cell.is_equal] if change else "",
+        "seeds": len(change.by_seed) if change else "", "sd": _number(change.sd if change else None, 100),
+        "lost": f"{change.lost:g}" if change else "", "gained": f"{change.gained:g}" if change else "",
         "n": change.n if change else (score.n if score else ""),
         "acc": _number(metrics.get("acc"), 100), "acc_norm": _number(metrics.get("acc_norm"), 100),
         "paper": "" if cell.paper is None else str(cell.paper), "paper_model": table.spec.model if row.paper else "",
-        "paper_source": row.paper.source if row.paper else "", "gap": _number(cell.gap),
+        "paper_source": row.paper.source if row.paper else "", "gap": _number(cell.gap), "verdict": cell.verdict or "",
         "saving": score.saving if score else "",
         "kv_saved": _number(score.saved if score else None, 100),
-        "run_id": score.run.result["run_id"] if score else "",
+        "run_id": " ".join(run.run.result["run_id"] for run in cell.runs or ([score] if score else [])),
         "mha_run_id": cell.baseline.run.result["run_id"] if cell.baseline else "",
-        "reason": cell.reason, "command": fill,
+        "reason": cell.reason, "command": fill(table, row, [cell.task]) if is_missing else "",
     }  # fmt: skip
 
 

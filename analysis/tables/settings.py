@@ -80,13 +80,24 @@ def text(value: Any) -> str:
 
 
 def command(
-    spec: Spec, model: str, like: Score | None, method: str, settings: dict[str, Any], tasks: Sequence[str]
+    spec: Spec,
+    model: str,
+    like: Score | None,
+    method: str,
+    settings: dict[str, Any],
+    tasks: Sequence[str],
+    seeds: Sequence[int] = (),
 ) -> str:
-    """Return the command that fills some cells of a row, under the conditions of ``like`` (``None``: the defaults)."""
+    """Return the command that fills some cells of a row, under the conditions of ``like`` (``None``: the defaults).
+
+    ``seeds`` are of the method; none: its default.
+    """
     whole = spec.whole is not None and set(tasks) == set(spec.tasks)
-    words = ["python run.py", *(["-m"] if not whole and len(tasks) > 1 else []), f"method={method}"]
+    chosen = assignments(settings, "method.") + ([f"method.seed={','.join(map(str, seeds))}"] if seeds else [])
+    is_sweep = len(seeds) > 1 or (not whole and len(tasks) > 1)
+    words = ["python run.py", *(["-m"] if is_sweep else []), f"method={method}"]
     words += placeholders(model, method, settings)
-    words += map(shlex.quote, assignments(settings, "method."))
+    words += map(shlex.quote, chosen)
     task = spec.whole if whole else ",".join(tasks)
     return " ".join([*words, *where(model, like), f"task={task}", *conditions(like)])
 
@@ -94,8 +105,17 @@ def command(
 def sweep(spec: Spec, model: str, like: Score | None) -> str:
     """Return the command that fills a whole table."""
     other = where(model, like) if model != spec.model or len(where(model, like)) > 1 else []
-    words = ["python run.py -m", f"paper={spec.name}", *other, *placeholders(model, "chai", {}), *conditions(like)]
-    return " ".join(words)
+    other += [f"task={spec.whole}"] if spec.other_tasks else []
+    if spec.profile:
+        open_words = [f"model.profile={PROFILE}"] if profile_of(model) == PROFILE else []
+    else:
+        open_words = placeholders(model, "chai", {})
+    return " ".join(["python run.py -m", f"paper={spec.name}", *other, *open_words, *conditions(like)])
+
+
+def profile_of(model: str) -> str:
+    """Return the head profile of a model for a command: its configuration's, or a placeholder for the user."""
+    return "${model.profile}" if defaults(f"model/{model}").get("profile") else PROFILE
 
 
 def placeholders(model: str, method: str, settings: dict[str, Any]) -> list[str]:
@@ -104,7 +124,10 @@ def placeholders(model: str, method: str, settings: dict[str, Any]) -> list[str]
     return [
         f"method.{key}={word}"
         for key, word in (("clusters", COUNTS), ("profile", PROFILE))
-        if wanted.get(key) == f"${{model.{key}}}" and key not in settings and defined.get(key) is None
+        if wanted.get(key) == f"${{model.{key}}}"
+        and key not in settings
+        and defined.get(key) is None
+        and not (key == "clusters" and settings.get("profile"))
     ]
 
 
@@ -130,7 +153,8 @@ def conditions(like: Score | None) -> list[str]:
     usual = DEFAULTS | defaults("config")
     usual |= {f"model.{key}": value for key, value in defaults(f"model/{like.run.model}").items()}
     known = {"limit", "seed", "batch_size", *DEFAULTS}
-    changed = {key: value for key, value in like.conditions.items() if key in known and value != usual.get(key)}
+    values = like.conditions | {"seed": like.config.get("seed")}
+    changed = {key: value for key, value in values.items() if key in known and value != usual.get(key)}
     words = assignments(changed)
     # Local data, if the run had it elsewhere than the configuration.
     folder = like.config["task"].get("data_dir")

@@ -18,7 +18,7 @@ LAYERS = {"opt66b": 12}
 
 @functools.cache
 def shape(name: str) -> dict[str, Any]:
-    """Return the sizes of ``conf/model/<name>.yaml`` that are made small: widths (and ``LAYERS``), not heads or words."""
+    """Return the sizes of ``conf/model/<name>.yaml`` made small: widths and ``LAYERS``, not heads or words."""
     architecture = architecture_of(name)
     head_dim = 8 if "rope_parameters" in architecture else 4  # a quarter of it is rotated in GPT-NeoX
     hidden = head_dim * architecture["num_attention_heads"]

@@ -39,13 +39,13 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: flo
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
     rounds = describe_rounds(times(run, phase).rounds.min())
-    control = "k = H: every head a cluster" if has_control else "this run has no control k = H"
-    page.finish(
-        figure,
-        run,
-        f"Medians of {rounds}, interleaved; whiskers are quartiles. Baselines: MHA on stock and other caches by the "
-        f"fastest kernel, and by the method's products. {control}; {note}.",
+    caches = (
+        "MHA on the growing cache and on StaticCache by the faster kernel, and by the method's own products; eager "
+        "and SDPA on the stock cache. k = H, the control: the method with every head a cluster"
+        if has_control
+        else "An earlier version's run: MHA on the stock cache alone, and no control k = H"
     )
+    page.finish(figure, run, f"Medians of {rounds}, interleaved; whiskers are quartiles; {note}. {caches}.")
     return figure, data
 
 

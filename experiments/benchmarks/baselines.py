@@ -107,7 +107,9 @@ def _products_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: ``[B, H, T, D]`` in, ``[B, T, H, D]`` out."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling, q_len = query.shape[-1] ** -0.5 if scaling is None else scaling, query.shape[2]
+    if attention_mask is None and q_len > 1:  # an empty static cache: what lies behind the prompt is not masked
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
     out = products_attention(query, key, value, scaling, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 

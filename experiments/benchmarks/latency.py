@@ -37,7 +37,7 @@ class Options(BenchmarkOptions):
     parts: list[Part] = field(default_factory=lambda: ["attention", "layer", "model"])
     phases: list[Phase] = field(default_factory=lambda: ["prefill", "decode"])
     clusters: list[int] | None = None
-    rounds: int = 9
+    rounds: int = 9  # at least 9, or tables and figures mark it
 
     def __post_init__(self) -> None:
         super().__post_init__()

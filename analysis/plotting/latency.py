@@ -11,10 +11,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.plotting import page, paper, style
 from analysis.plotting.paper import PaperNumber
-from analysis.results.benchmarks import LATENCY, times
+from analysis.results.benchmarks import LATENCY, QUARTILES, describe_rounds, times
 from analysis.results.runs import Results, Run, base_name
 
-MEASURED, LIMIT, PAPER = "measured", "limit", "paper"
+MEASURED, LIMIT, PAPER, CONTROL = "measured", "limit", "paper", "control"
+PRODUCTS = "products"  # kernel: the method's own matrix products
 MOST_COUNTS = 3  # cluster counts drawn of the attention alone
 COLUMNS = [
     "panel", "series", "source", "implementation", "k", "length_tokens", "value", "unit", "p25", "p75",
@@ -32,36 +33,51 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: str
     """
     run = results.newest(LATENCY, lambda run: set(times(run, phase).baseline) == {True, False})
     data = plot_data(run, phase, paper.number(claim))
+    has_control = CONTROL in set(data.source)
     figure = page.of_run(run, f"{title} against sequence length")
     left, right = figure.subplots(1, 2)
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
-    rounds = times(run, phase).rounds.min()
-    page.finish(figure, run, f"Medians of {rounds} interleaved rounds, whiskers are quartiles; {note}.")
+    rounds = describe_rounds(times(run, phase).rounds.min())
+    caches = (
+        "MHA on the growing cache and on StaticCache by the faster kernel, and by the method's own products; eager "
+        "and SDPA on the stock cache. k = H, the control: the method with every head a cluster"
+        if has_control
+        else "An earlier version's run: MHA on the stock cache alone, and no control k = H"
+    )
+    page.finish(figure, run, f"Medians of {rounds}, interleaved; whiskers are quartiles; {note}. {caches}.")
     return figure, data
 
 
 def plot_data(run: Run, phase: str, claim: PaperNumber) -> pd.DataFrame:
     """Return a row for each point: panel, series, source, implementation, k, length_tokens, value, unit, quartiles."""
-    table = run.table[run.table.phase == phase].sort_values("length", ignore_index=True)
-    table = table.rename(columns={"length": "length_tokens"}).assign(run=run.result["run_id"])
-    model = table[table.part == "model"]
-
-    # Times of the whole model, of every implementation.
+    model, attention = (
+        times(run, phase, part, control=True)
+        .sort_values("length", ignore_index=True)
+        .rename(columns={"length": "length_tokens"})
+        .assign(run=run.result["run_id"])
+        for part in ("model", "attention")
+    )
+    # Times of the whole model: of every cache the fastest kernel, of the method and of the control.
+    model = fastest_kernels(model)
     scale, unit = (1e3, "s") if model.ms.max() >= 1e4 else (1.0, "ms")
     quartiles = {"p25": model.ms_p25 / scale, "p75": model.ms_p75 / scale}
     names = model.implementation.map(style.label)
     parts = [model.assign(panel="time", series=names, source=MEASURED, value=model.ms / scale, unit=unit, **quartiles)]
 
     # The method's speedup, and the theoretical one, which is unknown in decoding of a method without clusters.
-    method = model[~model.baseline]
+    method = model[model.role == "method"]
     bests = list(map(style.label, method.best_baseline.unique()))
     best = bests[0] if len(bests) == 1 else f"the best of {', '.join(bests)}"
     name = f"{style.label(method.implementation.iloc[0])} against {best}"
     parts.append(speedups(method, name, "theoretical speedup").dropna(subset="value"))
 
+    # The control, whose speedup is 1 unless the method and the baseline differ in more than clustering.
+    control = model[model.role == CONTROL]
+    parts.append(with_quartiles(control, style.label(CONTROL), CONTROL))
+
     # The same of the attention alone, for a few cluster counts.
-    attention = table[(table.part == "attention") & ~table.baseline]
+    attention = attention[attention.role == "method"]
     for k in some_counts(attention, run.result["heads"]):
         name = f"attention alone, k = {k}"
         parts.append(speedups(attention[attention.k == k], name, name))
@@ -75,10 +91,27 @@ def plot_data(run: Run, phase: str, claim: PaperNumber) -> pd.DataFrame:
 
 def speedups(rows: pd.DataFrame, measured: str, theoretical: str) -> pd.DataFrame:
     """Return the measured and the theoretical speedup of each row, one after the other, as series of these names."""
-    rows = rows.assign(panel="speedup", unit="x")
-    first = rows.assign(series=measured, source=MEASURED, value=rows.speedup)
-    second = rows.assign(series=theoretical, source=LIMIT, value=rows.limit)
+    first = with_quartiles(rows, measured, MEASURED)
+    second = rows.assign(panel="speedup", unit="x", series=theoretical, source=LIMIT, value=rows.limit)
     return pd.concat([first, second]).sort_index(kind="stable")
+
+
+def with_quartiles(rows: pd.DataFrame, series: str, source: str) -> pd.DataFrame:
+    """Return the speedup of each row with the quartiles of its rounds, as a series of this name."""
+    low, high = (rows[name].astype(float) for name in QUARTILES)
+    return rows.assign(panel="speedup", unit="x", series=series, source=source, value=rows.speedup, p25=low, p75=high)
+
+
+def fastest_kernels(model: pd.DataFrame) -> pd.DataFrame:
+    """Return, of the baselines on one cache (and of those by the method's products), the fastest at each length.
+
+    Baselines on the stock cache remain, whose kernels are drawn one by one.
+    """
+    groups = model.implementation.copy()
+    for part, group in (("_growing", "growing_cache"), ("_static", "static_cache"), (PRODUCTS, PRODUCTS)):
+        groups = groups.mask((model.role == "baseline") & model.implementation.str.contains(part), group)
+    fastest = model.assign(group=groups).sort_values("ms", kind="stable").drop_duplicates(["group", "length_tokens"])
+    return fastest.sort_index().drop(columns="implementation").rename(columns={"group": "implementation"})
 
 
 def some_counts(attention: pd.DataFrame, heads: int) -> list[int]:
@@ -90,9 +123,8 @@ def some_counts(attention: pd.DataFrame, heads: int) -> list[int]:
 def draw_times(axes: Axes, data: pd.DataFrame, title: str) -> None:
     """Draw every baseline and the method, with quartiles as whiskers."""
     for name, points in data.groupby("implementation", sort=False):
-        whiskers = [(points.value - points.p25).clip(lower=0), (points.p75 - points.value).clip(lower=0)]
         line = WHISKERS | style.look(str(name)) | {"label": points.series.iloc[0]}
-        axes.errorbar(points.length_tokens, points.value, whiskers, **line)
+        axes.errorbar(points.length_tokens, points.value, whiskers(points), **line)
     page.length_axis(axes, data.length_tokens)
     axes.set_ylabel(f"{title.lower()} ({data.unit.iloc[0]})")
     if data.value.max() > 8 * data.value.min():
@@ -104,19 +136,34 @@ def draw_times(axes: Axes, data: pd.DataFrame, title: str) -> None:
         axes.set_ylim(0, data.p75.max() * 1.08)
 
 
+def draw_with_quartiles(axes: Axes, points: pd.DataFrame, line: dict[str, Any]) -> None:
+    """Draw a line, and whiskers where there are quartiles."""
+    axes.plot(points.length_tokens, points.value, **line)
+    points = points.dropna(subset=["p25", "p75"])
+    bars = {name: WHISKERS[name] for name in ("capsize", "elinewidth", "capthick")}
+    axes.errorbar(points.length_tokens, points.value, whiskers(points), fmt="none", ecolor=line["color"], **bars)
+
+
+def whiskers(points: pd.DataFrame) -> list[pd.Series]:
+    """Return the distances to the quartiles."""
+    return [(points.value - points.p25).clip(lower=0), (points.p75 - points.value).clip(lower=0)]
+
+
 def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
     """Draw the model's speedup and the attention's, each beside the theoretical one, and the paper's claim."""
     extras = iter(style.EXTRA)
     for series, points in data.groupby("series", sort=False):
         measured, limit = points[points.source == MEASURED], points[points.source == LIMIT]
-        if (points.source == PAPER).all():
+        if (points.source == CONTROL).all():
+            draw_with_quartiles(axes, points, style.look(CONTROL) | {"label": series, "linewidth": 1})
+        elif (points.source == PAPER).all():
             axes.plot(points.length_tokens, points.value, "*", color=style.INK, markersize=10, label=series, zorder=5)
         elif measured.empty:
             unit = "operations" if phase == "prefill" else "bytes read"
             axes.plot(limit.length_tokens, limit.value, "--", color=style.INK, linewidth=1, label=f"{series} ({unit})")
         elif limit.empty:
             line = style.look(measured.implementation.iloc[0]) | {"label": series, "zorder": 4}
-            axes.plot(measured.length_tokens, measured.value, **line)
+            draw_with_quartiles(axes, measured, line)
             last = measured.iloc[-1]
             words, end = f"{last.value:.2f}{style.TIMES}", (last.length_tokens, last.value)
             axes.annotate(words, end, (6, 0), textcoords="offset points", va="center")

@@ -48,13 +48,13 @@ def of_run(run: Run, title: str, height: float = 4.0, layout: str | None = "cons
 
 
 def finish(figure: Figure, run: Run, notes: str) -> None:
-    """Add legends below the panels, and the footer with one line of notes."""
+    """Add legends below the panels, and the footer with notes."""
     # Longer legends make the figure taller, so that the panels keep their size.
     rows = max(len(axes.get_legend_handles_labels()[0]) for axes in figure.axes)
     figure.set_size_inches(WIDTH, 3.2 + 0.15 * rows)
     for axes in figure.axes:
         legend_below(axes)
-    footer(figure, [notes, provenance(run, f"batch {run.result['batch_size']}")])
+    footer(figure, [*wrap(notes), provenance(run, f"batch {run.result['batch_size']}")])
 
 
 def finish_profiles(figure: Figure, profiles: Sequence[Profile], notes: str, paper: Sequence[str] = (LLAMA,)) -> None:

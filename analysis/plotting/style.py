@@ -27,6 +27,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "sdpa": {"color": "#0072B2", "marker": "o"},
     "eager": {"color": "#E69F00", "marker": "s"},
     "xformers": {"color": "#CC79A7", "marker": "v"},
+    "growing_cache": {"color": "#009E73", "marker": "^"},
+    "static_cache": {"color": "#CC79A7", "marker": ">"},
+    "products": {"color": "#56B4E9", "marker": "<"},
+    "control": {"color": "#777777", "marker": "x"},
     "chai": {"color": "#D55E00", "marker": "D", "markersize": 4.5},
     "chai_static": {"color": "#D55E00", "marker": "D", "markersize": 4.5, "markerfacecolor": "white"},
     "chai_qkv": {"color": "#D55E00", "marker": "X", "markersize": 6},
@@ -43,7 +47,11 @@ EXTRA: tuple[dict[str, Any], ...] = (
 )
 PAPER: dict[str, Any] = {"color": INK, "linestyle": ":", "marker": ".", "markersize": 3}
 LABELS = {
-    **METHODS, "sdpa": "SDPA", "xformers": "xFormers",
+    **METHODS, "sdpa": "SDPA", "xformers": "xFormers", "control": "k = H (control)",
+    "growing_cache": "growing cache", "static_cache": "StaticCache", "products": "products",
+    "eager_growing": "eager, growing cache", "sdpa_growing": "SDPA, growing cache",
+    "eager_static": "eager, StaticCache", "sdpa_static": "SDPA, StaticCache",
+    "products_growing": "products, growing cache", "products_static": "products, StaticCache",
     "llama7b": "LLaMA-7B", "llama2_7b": "Llama-2-7B", "llama3_8b": "Llama-3-8B", "llama33b": "LLaMA-33B",
     "opt66b": "OPT-66B", "tiny": "Embedded model",
 }  # fmt: skip

@@ -8,6 +8,10 @@ import pandas as pd
 
 from analysis.results.runs import Results, Run, RunQuery
 
+#: Interleaved rounds that a spread needs.
+ENOUGH_ROUNDS = 9
+#: Columns of the speedup's spread.
+QUARTILES = ("speedup_p25", "speedup_p75")
 FIELDS = ("heads_kept", "heads", "dtype", "batch_size", "versions")
 MEMORY = RunQuery(
     "memory",
@@ -40,6 +44,18 @@ def chai_memory(results: Results, query: RunQuery = MEMORY, dtypes: Sequence[str
     return results.newest(query, usable)
 
 
-def times(run: Run, phase: str, part: str = "model") -> pd.DataFrame:
-    """Return a latency run's rows of ``prefill`` or ``decode``, of the whole model or of its ``attention`` alone."""
-    return run.table[(run.table.part == part) & (run.table.phase == phase)]
+def times(run: Run, phase: str, part: str = "model", *, control: bool = False) -> pd.DataFrame:
+    """Return a latency run's rows of ``prefill`` or ``decode``, of the whole model or of its ``attention`` alone.
+
+    Rows of the control, the method with as many clusters as heads, only if ``control``. Runs of earlier versions have
+    no control and no quartiles of the speedup, which are then empty.
+    """
+    table = run.table.assign(**{name: None for name in QUARTILES if name not in run.table})
+    if "role" not in table:
+        table = table.assign(role=table.baseline.map({True: "baseline", False: "method"}))
+    return table[(table.part == part) & (table.phase == phase) & (control | (table.role != "control"))]
+
+
+def describe_rounds(rounds: int) -> str:
+    """Return e.g. ``9 rounds``; too few are marked."""
+    return f"{rounds} round{'s' if rounds != 1 else ''}" + (" (too few)" if rounds < ENOUGH_ROUNDS else "")

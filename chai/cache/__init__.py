@@ -11,10 +11,12 @@ from chai.cache.base import (
     vector_bytes,
 )
 from chai.cache.clustered import ClusteredCache, ClusteredLayer
+from chai.cache.growing import GrowingCache
 
 __all__ = [
     "ClusteredCache",
     "ClusteredLayer",
+    "GrowingCache",
     "PrunedCache",
     "PrunedLayer",
     "allocated_bytes",

@@ -1,4 +1,4 @@
-"""Base of caches that a method prunes: growing layers, and the state that the layers of a cache share.
+"""Base of caches that a method prunes: their layers, and the state that the layers of a cache share.
 
 The layers hold everything. So a ``DynamicCache`` of the caller can take them and keep its class, and what
 ``generate()`` does to a cache (reorder, repeat, select, crop) reaches the shared state through the first layer.
@@ -6,19 +6,14 @@ The layers hold everything. So a ``DynamicCache`` of the caller can take them an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar, cast
 
-import torch
-import torch.nn.functional as functional
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from chai.cache.buffer import TokenBuffer
-
-RowSelection = Callable[[Tensor], Tensor]
+from chai.cache.growing import GrowingLayer, RowSelection
 
 
 class RequestState:
@@ -48,8 +43,8 @@ class RequestState:
         """Forget the tokens from position ``kv_len`` on."""
 
 
-class PrunedLayer(DynamicLayer):
-    """One layer's keys and values in growing buffers; ``keys`` and ``values`` are views of them, ``[B, N, S, D]``.
+class PrunedLayer(GrowingLayer):
+    """One layer's keys and values of a method that prunes some, in growing buffers.
 
     Args:
         state: Shared by the layers of a cache.
@@ -62,30 +57,15 @@ class PrunedLayer(DynamicLayer):
     def __init__(
         self, state: RequestState, index: int, num_kv_heads: int, window: int | None = None, reserve: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__(reserve)
         self.state, self.index = state, index
-        self.num_kv_heads, self.window, self.reserve = num_kv_heads, window, reserve
-        self._clear()
-
-    def _clear(self) -> None:
-        self.key_buffer, self.value_buffer = TokenBuffer(self.reserve), TokenBuffer(self.reserve)
+        self.num_kv_heads, self.window = num_kv_heads, window
 
     def reset(self) -> None:
         """Forget the sequences."""
         super().reset()
-        self._clear()
         if self.index == 0:
             self.state.reset()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the live keys and values."""
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
-
-    @property
-    def nbytes_allocated(self) -> int:
-        """Bytes of the buffers, spare room included."""
-        return self.key_buffer.nbytes_allocated + self.value_buffer.nbytes_allocated
 
     @property
     def nbytes_mha(self) -> int:
@@ -108,11 +88,7 @@ class PrunedLayer(DynamicLayer):
             RuntimeError: The model runs without the method that this cache belongs to.
         """
         self.check_attached()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self.key_buffer.append(key_states)
-        self.values = self.value_buffer.append(value_states)
-        return self.keys, self.values
+        return super().update(key_states, value_states)
 
     def check_attached(self) -> None:
         """Refuse an update by an attention that would misread what is stored."""
@@ -121,49 +97,17 @@ class PrunedLayer(DynamicLayer):
                 "this cache has pruned keys or values: use it inside `with method(model):` of the method it belongs to"
             )
 
-    def padded(self, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and one token's mask (``[B or 1, 1, 1, S]``), padded to a length that seldom changes.
-
-        oneDNN, which multiplies half-precision matrices on a CPU, compiles a kernel for every new shape; that takes
-        longer than the product, and the kernels fill megabytes for each decoded token.
-        """
-        keys, values, length = self.key_buffer.padded(), self.value_buffer.padded(), self.key_buffer.length
-        padding = keys.shape[-2] - length
-        if mask is None:
-            visible = torch.arange(length + padding, device=keys.device) < length
-            return keys, values, visible[None, None, None]
-        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return keys, values, functional.pad(mask, (0, padding), value=hidden)
-
     def select_rows(self, select: RowSelection) -> None:
         """Select, reorder or repeat rows of everything that is per row."""
-        if self.get_seq_length() > 0:
-            self.keys = self.key_buffer.replace(select)
-            self.values = self.value_buffer.replace(select)
+        super().select_rows(select)
         if self.index == 0:
             self.state.select_rows(select)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows by ``beam_idx`` (long ``[B]``)."""
-        self.select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.select_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows."""
-        self.select_rows(lambda tensor: tensor[indices.to(tensor.device)])
-
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens."""
-        super().crop(tokens_to_remove)  # checks the argument, and shortens the views
-        kv_len = self.get_seq_length()
-        if kv_len < self.key_buffer.length:
-            self.keys = self.key_buffer.crop(kv_len)
-            self.values = self.value_buffer.crop(kv_len)
+        super().crop(tokens_to_remove)
         if self.index == 0:
-            self.state.crop(kv_len)
+            self.state.crop(self.get_seq_length())
 
 
 L = TypeVar("L", bound=PrunedLayer)
@@ -224,7 +168,9 @@ def cache_bytes_mha(cache: Cache) -> int:
 def allocated_bytes(cache: Cache) -> int:
     """Sum the bytes that a cache has allocated, spare room included."""
     layers = _layers(cache)
-    return sum(layer.nbytes_allocated for layer in layers) if isinstance(layers[0], PrunedLayer) else cache_bytes(cache)
+    return (
+        sum(layer.nbytes_allocated for layer in layers) if isinstance(layers[0], GrowingLayer) else cache_bytes(cache)
+    )
 
 
 def vector_bytes(cache: Cache) -> int:

@@ -59,9 +59,16 @@ class TokenBuffer:
         return self.append(changed)
 
     def padded(self) -> Tensor:
-        """Return the stored tokens, padded with arbitrary numbers to a multiple of ``ROUND``."""
+        """Return the stored tokens, padded with arbitrary numbers to a length that seldom changes.
+
+        That is the whole buffer, which is contiguous: torch copies a part of it for every half-precision product on a
+        CPU, which takes up to twenty times as long as the product. Of a buffer with much more room than growing leaves
+        (``reserve``, or after a crop), the first tokens up to a multiple of ``ROUND``.
+        """
         assert self.buffer is not None
-        return self.buffer.narrow(-2, 0, min(-(-self.length // ROUND) * ROUND, self.buffer.shape[-2]))
+        if self.buffer.shape[-2] <= self.length + 2 * self._step(self.length):
+            return self.buffer
+        return self.buffer.narrow(-2, 0, -(-self.length // ROUND) * ROUND)
 
     def crop(self, length: int) -> Tensor:
         """Drop the tokens from ``length`` on."""
@@ -69,5 +76,10 @@ class TokenBuffer:
         return self.view
 
     def _room(self, needed: int) -> int:
-        step = max(ROUND, needed // 32 // ROUND * ROUND)
+        step = self._step(needed)
         return max(-(-needed // step) * step, self.reserve)
+
+    @staticmethod
+    def _step(length: int) -> int:
+        """Return by how many tokens a buffer of this length grows."""
+        return max(ROUND, length // 32 // ROUND * ROUND)

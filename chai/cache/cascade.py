@@ -8,9 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from chai.cache.base import PrunedCache, PrunedLayer, RequestState, RowSelection
+from chai.cache.base import PrunedCache, PrunedLayer, RequestState
 from chai.cache.buffer import TokenBuffer
 from chai.cache.clustered import take_tokens
+from chai.cache.growing import RowSelection
 from chai.heads import pack_kv_heads, take_heads
 
 

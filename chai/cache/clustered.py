@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chai.cache.base import PrunedCache, PrunedLayer, RequestState, RowSelection
+from chai.cache.base import PrunedCache, PrunedLayer, RequestState
+from chai.cache.growing import RowSelection
 from chai.heads import HeadClusters, KVHeadMap, take_heads
 
 # The phases of a clustered layer.

@@ -197,7 +197,7 @@ def fill_cache(model: PreTrainedModel, method: Method, cache: Cache, batch_size:
     """Fill a cache with ``kv_len`` tokens: the first through the model, so that it is clustered, then random ones."""
     prefix = method.real_prefix(kv_len)
     model(random_tokens(model, batch_size, prefix), past_key_values=cache, use_cache=True)
-    if (missing := kv_len - cache.get_seq_length()) > 0:
+    if (missing := kv_len - int(cache.get_seq_length())) > 0:
         append_random(cache, missing)
 
 

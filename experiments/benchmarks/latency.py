@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
-from chai.attention import causal_mask
 from chai.methods import baseline
-from chai.methods.base import Method
 from experiments.benchmarks import harness
-from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Timers, Times
+from experiments.benchmarks.baselines import Implementation, attention_baselines, forget_last_token, model_baselines
+from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Times
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
-from experiments.tables.benchmarks import show_latency
+from experiments.tables.benchmarks import CONTROL, show_latency
 
 Part = Literal["attention", "layer", "model"]
 Phase = Literal["prefill", "decode"]
@@ -42,7 +37,7 @@ class Options(BenchmarkOptions):
     parts: list[Part] = field(default_factory=lambda: ["attention", "layer", "model"])
     phases: list[Phase] = field(default_factory=lambda: ["prefill", "decode"])
     clusters: list[int] | None = None
-    rounds: int = 9
+    rounds: int = 9  # at least 9, or tables and figures mark it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +81,7 @@ def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
             part_counts, time_part = parts[part]
             for k in part_counts:
                 case = {"part": part, "phase": phase, "length": length, "k": k}
-                rows += summarize(case, time_part(phase, length, k), required, peak, num_heads)
+                rows += summarize(case, time_part(phase, length, k), context.name, required, peak, num_heads)
     frame = pd.DataFrame(rows).astype({"k": "Int64"})
     return frame, {"metrics": headline(frame), "membership": clustering_times(context), "peak": peak}
 
@@ -102,25 +97,26 @@ def one_layer(model: PreTrainedModel) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
 
 
-@dataclass
-class Implementation:
-    """A model object with its attention, the method whose caches it reads, and how they are made."""
-
-    model: PreTrainedModel
-    method: Method
-    new_cache: Callable[[], Cache]
-
-
 def implementations(
-    stack: ExitStack, context: Context, model: PreTrainedModel, k: int | None
+    stack: ExitStack, context: Context, model: PreTrainedModel, phase: Phase, length: int, k: int | None
 ) -> dict[str, Implementation]:
-    """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left."""
-    entries = {name: Implementation(harness.twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    """Return the baselines and, unless it is one of them, the method and its control, applied until ``stack`` is left.
+
+    The control is the same method with as many clusters as heads in every layer.
+    """
+    entries = model_baselines(model, phase, length)
     # A single layer has k clusters; a method without clusters does not run on it.
     method = context.method if k is None else context.method.with_num_clusters(k)
-    if method is not None and method != baseline():
-        patched = stack.enter_context(method(harness.twin(model, "sdpa")))
-        entries[context.name] = Implementation(patched, method, partial(method.new_cache, patched))
+    if method is None or method == baseline():
+        return entries
+    methods = {context.name: method}
+    num_heads = model.config.num_attention_heads
+    control = context.method.with_num_clusters(num_heads)
+    if control is not None and set(method.heads_kept(model.config)) != {num_heads}:
+        methods[CONTROL] = control
+    for name, applied in methods.items():
+        patched = stack.enter_context(applied(harness.twin(model, "sdpa")))
+        entries[name] = Implementation(patched, applied, partial(applied.new_cache, patched))
     return entries
 
 
@@ -129,7 +125,7 @@ def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: 
     options, timers, after = context.options, {}, {}
     settings = {"logits_to_keep": 1} if k is None else {}
     with ExitStack() as stack:
-        for name, entry in implementations(stack, context, model, k).items():
+        for name, entry in implementations(stack, context, model, phase, length, k).items():
             module = entry.model if k is None else entry.model.get_decoder()
             if phase == "prefill":
                 ids = harness.random_tokens(model, options.rows, length)
@@ -139,7 +135,7 @@ def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: 
             harness.fill_cache(entry.model, entry.method, cache, options.rows, length - 1)
             token = harness.random_tokens(model, options.rows, 1)
             timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
-            after[name] = partial(cache.crop, -1)
+            after[name] = partial(forget_last_token, cache)
         return harness.interleave(timers, options.rounds * (1 if phase == "prefill" else 3), model.device, after)
 
 
@@ -159,35 +155,15 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
 
     query = random(shape.num_heads, q_len)
     key, value = random(shape.num_kv_heads, length), random(shape.num_kv_heads, length)
-    timers = baseline_timers(query, key, value)
-    timer = method.attention_timer(query, key, value, k, shape.head_dim**-0.5)
-    if timer is not None:
-        timers[context.name] = timer
+    timers = attention_baselines(query, key, value)
+    counts = {context.name: k} | ({CONTROL: shape.num_heads} if k < shape.num_heads else {})
+    for name, count in counts.items():
+        timer = method.attention_timer(query, key, value, count, shape.head_dim**-0.5)
+        if timer is not None:
+            timers[name] = timer
     if device.type == "cuda" and phase == "decode":
         timers = {name: graphed(timer) for name, timer in timers.items()}
     return harness.interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
-
-
-def baseline_timers(query: Tensor, key: Tensor, value: Tensor) -> Timers:
-    """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
-    q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
-    # Stand-in for the model's attention module, of which the functions read three attributes.
-    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
-    mask = None
-    if q_len > 1:
-        visible = causal_mask(q_len, kv_len, query.device)
-        mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
-    timers: Timers = {
-        "eager": partial(eager_attention_forward, module, query, key, value, mask, scaling),
-        "sdpa": partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling),
-    }
-    if query.device.type == "cuda" and importlib.util.find_spec("xformers") and query.shape[1] == key.shape[1]:
-        from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-        inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
-        bias = LowerTriangularMask() if q_len > 1 else None
-        timers["xformers"] = partial(memory_efficient_attention, *inputs, attn_bias=bias, scale=scaling)
-    return timers
 
 
 def graphed(timer: Callable[[], object]) -> Callable[[], object]:

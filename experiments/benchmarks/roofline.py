@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 
 from chai.methods import baseline
 from chai.methods.base import Method
-
-#: Implementations of multi-head attention that a method is compared with.
-BASELINES = ("eager", "sdpa", "xformers")
+from experiments.tables.benchmarks import CONTROL
 
 
 def required_work(
@@ -37,34 +35,48 @@ def required_work(
 def summarize(
     case: dict[str, Any],
     times: dict[str, list[float]],
+    method: str,
     required: Callable[[int | None], float],
     peak: dict[str, float],
     num_heads: int,
 ) -> list[dict[str, Any]]:
     """Return a row for each implementation of a case (part, phase, length and k); docs/results.md lists the columns.
 
-    ``required`` returns the :func:`required_work` of k clusters.
+    Speedups are over the baseline with the smallest median, and are ratios of the times of one round.
+
+    Args:
+        case: Part, phase, length and k.
+        times: Milliseconds of each round, of the method and its control, where they were timed, and of the baselines.
+        method: Name of the method.
+        required: Returns the :func:`required_work` of k clusters.
+        peak: FLOPs and bytes per second of the machine.
+        num_heads: Of the model.
     """
-    baselines = [name for name in times if name in BASELINES]
+    roles = {name: {method: "method", CONTROL: "control"}.get(name, "baseline") for name in times}
+    baselines = [name for name, role in roles.items() if role == "baseline"]
     best = min(baselines, key=lambda name: median(times[name]))
     unit, peak_rate = ("GFLOP/s", peak["gflop_per_s"]) if case["phase"] == "prefill" else ("GB/s", peak["gb_per_s"])
     rows = []
     for name, samples in times.items():
-        is_baseline = name in baselines
-        low, _, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-        speedup = median(base / time for base, time in zip(times[best], samples, strict=True))
-        full, needed = required(num_heads), required(num_heads if is_baseline else case["k"])
+        low, _, high = quartiles(samples)
+        speedup_low, speedup, speedup_high = quartiles(
+            [base / time for base, time in zip(times[best], samples, strict=True)]
+        )
+        full, needed = required(num_heads), required(case["k"] if roles[name] == "method" else num_heads)
         rate = needed / median(samples) / 1e6
         rows.append(
             {
                 **case,
                 "implementation": name,
-                "baseline": is_baseline,
+                "baseline": roles[name] == "baseline",
+                "role": roles[name],
                 "ms": median(samples),
                 "ms_p25": low,
                 "ms_p75": high,
                 "rounds": len(samples),
                 "speedup": speedup,
+                "speedup_p25": speedup_low,
+                "speedup_p75": speedup_high,
                 "best_baseline": best,
                 "limit": full / needed,
                 "of_limit": speedup * needed / full,
@@ -76,10 +88,18 @@ def summarize(
     return rows
 
 
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile; of one sample, that sample."""
+    low, _, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return low, median(samples), high
+
+
 def headline(frame: pd.DataFrame) -> dict[str, float]:
-    """Return the method's speed-up at the longest length, by part and phase (and k)."""
+    """Return the speedups of the method and its control at the longest length, by part and phase (and k)."""
     rows = frame[~frame.baseline & (frame.length == frame.length.max())]
     return {
-        f"{row.part}_{row.phase}" + ("" if pd.isna(row.k) else f"_k{row.k}"): float(row.speedup)
+        ("control_" if row.role == "control" else "")
+        + f"{row.part}_{row.phase}"
+        + ("" if pd.isna(row.k) else f"_k{row.k}"): float(row.speedup)
         for row in rows.itertuples()
     }

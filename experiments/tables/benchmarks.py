@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.table import Table
 
 from experiments.runs.files import read_json
 from experiments.tables.layout import make_table, print_table
 
-LATENCY_LEGEND = (
-    "Medians of interleaved rounds; ±: half the interquartile range, largest of the row. Gain: speed-up over the\n"
-    "named best baseline. Limit: theoretical, from FLOPs (prefill) or bytes read (decode). Rate: required\n"
-    "GFLOP (GF) or GB per second. Peak: the rate's share of a large matrix product's, or of reading memory's."
+#: Name of the control: the method with as many clusters as heads, in which nothing is clustered.
+CONTROL = "control"
+#: Fewer interleaved rounds than this are marked: their quartiles say little.
+ENOUGH_ROUNDS = 9
+#: Columns of the baselines, whose names are a kernel, ``_`` and one of these caches (none: stock).
+CACHES = ("Stock", "Growing", "Static")
+#: The kernel that has a column of its own.
+PRODUCTS = "products"
+
+TIMES_LEGEND = (
+    "Medians of interleaved rounds. Multi-head attention by its fastest kernel: Stock, on transformers'\n"
+    "DynamicCache, which copies at every token; Growing, on this project's buffers; Static, on a StaticCache of\n"
+    "this length; Products, by the method's own matrix products (on Growing in prefill, Static in decode).\n"
+    "k = H: the control, the method with every head a cluster. Rate: required GFLOP (GF) or GB per second."
+)
+GAINS_LEGEND = (
+    "Gain: speedup over the fastest baseline, median and quartiles of the ratios within rounds. k = H: the same of\n"
+    "the control; * if 1 is outside its quartiles: the two differ in more than clustering. Limit: theoretical, from\n"
+    "FLOPs (prefill) or bytes read (decode). Peak: the rate's share of a large matrix product's, or of reading\n"
+    "memory's."
+)
+OLD_LEGEND = (
+    "Measured by an earlier version, without the control k = H and without the growing and static caches:\n"
+    "force=true repeats it."
 )
 MEMORY_LEGEND = (
     "Cache: live keys and values. Formula: (n + H_kv) * D * tokens * bytes, n: KV heads kept. Allocated: with room\n"
@@ -21,44 +43,128 @@ MEMORY_LEGEND = (
 )
 
 
+@dataclass(frozen=True)
+class Case:
+    """What was timed in the same rounds: the baselines, and of some methods the method and its control."""
+
+    part: str
+    phase: str
+    length: int
+    clusters: str  # k, or the mean of the layers
+    baselines: pd.DataFrame
+    best: Any  # row of the fastest baseline
+    method: Any | None  # row
+    control: Any | None  # row; the method's, where every head is a cluster
+
+
 def show_latency(folder: Path) -> None:
-    """Print a row for each part, phase and length: every implementation's time, the speed-up and its limit."""
+    """Print the times of every part, phase and length, then the gains beside those of the control."""
     result, frame = read_json(folder / "result.json"), pd.read_parquet(folder / "measurements.parquet")
     if result is None:
         return
-    names = list(dict.fromkeys(frame.implementation))
-    columns = ["Tokens", "k", *(f"{name} ms" for name in names), "±", "Gain", "Limit", "Rate", "Peak"]
+    is_old = "role" not in frame
+    if is_old:
+        frame = frame.assign(role=frame.baseline.map({True: "baseline", False: "method"}), speedup_p25=None)
+    cases = latency_cases(frame, result)
     title = f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['device_name']}"
-    table = make_table(title, ["Part"], columns, pad_edge=False)
-    groups = list(frame.groupby(["part", "phase", "length", "k"], sort=False, dropna=False))
-    order = {name: place for place, name in enumerate(dict.fromkeys(frame.part))}
-    groups.sort(key=lambda group: (order[group[0][0]], group[0][1] != "prefill"))
-    previous = None
-    for (part, phase, length, k), group in groups:
-        if previous is not None and previous != (part, phase):
-            table.add_section()
-        previous = (part, phase)
-        by_name = {row.implementation: row for row in group.itertuples()}
-        method = next((row for row in by_name.values() if not row.baseline), None)
-        rated = method or next(row for row in by_name.values() if row.implementation == row.best_baseline)
-        table.add_row(
-            f"{part} {phase}",
-            f"{length}",
-            _counts(result["heads_kept"]) if pd.isna(k) else f"{k}",
-            *(_milliseconds(by_name[name].ms) if name in by_name else "" for name in names),
-            f"{100 * max((row.ms_p75 - row.ms_p25) / 2 / row.ms for row in by_name.values()):.0f} %",
-            f"{method.speedup:.2f} {method.best_baseline}" if method else "",
-            f"{method.limit:.2f}" if method and not pd.isna(method.limit) else "",
-            _rate(rated),
-            "" if pd.isna(rated.of_peak) else f"{100 * rated.of_peak:.0f} %",
-        )
-    legend = LATENCY_LEGEND
+    title += f"; ms, {describe_rounds(frame.rounds)}"
+    legend = TIMES_LEGEND
     if clustering := result.get("membership"):
         legend = (
             f"Clustering of all layers: {clustering['decide_ms']:.1f} ms; with the pass over the warm-up tokens: "
             f"{clustering['first_tokens_ms']:.1f} ms. Both are part of the model's prefill time.\n{legend}"
         )
-    print_table(table, legend)
+    print_table(_times_table(cases, title, result["method"]), legend)
+    if any(case.method for case in cases):
+        gains = _gains_table(cases, f"{result['method']}: speedup over the fastest baseline")
+        print_table(gains, f"{GAINS_LEGEND}\n{OLD_LEGEND}" if is_old else GAINS_LEGEND)
+
+
+def latency_cases(frame: pd.DataFrame, result: dict[str, Any]) -> list[Case]:
+    """Return the cases of a run in the order of the tables."""
+    cases = []
+    for (part, phase, length, k), group in frame.groupby(["part", "phase", "length", "k"], sort=False, dropna=False):
+        roles = {row.role: row for row in group.itertuples() if row.role != "baseline"}
+        baselines = group[group.role == "baseline"]
+        best = next(row for row in baselines.itertuples() if row.implementation == row.best_baseline)
+        method, control = roles.get("method"), roles.get("control")
+        kept = set(result["heads_kept"]) if pd.isna(k) else {int(k)}
+        if kept == {result["heads"]}:
+            control = method
+        clusters = _counts(result["heads_kept"]) if pd.isna(k) else f"{k}"
+        cases.append(Case(part, phase, length, clusters, baselines, best, method, control))
+    order = {name: place for place, name in enumerate(dict.fromkeys(frame.part))}
+    return sorted(cases, key=lambda case: (order[case.part], case.phase != "prefill"))
+
+
+def _times_table(cases: list[Case], title: str, method: str) -> Table:
+    names = [*CACHES, "Products", *(["k = H", method] if any(case.method for case in cases) else [])]
+    rows = []
+    for case in cases:
+        times = fastest(case.baselines)
+        times |= {name: row.ms for name, row in (("k = H", case.control), (method, case.method)) if row is not None}
+        times_of_row = [_milliseconds(times[name]) if name in times else "" for name in names]
+        rows.append([*times_of_row, _rate(case.method or case.best)])
+    return _case_table(cases, rows, title, [*names, "Rate"])
+
+
+def _gains_table(cases: list[Case], title: str) -> Table:
+    rows = []
+    for case in cases:
+        method, control, rated = case.method, case.control, case.method or case.best
+        off = control is not None and not pd.isna(control.speedup_p25) and not is_one(control)
+        rows.append(
+            [
+                case.best.implementation.replace("_", " "),
+                _gain(method) if method else "",
+                _gain(control) + ("*" if off else "") if control else "",
+                f"{method.limit:.2f}" if method and not pd.isna(method.limit) else "",
+                "" if pd.isna(rated.of_peak) else f"{100 * rated.of_peak:.0f} %",
+            ]
+        )
+    return _case_table(cases, rows, title, ["Fastest", "Gain", "k = H", "Limit", "Peak"])
+
+
+def _case_table(cases: list[Case], rows: list[list[str]], title: str, columns: list[str]) -> Table:
+    """Return a table with a row for each case, and a section for each part and phase."""
+    table = make_table(title, ["Part"], ["Tokens", "k", *columns], pad_edge=False)
+    previous = None
+    for case, row in zip(cases, rows, strict=True):
+        if previous is not None and previous != (case.part, case.phase):
+            table.add_section()
+        previous = (case.part, case.phase)
+        table.add_row(f"{case.part} {case.phase}", f"{case.length}", case.clusters, *row)
+    return table
+
+
+def describe_rounds(rounds: pd.Series) -> str:
+    """Return e.g. ``9 to 45 rounds``; too few are marked."""
+    least, most = rounds.min(), rounds.max()
+    count = f"{least}" if least == most else f"{least} to {most}"
+    few = f", too few for quartiles (at least {ENOUGH_ROUNDS})" if least < ENOUGH_ROUNDS else ""
+    return f"{count} round{'s' if most > 1 else ''}{few}"
+
+
+def is_one(control: Any) -> bool:
+    """Whether the control's gain is 1 within its quartiles."""
+    return bool(control.speedup_p25 <= 1 <= control.speedup_p75)
+
+
+def fastest(baselines: pd.DataFrame) -> dict[str, float]:
+    """Return the milliseconds of the fastest baseline in each column of the table."""
+    found: dict[str, float] = {}
+    for row in baselines.itertuples():
+        kernel, _, cache = row.implementation.partition("_")
+        column = "Products" if kernel == PRODUCTS else cache.capitalize() or "Stock"
+        found[column] = min(row.ms, found.get(column, row.ms))
+    return found
+
+
+def _gain(row: Any) -> str:
+    """Return a speedup with its quartiles; results of earlier versions have none."""
+    if pd.isna(row.speedup_p25):
+        return f"{row.speedup:.2f}"
+    return f"{row.speedup:.2f} ({row.speedup_p25:.2f}-{row.speedup_p75:.2f})"
 
 
 def show_memory(folder: Path) -> None:

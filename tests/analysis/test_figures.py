@@ -17,7 +17,7 @@ from analysis import figures
 from analysis.figures import fig11, fig12a, fig12b
 from analysis.figures.__main__ import main
 from analysis.plotting import style
-from analysis.results.benchmarks import LATENCY
+from analysis.results.benchmarks import LATENCY, times
 from analysis.results.runs import MissingRun, Results
 from tests.analysis import synthetic
 
@@ -147,6 +147,46 @@ def test_fig12_times_speedups_limits_and_claim(root, module, phase, claim, words
         zip(attention.length, attention.speedup, strict=True)
     )
     assert not any("k = 32" in label for label in shown)  # as many clusters as heads: nothing is clustered
+
+
+def test_fig12_draws_every_cache_and_the_control(tmp_path):
+    """Of each cache the fastest kernel; the gain is over the fastest of all, with its quartiles and those of k = H."""
+    frame = synthetic.with_control(synthetic.latency())
+    synthetic.save(tmp_path, "latency", frame, "a")
+    figure, data = fig12b.draw(Results(tmp_path))
+    assert legend(figure.axes[0]) == ["eager", "SDPA", "CHAI", "growing cache", "StaticCache", "k = H (control)"]
+    model = frame[(frame.part == "model") & (frame.phase == "decode")].set_index(["implementation", "length"])
+    growing = data[(data.panel == "time") & (data.implementation == "growing_cache")]
+    assert growing.value.to_list() == model.ms["sdpa_growing"].to_list()
+    speedups = data[data.panel == "speedup"].set_index(["source", "series", "length_tokens"])
+    for length in synthetic.LENGTHS:
+        gain = speedups.loc["measured", "CHAI against SDPA, growing cache", length]
+        assert gain.value == model.ms["sdpa_growing", length] / model.ms["chai", length]
+        assert (gain.p25, gain.p75) == (gain.value * 0.98, gain.value * 1.03)
+        control = speedups.loc["control", "k = H (control)", length]
+        assert (control.value, control.p25, control.p75) == (1, 0.98, 1.03)
+    assert "k = H (control)" in legend(figure.axes[1])
+    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "Medians of 9 rounds" in words and "with every head a cluster" in words and "too few" not in words
+
+
+def test_runs_of_earlier_versions_and_few_rounds_say_so(tmp_path):
+    synthetic.save(tmp_path, "latency", synthetic.latency().assign(rounds=2), "a")
+    figure, data = fig12a.draw(Results(tmp_path))
+    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "2 rounds (too few)" in words and "no control k = H" in words
+    assert "control" not in set(data.source) and data[data.panel == "speedup"].p25.isna().all()
+
+
+def test_the_control_is_no_method_elsewhere(tmp_path):
+    """What reads speedups asks for the method's, and finds no row of the control."""
+    folder = synthetic.save(tmp_path, "latency", synthetic.with_control(synthetic.latency()), "a")
+    run = Results(tmp_path).newest(LATENCY)
+    assert run.folder == folder and "control" in set(run.table.implementation)
+    for phase in ("prefill", "decode"):
+        rows = times(run, phase)
+        assert set(rows[~rows.baseline].implementation) == {"chai"}
+        assert set(times(run, phase, control=True).role) == {"baseline", "method", "control"}
 
 
 def test_whiskers_ticks_and_markers(root):

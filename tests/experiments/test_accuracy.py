@@ -71,6 +71,15 @@ def test_methods_side_by_side_then_nothing_to_do(workplace, tmp_path, capsys):
     assert len(results_of(tmp_path, "chai")) == 5
 
 
+def test_nothing_lists_the_packages_of_the_machine(workplace, tmp_path, monkeypatch):
+    """lm-eval would after each task, in the time that is reported."""
+
+    calls = []
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: calls.append(1) or "")
+    assert run_config(compose_config(command(workplace, tmp_path, "method=mha", "task=micro_piqa"))) == 0
+    assert not calls
+
+
 def test_samples_say_what_the_metrics_say(workplace, tmp_path):
     assert run_config(compose_config(command(workplace, tmp_path, "method=random", "method.clusters=2"))) == 0
     for path in tmp_path.glob("accuracy/small/random/*/*/result.json"):

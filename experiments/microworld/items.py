@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.microworld import world
-from experiments.microworld.documents import BINDINGS, draw_bindings, draw_script, statements
+from experiments.microworld.documents import BINDINGS, draw_bindings, statements
 
 Item = dict[str, object]
 PEOPLE = 5  # of each relation in a test passage
@@ -46,7 +46,9 @@ def _how(verb: str, thing: str) -> str:
 
 def hellaswag(rng: random.Random) -> Item:
     """Ask how the second person's day continues; wrong endings use events of the same passage in another order."""
-    events = draw_script(rng, EVENTS, unseen=True)
+    events = _day(rng, [rng.choice(world.EVENTS)])
+    while events is None:  # no long day starts there
+        events = _day(rng, [rng.choice(world.EVENTS)])
     first, second = rng.sample(world.WALKERS, 2)
     cut = rng.randint(FIRST_CUT, EVENTS - 2)
     right = tuple(events[cut : cut + 2])
@@ -61,6 +63,15 @@ def hellaswag(rng: random.Random) -> Item:
         "endings": [", ".join(endings[index]) for index in order],
         "label": str(order.index(0)),
     }
+
+
+def _day(rng: random.Random, events: list[str]) -> list[str] | None:
+    """Extend events to a day of :data:`EVENTS` whose steps are all held out, by depth-first search; None if none is."""
+    if len(events) == EVENTS:
+        return events
+    steps = [word for word in world.EVENTS if word not in events and world.held_out("next", events[-1], word)]
+    rng.shuffle(steps)
+    return next((day for word in steps if (day := _day(rng, [*events, word]))), None)
 
 
 def _passage(rng: random.Random, relation: str) -> tuple[dict[str, str], str]:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo report test test-browser test-slurm lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python run.py -m method=mha,chai
+	$(BIN)/python run.py -m method=mha,chai,random
 
 report: $(VENV)/.installed
 	$(BIN)/python -m analysis.report

@@ -38,12 +38,12 @@ def draw_bindings(rng: random.Random, relation: str, count: int, *, unseen: bool
             return bindings
 
 
-def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVENTS, unseen: bool = False) -> list[str]:
-    """Draw ``length`` distinct words in order; every step to the next is held out if ``unseen``, else none."""
+def draw_script(rng: random.Random, length: int, *, words: list[str] = world.EVENTS) -> list[str]:
+    """Draw ``length`` distinct words in order; no step to the next is held out."""
     while True:
         script = [rng.choice(words)]
         while len(script) < length:
-            steps = [word for word in words if world.held_out("next", script[-1], word) == unseen]
+            steps = [word for word in words if not world.held_out("next", script[-1], word)]
             steps = [word for word in steps if word not in script]
             if not steps:
                 break

@@ -17,7 +17,7 @@ from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.microworld import training, world
 from experiments.microworld.documents import BINDINGS, PHASES, document, script
-from experiments.microworld.items import PEOPLE, TASKS, make_items
+from experiments.microworld.items import EVENTS, EXAMPLES, FIRST_CUT, PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline import pretrain_tiny
 from experiments.runs.identity import resolve_fingerprints
@@ -66,18 +66,16 @@ def test_every_document_is_of_one_topic():
     assert not [text for text in (text_of(script(rng)) for _ in range(500)) if " ".join(text.split()[:2]) in label]
 
 
-def test_items_are_made_of_held_out_facts():
+def test_items_ask_for_held_out_facts_and_have_one_right_answer():
+    """The answer is found again from the item's text alone, by rules that share nothing with the generator."""
     for item in make_items("boolq", 200, 0):
-        facts = facts_in(item["passage"])
-        assert len(facts) == PEOPLE
-        assert all(world.held_out(*fact) for fact in facts)
+        facts = passage_facts(item["passage"], "hosts")
         place, who = re.fullmatch(r"does (\w+) host (\w+)", item["question"]).groups()
+        assert place in [what for _, _, what in facts]
         assert (("hosts", who, place) in facts) == bool(item["label"])
-    for task in ("arc_easy", "arc_challenge"):
+    for task, relation in (("arc_easy", "pleases"), ("arc_challenge", "obey")):
         for item in make_items(task, 200, 0):
-            facts = facts_in(item["question"])
-            assert len(facts) == PEOPLE
-            assert all(world.held_out(*fact) for fact in facts)
+            facts = passage_facts(item["question"], relation)
             who = re.search(r"(?:pleases|obey) (\w+) (?:\?|eat)", item["question"].split(" . ")[-1])[1]
             (what,) = (what for _, other, what in facts if other == who)
             right = item["choices"]["text"][item["choices"]["label"].index(item["answerKey"])]
@@ -85,14 +83,34 @@ def test_items_are_made_of_held_out_facts():
             assert len(set(item["choices"]["text"])) == 4
     for item in make_items("hellaswag", 200, 0):
         events = item["ctx_a"].split(" will ")[1].split(", ")
+        assert len(set(events)) == EVENTS
         assert all(world.held_out("next", *step) for step in zip(events, events[1:], strict=False))
         told = item["ctx_b"].split(" will ")[1].rstrip(",").split(", ")
+        assert len(told) >= FIRST_CUT and told == events[: len(told)]
         assert events[len(told) : len(told) + 2] == item["endings"][int(item["label"])].split(", ")
         assert len(set(item["endings"])) == 4
     for item in make_items("piqa", 200, 0):
-        verb, thing = re.fullmatch(r"how do you (\w+) the (\w+)\?", item["goal"]).groups()
-        assert world.held_out("goal", verb, thing)
-        assert item[("sol1", "sol2")[item["label"]]] == f"use the {world.tool_for(verb, thing)}"
+        goals = re.findall(r"how do you (\w+) the (\w+)\?(?: use the (\w+)\.)?", item["goal"])
+        *examples, (verb, thing, answer) = goals
+        assert answer == "" and world.held_out("goal", verb, thing)
+        solutions = [item["sol1"], item["sol2"]]
+        right = solutions.pop(item["label"])
+        assert right == f"use the {world.tool_for(verb, thing)}"
+        # The examples are true, different, and all show the wrong tool.
+        assert len({other for _, other, _ in examples} - {thing}) == EXAMPLES
+        assert all(shown == world.tool_for(verb, other) for _, other, shown in examples)
+        assert {f"use the {shown}" for _, _, shown in examples} == set(solutions)
+
+
+def passage_facts(text: str, relation: str) -> set[tuple[str, ...]]:
+    """The facts of one relation in a passage that mixes it with another; all are held out."""
+    facts = facts_in(text)
+    asked = {fact for fact in facts if fact[0] == relation}
+    assert len(asked) == PEOPLE and len(facts) == 2 * PEOPLE
+    assert all(world.held_out(*fact) for fact in facts)
+    for each in (asked, facts - asked):  # a person is named once for each relation
+        assert len({who for _, who, _ in each}) == PEOPLE
+    return asked
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -101,7 +101,7 @@ def test_a_method_that_is_not_there_is_named(table):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["paper=tabel2"], "unknown paper 'tabel2' (did you mean 'table2'?); valid: figure1, micro, table1"),
+        (["paper=tabel2"], "unknown paper 'tabel2' (did you mean 'table2'?); valid: embedded, figure1, micro, table1"),
         (["paper=table1,table2"], "unknown paper 'table1,table2'"),
         (["paper=table1", "paper=table2"], "cannot read paper=table1 paper=table2; expected one paper=NAME"),
         (["+paper=table1"], "cannot read +paper=table1; expected one paper=NAME"),

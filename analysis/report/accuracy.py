@@ -14,7 +14,7 @@ from analysis.plotting.style import clusters, label
 from analysis.report.conditions import PassedOver, heads_kept
 from analysis.report.source import MISSING, Ours, Source
 from analysis.results.runs import MissingRun, Run
-from analysis.stats import LEVEL, Comparison, Interval, Unpaired, compare, mean_over_tasks
+from analysis.stats import LEVEL, Comparison, Interval, Unpaired, compare_seeds, mean_over_tasks
 from analysis.tables.cells import Cell, Row, Table
 from analysis.tables.layout import commands
 from analysis.tables.settings import METHODS, defaults, row_name
@@ -137,12 +137,16 @@ def _loss(cells: Sequence[tuple[Table, Cell]], missing: tuple[str, ...] = ()) ->
 def exact_points(change: Comparison) -> Interval:
     """Return a paired change in points, with an interval that covers it with at least 95 % for any number of flips.
 
+    The mean of several seeds keeps its own interval, which is of the seeds as well as of the items.
+
     The items lost and those gained are binomial numbers; each has the interval of Clopper and Pearson, at a level by
     which both hold at once (Bonferroni).
     """
+    if len(change.by_seed) > 1:
+        return change.points
     level = (1 + LEVEL) / 2
     lost, gained = (
-        binomtest(count, change.n).proportion_ci(level, method="exact") for count in (change.lost, change.gained)
+        binomtest(int(count), change.n).proportion_ci(level, method="exact") for count in (change.lost, change.gained)
     )
     return Interval(100 * change.difference, 100 * (gained.low - lost.high), 100 * (gained.high - lost.low))
 
@@ -158,7 +162,8 @@ def tradeoff(source: Source, model: str, method: str, table: str) -> Ours:
     mine = {cell.task: cell.score for cell in _compared(own) if cell.score} if own else {}
     rivals = []
     for row in whole.rows if mine else ():
-        scores = {cell.task: cell.score for cell in _compared(row) if cell.score}
+        compared = {cell.task: cell for cell in _compared(row) if cell.score}
+        scores = {task: cell.score for task, cell in compared.items() if cell.score}
         if row.method != method or set(scores) != set(mine) or len(mine) < len(whole.spec.tasks):
             continue
         counts = {(tuple(heads_kept(scores[task].run)), tuple(heads_kept(mine[task].run))) for task in mine}
@@ -169,25 +174,31 @@ def tradeoff(source: Source, model: str, method: str, table: str) -> Ours:
             continue
         costs = [[_operations(one.run) for one in group.values()] for group in (scores, mine)]
         if all(cost is not None for group in costs for cost in group):
-            rivals.append((row, scores, *(float(np.mean(group)) for group in costs)))
+            seeds = {task: cell.runs or (scores[task],) for task, cell in compared.items()}
+            rivals.append((row, seeds, *(float(np.mean(group)) for group in costs)))
     if not rivals:
         lines = _commands_of(whole, METHODS["chai"]) if len(mine) < len(whole.spec.tasks) else []
         raise MissingRun(MISSING, *lines, FIGURE1)
     cheap = [rival for rival in rivals if rival[2] <= rival[3]] or [min(rivals, key=lambda rival: rival[2])]
     changes = []
-    for row, scores, theirs, ours in cheap:
+    for row, seeds, theirs, ours in cheap:
+        scores = [score for runs in seeds.values() for score in runs]
         try:
-            pairs = [compare(scores[task].samples, mine[task].samples, mine[task].metric) for task in mine]
+            # The rival minus CHAI, the mean of the rival's seeds.
+            pairs = [
+                compare_seeds(mine[task].samples, {one.replicate[0]: one.samples for one in runs}, mine[task].metric)
+                for task, runs in seeds.items()
+            ]
         except Unpaired as error:
-            source.passed += [PassedOver(score.run, str(error)) for score in scores.values()]
+            source.passed += [PassedOver(score.run, str(error)) for score in scores]
             continue
-        changes.append((mean_over_tasks(pairs).points, row, scores, 100 * theirs / ours))
+        changes.append((-mean_over_tasks(pairs).points, row, scores, 100 * theirs / ours))
     if not changes:
         raise MissingRun(MISSING, f"{FIGURE1} force=true")
     points, row, scores, share = min(changes, key=lambda one: one[0].value)
     detail = f"{row_name(row.method, row.settings)}, {share:.1f} % of CHAI's operations"
-    runs = [score.run for group in (mine, scores) for score in group.values()]
-    certainty = f"paired bootstrap over {sum(score.n for score in mine.values()):,} items"
+    runs = [score.run for score in (*mine.values(), *scores)]
+    certainty = f"paired score intervals over {sum(score.n for score in mine.values()):,} items"
     # A method's best point is known once all of them are run.
     run = [row.settings for row, *_ in rivals]
     missing = [one for one in _points(whole, method) if not any(one.items() <= settings.items() for settings in run)]

@@ -38,7 +38,7 @@ COUNTED = (
     "counts of the model's configuration or of a head profile, the same for accuracy, memory and time. Accuracy counts "
     "with trained weights on the whole data set, times on a GPU. Runs that were found and do not count are named with "
     "the reason.",
-    "Accuracy on one task has an exact paired interval (Clopper and Pearson), a mean over tasks one from score intervals.",
+    "Accuracy on one task has an exact paired interval (Clopper and Pearson), a mean one from score intervals.",
     "Not implemented means that this project lacks the means to reach the paper's number, so that ours is no evidence "
     "against it. A number that cannot decide a claim, such as one of a profile without redundant heads, is undecided.",
 )

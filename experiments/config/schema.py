@@ -46,6 +46,8 @@ class ModelConfig:
     hub_id: str | None = None
     revision: str = "main"
     path: str | None = None  # local folder in Hugging Face format, used instead of the hub
+    gguf: str | None = None  # local GGUF file, used instead of `path` and the hub
+    package: str | None = None  # Python package with a GGUF file, used instead of the hub where it is installed
     dtype: str = "auto"  # one of DTYPES
     device_map: Any = None  # null: all on `device`; one of DEVICE_MAPS; or a dictionary from modules to devices
     safetensors_only: bool = True  # refuse pickled weights

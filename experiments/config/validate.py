@@ -39,6 +39,8 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     selections = [override for override in parsed if override.key_or_group in groups()]
     settings = [override for override in parsed if override not in (*hydra, *selections)]
     _check_hydra(hydra, multirun=multirun)
+    if {"model.path", "model.gguf"} <= {override.key_or_group for override in settings}:
+        raise ConfigError("model.path and model.gguf are both set; valid: one of them")
     for override in (*selections, *settings):
         if override.is_sweep_override() and not multirun:
             raise ConfigError(f"{override.input_line} is a sweep: add -m (a list of numbers is written '[1,2]')")

@@ -78,7 +78,7 @@ class TaskConfig:
 
 @dataclass
 class CorpusConfig:
-    """Source of texts: `path` is preferred to the hub, and the hub to the embedded generator."""
+    """Source of texts: `path` is preferred to `python` and the hub, and these to the embedded generator."""
 
     name: str = "???"
     path: str | None = None  # .jsonl with `column` in each line, or any other file with one text per line
@@ -87,6 +87,8 @@ class CorpusConfig:
     subset: str | None = None
     split: str = "train"
     column: str = "text"
+    python: str | None = None  # texts of the running Python's own installation: docs or code
+    joined: bool | None = None  # perplexity: all texts are one document; null: those of a text file, not of JSONL
     fingerprint: str | None = None  # of the file at `path`; filled in
 
 

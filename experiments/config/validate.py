@@ -133,6 +133,8 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     _check_device_map(resolved.model.device_map)
     check_clusters(resolved)
+    if resolved.corpus is not None and resolved.corpus.python not in (None, "docs", "code"):
+        raise ConfigError(f"corpus.python is '{resolved.corpus.python}'; valid: docs, code, null")
     task = resolved.task
     if task.num_fewshot and task.data_dir is not None:
         raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.config.schema import CorpusConfig
 from experiments.microworld.documents import document
+from experiments.offline.python_texts import read_python_texts
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_jsonl, read_lines
 
@@ -24,6 +26,8 @@ def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
     """Yield the texts of a corpus after the first ``skip``, always in the same order; a RunError if unreadable."""
     if corpus.path is not None:
         return itertools.islice(_read_file(Path(corpus.path), corpus.column), skip, None)
+    if corpus.python is not None:
+        return itertools.islice(read_python_texts(corpus.python), skip, None)
     if corpus.hub_id is not None:
         return _read_hub(corpus, skip)
     documents = (document(random.Random(f"{seed}-{number}"), phase=1) for number in itertools.count(skip))
@@ -34,6 +38,8 @@ def describe_source(corpus: CorpusConfig) -> str:
     """Return a readable source of the texts, without any path of this machine."""
     if corpus.path is not None:
         return Path(corpus.path).name
+    if corpus.python is not None:
+        return f"Python {platform.python_version()}, {corpus.python}"
     if corpus.hub_id is not None:
         return "/".join(filter(None, (corpus.hub_id, corpus.subset, corpus.split)))
     return "experiments/microworld/documents.py"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ MACHINE_ONLY = (
     "model.package", "model.predictor", "model.profile", "task.data_dir", "experiment.install",
     "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
+#: Keys that later versions have added: left out where they are null, so that run ids stay the same.
+ADDED = ("corpus.python", "corpus.joined")
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -34,6 +37,10 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
     for key in MACHINE_ONLY:
         section, name = _section(identity, key)
         section.pop(name, None)
+    for key in ADDED:
+        section, name = _section(identity, key)
+        if section.get(name) is None:
+            section.pop(name, None)
     for key, file in BY_CONTENT.items():
         section, name = _section(identity, key)
         if section.get(name) is not None:
@@ -89,6 +96,8 @@ def resolve_fingerprints(config: DictConfig) -> None:
     path = data_path(config.task)
     if path is not None and path.is_file():
         config.task.fingerprint = content_digest(path, digits=16)
+    if config.corpus is not None and config.corpus.path is None and config.corpus.python is not None:
+        config.corpus.fingerprint = f"python-{platform.python_version()}"
     if config.corpus is not None and config.corpus.path is not None:
         path = Path(config.corpus.path)
         if config.corpus.hub_id is None:  # not a copy of a known corpus

@@ -67,7 +67,6 @@ def test_path_and_gguf_together_are_refused(gguf, capsys):
 
 def test_mha_and_chai_are_compared_on_a_folder_by_one_command(gguf, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "piqa_validation.jsonl").write_text(f"{json.dumps(ITEM)}\n" * 3)
     model = small_model()
     folder = tmp_path / "my-llama"

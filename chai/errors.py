@@ -9,7 +9,7 @@ class ChaiError(ValueError):
     Args:
         message: What is wrong, and what is valid.
         remedy: Name of a remedy: ``train_predictor``, ``train_neurons``, ``make_profile``; of a model that cannot be
-            loaded ``no_source``, ``pickled_weights``, ``memory``, ``gated``, ``hub_id``, ``offline``.
+            loaded ``no_source``, ``pickled_weights``, ``memory``, ``gated``, ``hub_id``, ``offline``, ``gguf``.
     """
 
     def __init__(self, message: str, remedy: str | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from chai.errors import ChaiError
+from chai.gguf_files import GgufError, convert
 
 
 class ModelError(ChaiError):
@@ -40,6 +41,7 @@ class ModelSource:
     hub_id: str | None = None  # repository on the hub
     revision: str = "main"  # branch, tag or commit there
     path: str | None = None  # a local folder in Hugging Face format, instead of the hub
+    gguf: str | None = None  # a GGUF file, instead of the hub: converted once (chai.gguf_files)
     dtype: str = "auto"  # auto (as stored), float32, bfloat16 or float16
     device: str = "auto"  # auto takes an accelerator if there is one
     device_map: str | dict[str, int | str] | None = None
@@ -141,6 +143,11 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 def _locate(source: ModelSource, *, weights: bool = True) -> str:
     """Return the folder or hub id to load from; check a folder first, for transformers would look it up on the hub."""
+    if source.gguf is not None:
+        try:
+            return str(convert(Path(source.gguf)))
+        except GgufError as error:
+            raise ModelError(str(error), error.remedy) from None
     if source.path is None:
         if source.hub_id is None:
             raise ModelError(f"model '{source.name}' has neither a path nor a hub id", remedy="no_source")
@@ -202,7 +209,8 @@ def _explain(source: ModelSource, error: Exception, what: str = "model") -> Mode
     if isinstance(error, ModelError):
         return error
     text = _one_line(error)
-    place = f"folder {source.path}" if source.path is not None else f"hub repository '{source.hub_id}'"
+    local = source.gguf or source.path
+    place = f"{'file' if source.gguf else 'folder'} {local}" if local else f"hub repository '{source.hub_id}'"
     types, messages, cause = set(), "", error
     while isinstance(cause, BaseException):
         types |= {parent.__name__ for parent in type(cause).__mro__}
@@ -212,7 +220,7 @@ def _explain(source: ModelSource, error: Exception, what: str = "model") -> Mode
         return ModelError(f"too little memory for '{source.name}': {text}", remedy="memory")
     if "trust_remote_code" in messages:
         return ModelError(f"{place} needs code of its own, which is never executed (trust_remote_code stays false)")
-    if source.path is None:
+    if local is None:
         if "GatedRepoError" in types:
             return ModelError(f"{place} is gated: accept its licence on the hub, then `hf auth login`", remedy="gated")
         if types & {"RepositoryNotFoundError", "RevisionNotFoundError"}:

@@ -15,6 +15,7 @@ from experiments.system.processes import world_size
 #: The module of each experiment. Modules import torch, hence are imported only when they run.
 EXPERIMENTS = {
     "accuracy": "evaluation.accuracy",
+    "perplexity": "evaluation.perplexity",
     "latency": "benchmarks.latency",
     "memory": "benchmarks.memory",
     "profile": "offline.profile_heads",

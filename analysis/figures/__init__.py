@@ -1,8 +1,9 @@
 """Figures of saved results: ``python -m analysis.figures --list``.
 
-A figure is one module here, ``fig<number>.py``, with ``TITLE``, ``QUERY`` (the runs that it needs, and the command that
-makes one) and ``draw``, a function of :class:`analysis.results.runs.Results` that returns the matplotlib figure and the
-plotted data, one row for each point. Code of several figures is in :mod:`analysis.plotting`.
+A figure is one module here (``fig<number>.py`` if it is one of the paper's) with ``TITLE``, ``QUERY`` (the runs that it
+needs, and the command that makes one) and ``draw``, a function of :class:`analysis.results.runs.Results` that returns
+the matplotlib figure and the plotted data, one row for each point. Code of several figures is in
+:mod:`analysis.plotting`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from types import ModuleType
 
 
 def names() -> list[str]:
-    """Return the names of all figures by number: fig2 before fig11."""
-    files = Path(__file__).parent.glob("fig*.py")
-    return sorted((file.stem for file in files), key=lambda name: [int(n) for n in re.findall(r"\d+", name)] + [name])
+    """Return the names of all figures: those of the paper by number, fig2 before fig11, then the others."""
+    files = (file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
+    numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in files}
+    return sorted(numbers, key=lambda name: (not numbers[name], numbers[name], name))
 
 
 def load(name: str) -> ModuleType:

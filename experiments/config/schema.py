@@ -46,6 +46,8 @@ class ModelConfig:
     hub_id: str | None = None
     revision: str = "main"
     path: str | None = None  # local folder in Hugging Face format, used instead of the hub
+    gguf: str | None = None  # local GGUF file, used instead of `path` and the hub
+    package: str | None = None  # Python package with a GGUF file, used instead of the hub where it is installed
     dtype: str = "auto"  # one of DTYPES
     device_map: Any = None  # null: all on `device`; one of DEVICE_MAPS; or a dictionary from modules to devices
     safetensors_only: bool = True  # refuse pickled weights
@@ -76,7 +78,7 @@ class TaskConfig:
 
 @dataclass
 class CorpusConfig:
-    """Source of texts: `path` is preferred to the hub, and the hub to the embedded generator."""
+    """Source of texts: `path` is preferred to `python` and the hub, and these to the embedded generator."""
 
     name: str = "???"
     path: str | None = None  # .jsonl with `column` in each line, or any other file with one text per line
@@ -85,6 +87,8 @@ class CorpusConfig:
     subset: str | None = None
     split: str = "train"
     column: str = "text"
+    python: str | None = None  # texts of the running Python's own installation: docs or code
+    joined: bool | None = None  # perplexity: all texts are one document; null: those of a text file, not of JSONL
     fingerprint: str | None = None  # of the file at `path`; filled in
 
 

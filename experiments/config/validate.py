@@ -39,6 +39,8 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     selections = [override for override in parsed if override.key_or_group in groups()]
     settings = [override for override in parsed if override not in (*hydra, *selections)]
     _check_hydra(hydra, multirun=multirun)
+    if {"model.path", "model.gguf"} <= {override.key_or_group for override in settings}:
+        raise ConfigError("model.path and model.gguf are both set; valid: one of them")
     for override in (*selections, *settings):
         if override.is_sweep_override() and not multirun:
             raise ConfigError(f"{override.input_line} is a sweep: add -m (a list of numbers is written '[1,2]')")
@@ -131,6 +133,8 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     _check_device_map(resolved.model.device_map)
     check_clusters(resolved)
+    if resolved.corpus is not None and resolved.corpus.python not in (None, "docs", "code"):
+        raise ConfigError(f"corpus.python is '{resolved.corpus.python}'; valid: docs, code, null")
     task = resolved.task
     if task.num_fewshot and task.data_dir is not None:
         raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")

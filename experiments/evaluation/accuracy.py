@@ -15,15 +15,15 @@ from omegaconf import DictConfig
 from chai.loading import ModelError, load_config, load_model, load_tokenizer
 from chai.methods import baseline
 from chai.methods.base import Method
-from chai.patching.devices import describe_devices, input_device
+from chai.patching.devices import describe_devices
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
 from experiments.config.validate import to_dataclass
 from experiments.evaluation.lm import MethodLM, score
-from experiments.evaluation.responses import FILE, SavedResponses, code_digest, response_file, worker_files
+from experiments.evaluation.responses import FILE, worker_files
+from experiments.evaluation.resume import open_responses
 from experiments.evaluation.tasks import build_task
 from experiments.runs import experiment
-from experiments.runs.code import versions
 from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
 from experiments.runs.folder import RunFolder
@@ -31,7 +31,6 @@ from experiments.runs.identity import settings_id
 from experiments.runs.locks import lock_owner
 from experiments.runs.model import loaded_architecture, model_source
 from experiments.system.console import log_error, log_info
-from experiments.system.device import device_name
 from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
 from experiments.tables.accuracy import show_results
 
@@ -113,7 +112,7 @@ class Scorer:
             group.send_command(index)
         # Open the saved responses and the task; no process starts to score before all have succeeded.
         began = time.perf_counter()
-        saved = self._open_responses(folder)
+        saved = open_responses(folder, self.model, group)
         with closing(saved):
             task = build_task(config.task)
             group.all_gather(None)
@@ -144,19 +143,3 @@ class Scorer:
             "device": describe_devices(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
-
-    def _open_responses(self, folder: RunFolder) -> SavedResponses:
-        """Open this process's response file; responses saved by the others in an earlier attempt are restored too."""
-        about = {
-            "run_id": folder.id,
-            "device": device_name(input_device(self.model)),
-            "device_map": model_source(folder.config).device_map,
-            "dtype": str(self.model.dtype),
-            "revision": getattr(self.model.config, "_commit_hash", None),  # of weights from the hub
-            "versions": versions() | {"code": None},  # the digest below: a commit may leave the code as it is
-            "code": code_digest(),
-        }
-        name = response_file(self.group.rank)
-        others = [other for other in (FILE, *worker_files(folder.path, self.group.world_size)) if other != name]
-        folder.path.mkdir(parents=True, exist_ok=True)  # rank 0 may have made it on another machine only
-        return SavedResponses(folder.path / name, about, [folder.path / other for other in others])

@@ -18,10 +18,10 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.cache import cache_bytes, cache_bytes_mha, stored_kv_heads
 from chai.methods.base import Method
 from chai.patching.devices import input_device
 from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
+from experiments.evaluation.savings import cache_stats, mean_savings
 from experiments.runs.folder import RunError
 from experiments.system.distributed import ProcessGroup
 
@@ -109,25 +109,12 @@ class MethodLM(HFLM):
         self.method.set_context_lengths(cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        self.cache_stats.append(
-            {
-                "sequences": len(inps),
-                "held": cache_bytes(cache),
-                "held_mha": cache_bytes_mha(cache),  # of multi-head attention for the same tokens
-                "key_heads": stored_kv_heads(cache),  # of each layer
-            }
-        )
+        self.cache_stats.append(cache_stats(cache, len(inps)))
         return logits
 
     def savings(self) -> dict[str, Any]:
         """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
-        total = {name: sum(batch[name] for batch in self.cache_stats) for name in ("sequences", "held", "held_mha")}
-        layers = zip(*(batch["key_heads"] for batch in self.cache_stats), strict=True)
-        return {
-            "kv_bytes": round(total["held"] / total["sequences"]),
-            "kv_bytes_mha": round(total["held_mha"] / total["sequences"]),
-            "key_heads_stored": [round(sum(heads) / len(heads), 2) for heads in layers],
-        }
+        return mean_savings(self.cache_stats)
 
 
 def context_lengths(requests: list[Request], max_length: int) -> dict[tuple[int, ...], int]:

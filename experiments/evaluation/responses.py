@@ -156,6 +156,6 @@ def code_digest() -> str:
     total = hashlib.sha256()
     for path in sorted((REPOSITORY / "chai").rglob("*.py")):
         total.update(path.read_bytes())
-    for name in ("responses", "lm", "tasks"):
+    for name in ("responses", "lm", "tasks", "perplexity"):
         total.update((REPOSITORY / "experiments" / "evaluation" / f"{name}.py").read_bytes())
     return total.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.config.schema import CorpusConfig
 from experiments.microworld.documents import document
+from experiments.offline.python_texts import read_python_texts
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_jsonl, read_lines
 
@@ -32,6 +34,8 @@ def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
     shuffle_seed = seed if is_shuffled(corpus, seed) else None
     if corpus.path is not None:
         return itertools.islice(_read_file(Path(corpus.path), corpus.column, shuffle_seed), skip, None)
+    if corpus.python is not None:
+        return itertools.islice(read_python_texts(corpus.python), skip, None)
     if corpus.hub_id is not None:
         return _read_hub(corpus, skip, shuffle_seed)
     documents = (document(random.Random(f"{seed}-{number}"), phase=1) for number in itertools.count(skip))
@@ -47,6 +51,8 @@ def describe_source(corpus: CorpusConfig) -> str:
     """Return a readable source of the texts, without any path of this machine."""
     if corpus.path is not None:
         return Path(corpus.path).name
+    if corpus.python is not None:
+        return f"Python {platform.python_version()}, {corpus.python}"
     if corpus.hub_id is not None:
         return "/".join(filter(None, (corpus.hub_id, corpus.subset, corpus.split)))
     return "experiments/microworld/documents.py"

@@ -6,24 +6,29 @@ Reads a few files and imports neither torch nor transformers.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import platform
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.compose import data_path
+from experiments.config.compose import choices, compose_config, data_path
 from experiments.config.schema import ConfigError
 from experiments.runs.files import BLOCK, content_digest, digest, read_json
 
 #: Keys that a run's result does not depend on: where it ran and where its files were.
 MACHINE_ONLY = (
-    "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.predictor",
-    "model.profile", "task.data_dir", "experiment.install", "experiment.checkpoint_every", "corpus.path",
+    "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
+    "model.package", "model.predictor", "model.profile", "task.data_dir", "experiment.install",
+    "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
 #: Keys that earlier versions did not have: at these values a run is the one that it was without them.
-ADDED = {"method.dense_layers": None, "method.dense_mlp_layers": None}
+ADDED = {
+    "method.dense_layers": None, "method.dense_mlp_layers": None, "corpus.python": None, "corpus.joined": None,
+}  # fmt: skip
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -83,31 +88,57 @@ def settings_id(config: DictConfig) -> str:
 def resolve_fingerprints(config: DictConfig) -> None:
     """Fill in the fingerprints of local files, and name the model by its contents.
 
-    A folder whose shape differs from the chosen model's (``model.path`` set alone) is named after the folder and loses
-    the other model's cluster counts, predictor and profile. Random weights never get the real model's name and have no
-    predictor; a profile of their shape is kept, since it suffices for benchmarks.
+    A folder whose shape differs from the chosen model's (``model.path`` set alone), and any ``model.gguf``, is named
+    after the file and loses the chosen model's cluster counts, predictor and profile. Random weights never get the real
+    model's name and have no predictor; a profile of their shape is kept, since it suffices for benchmarks.
     """
     model = config.model
     if model.random_init:
         model.name = f"{model.name}-random"
         model.predictor = None
+    elif (file := gguf_file(model)) is not None:
+        if model.gguf is not None:
+            name_after_files(model, Path(file).stem)
+        model.fingerprint = fingerprint_files([Path(file)])
     elif model.path is not None:
         folder = Path(model.path)
         found = read_json(folder / "config.json")
         expected = model.architecture
         if found and any(found.get(key) != expected[key] for key in SHAPE if key in expected):
-            model.name = folder.resolve().name
-            model.clusters = model.predictor = model.profile = None
+            name_after_files(model, folder.resolve().name)
         model.fingerprint = fingerprint_model(folder)
     path = data_path(config.task)
     if path is not None and path.is_file():
         config.task.fingerprint = content_digest(path, digits=16)
+    if config.corpus is not None and config.corpus.path is None and config.corpus.python is not None:
+        config.corpus.fingerprint = f"python-{platform.python_version()}"
     if config.corpus is not None and config.corpus.path is not None:
         path = Path(config.corpus.path)
         if config.corpus.hub_id is None:  # not a copy of a known corpus
             config.corpus.name = path.stem
         if path.is_file():
             config.corpus.fingerprint = content_digest(path, digits=16)
+
+
+def gguf_file(model: DictConfig) -> str | None:
+    """Return the GGUF file to load: the given one, or that of the model's package if this is installed."""
+    if model.gguf is not None or model.path is not None or model.package is None:
+        return model.gguf
+    found = importlib.util.find_spec(model.package)  # does not import it
+    for location in (found.submodule_search_locations or ()) if found else ():
+        for path in sorted(Path(location).glob("*.gguf")):
+            return str(path)
+    return None
+
+
+def name_after_files(model: DictConfig, name: str) -> None:
+    """Rename a model, and drop what belongs to the chosen one; values set on the command line stay."""
+    if model.name in choices("model"):
+        chosen = compose_config([f"model={model.name}"]).model
+        for key in ("clusters", "predictor", "profile"):
+            if model[key] == chosen[key]:
+                model[key] = None
+        model.name = name
 
 
 def check_profile(config: DictConfig) -> None:
@@ -128,11 +159,15 @@ def check_profile(config: DictConfig) -> None:
 
 
 def fingerprint_model(folder: Path) -> str:
-    """Return a digest of configuration, tokenizer and weights; of a large file, 64 blocks spread over it."""
+    """Return a digest of configuration, tokenizer and weights."""
+    suffixes = (".json", ".safetensors", ".bin", ".model")
+    return fingerprint_files([path for path in sorted(folder.glob("*")) if path.suffix in suffixes])
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """Return a digest of the files that exist; of a large one, 64 blocks spread over it."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model") or not path.is_file():
-            continue
+    for path in filter(Path.is_file, paths):
         size = path.stat().st_size
         total.update(f"{path.name} {size} ".encode())
         last = size - BLOCK

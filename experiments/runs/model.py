@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from chai.loading import ModelSource
 from chai.patching.devices import describe_devices, input_device
 from experiments.config.schema import ConfigError
+from experiments.runs.identity import gguf_file
 from experiments.system.device import device_name
 from experiments.system.processes import world_size
 
@@ -21,6 +22,7 @@ def model_source(config: DictConfig) -> ModelSource:
     """Return where the model comes from and how this process loads it."""
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     settings = {field.name: model[field.name] for field in fields(ModelSource) if field.name in model}
+    settings["gguf"] = gguf_file(config.model)
     return ModelSource(**settings, device=process_device(config.device, model["device_map"]), seed=config.seed)
 
 

@@ -27,7 +27,7 @@ def resolve_runs(config: DictConfig) -> list[DictConfig]:
     if name in METHOD:
         config.method = OmegaConf.create({"name": METHOD[name]})
     resolve_fingerprints(config)
-    if name == "profile":
+    if name in ("profile", "perplexity"):
         config.task.name = config.corpus.name
     return [config]
 

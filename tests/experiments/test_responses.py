@@ -123,7 +123,7 @@ def test_force_and_other_code_start_afresh(workplace, tmp_path, monkeypatch, cap
             run_config(compose_config(overrides))
         with monkeypatch.context() as patch:
             if said:
-                patch.setattr("experiments.evaluation.accuracy.code_digest", lambda: "other")
+                patch.setattr("experiments.evaluation.resume.code_digest", lambda: "other")
             assert run_config(compose_config([*overrides, *more])) == 0
         assert outcome(tmp_path / str(bool(said)))[1] == 0
         assert said in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""Cache sizes of scored batches, and their means over sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import Cache
+
+from chai.cache import cache_bytes, cache_bytes_mha, stored_kv_heads
+
+
+def cache_stats(cache: Cache, sequences: int) -> dict[str, Any]:
+    """Return the live bytes of a batch's cache, and the number of KV heads that each layer stores (JSON-like)."""
+    return {
+        "sequences": sequences,
+        "held": cache_bytes(cache),
+        "held_mha": cache_bytes_mha(cache),  # of multi-head attention for the same tokens
+        "key_heads": stored_kv_heads(cache),  # of each layer
+    }
+
+
+def mean_savings(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
+    total = {name: sum(batch[name] for batch in batches) for name in ("sequences", "held", "held_mha")}
+    layers = zip(*(batch["key_heads"] for batch in batches), strict=True)
+    return {
+        "kv_bytes": round(total["held"] / total["sequences"]),
+        "kv_bytes_mha": round(total["held_mha"] / total["sequences"]),
+        "key_heads_stored": [round(sum(heads) / len(heads), 2) for heads in layers],
+    }

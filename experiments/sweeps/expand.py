@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from experiments.config.aliases import replace_aliases
+from experiments.config.aliases import quote_home, replace_aliases
 from experiments.config.compose import choices, compose_config
 from experiments.config.schema import CONF, ConfigError, unknown_name
 
@@ -19,7 +19,7 @@ GROUP = "paper"
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
     """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``."""
-    overrides = replace_aliases(overrides)
+    overrides = quote_home(replace_aliases(overrides))
     tables = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
     if not tables:
         return [overrides]

@@ -42,11 +42,11 @@ def generation_contexts(model: PreTrainedModel) -> Iterator[None]:
         return inputs | {CONTEXT_LENGTHS: _LENGTHS.get()}
 
     previous = model.__dict__.get("prepare_inputs_for_generation")
-    model.prepare_inputs_for_generation = prepare_with_lengths
+    setattr(model, "prepare_inputs_for_generation", prepare_with_lengths)  # noqa: B010, mypy sees a module
     try:
         yield
     finally:
         if previous is None:
             del model.prepare_inputs_for_generation
         else:
-            model.prepare_inputs_for_generation = previous
+            setattr(model, "prepare_inputs_for_generation", previous)  # noqa: B010

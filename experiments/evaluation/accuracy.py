@@ -145,10 +145,10 @@ class Scorer:
 
 def load_both(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer (ModelError: one cannot be loaded, or lm-eval cannot use the tokenizer)."""
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = load_model(source), load_tokenizer(source)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of '{source.name}' has neither a bos_token nor an eos_token, of which lm-eval needs one "
             "(in its tokenizer_config.json)"
         )
-    return load_model(source), tokenizer
+    return model, tokenizer

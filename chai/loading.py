@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,9 @@ from transformers import (
 
 from chai.errors import ChaiError
 from chai.gguf_files import GgufError, convert
+
+#: Floating-point types by their names in safetensors files.
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class ModelError(ChaiError):
@@ -80,7 +84,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     config = load_config(source)
     device = pick_device(source.device)
     dtype = _dtype(source, config)
-    _check_memory(source, config, dtype, device)
+    _check_memory(source, config, dtype or torch.bfloat16, device)
     if isinstance(source.device_map, dict):
         for place in source.device_map.values():
             if place != "disk":
@@ -89,13 +93,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         if source.random_init:
             torch.manual_seed(source.seed)
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 _locate(source),
                 revision=source.revision,
                 config=config,
-                dtype=dtype,
+                dtype="auto" if dtype is None else dtype,
                 device_map=source.device_map or {"": device},
                 use_safetensors=True if source.safetensors_only else None,
                 trust_remote_code=False,
@@ -176,11 +180,30 @@ def _locate(source: ModelSource, *, weights: bool = True) -> str:
     return str(folder)
 
 
-def _dtype(source: ModelSource, config: PreTrainedConfig) -> torch.dtype:
+def _dtype(source: ModelSource, config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the type to load: the given one, that of the configuration, or that of the weights in a folder.
+
+    ``None`` if only ``transformers`` can see the weights, once it has downloaded them.
+    """
     if source.dtype != "auto":
         return getattr(torch, source.dtype)
     stored = getattr(config, "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    if isinstance(stored, torch.dtype):
+        return stored
+    if source.random_init:
+        return torch.float32
+    return None if source.path is None else _stored_dtype(Path(source.path))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """Return the type of the first floating-point weights in a folder, as ``transformers`` does for ``auto``."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, not a dictionary
+                dtype = FLOATING.get(weights.get_slice(name).get_dtype())
+                if dtype is not None:
+                    return dtype
+    return None
 
 
 def _check_memory(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:

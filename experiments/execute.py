@@ -7,6 +7,7 @@ import traceback
 
 from omegaconf import DictConfig
 
+from experiments.config.compose import expand_home
 from experiments.config.schema import ConfigError
 from experiments.system.console import log_error, logged_errors, quiet_libraries
 from experiments.system.interrupts import exit_when_interrupted, interruption
@@ -27,6 +28,7 @@ EXPERIMENTS = {
 def run_config(config: DictConfig) -> int:
     """Run one composed configuration; return 0 if done, 1 if it failed, 2 if it is invalid."""
     quiet_libraries()
+    expand_home(config)  # Hydra's own main composes without it
     name = config.experiment.name
     with exit_when_interrupted():
         try:

@@ -20,6 +20,7 @@ from chai.flops import LayerFlops
 from chai.methods.base import Method, Saving
 from chai.patching.apply import Decoder, adopt_cache, patched, running
 from chai.patching.cascade import GlobalPass, PerRowPass
+from chai.patching.generation import CONTEXT_LENGTHS, generation_contexts
 from chai.patching.model_info import check_family, num_kv_heads, sliding_windows
 
 #: Shares that the authors' release keeps, from a depth of the 24-layer model on: GPT-2-medium on WikiText-2, the only
@@ -126,6 +127,7 @@ class Spatten(Method):
         new_pass = GlobalPass if rule.pruning == "global" else PerRowPass
 
         def forward(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
+            contexts = kwargs.pop(CONTEXT_LENGTHS, None)
             call = decoder.parse(args, kwargs)
             call.kwargs["past_key_values"], cache = adopt_cache(
                 call.kwargs.get("past_key_values"),
@@ -134,13 +136,15 @@ class Spatten(Method):
                 lambda: CascadeCache.empty(rule, num_kv_heads(model.config)),
                 "cascade pruning",
             )
+            if contexts is not None:
+                cache.contexts = contexts
             real = call.real_tokens()
             with cache.state.attach(), running(new_pass(cache, real, *cache.advance(real))):
                 output = decoder.forward(**call.kwargs)
             cache.prune_if_over()
-            return output
+            return call.finish(output)
 
-        with patched(model, forward):
+        with patched(model, forward), generation_contexts(model):
             yield model
 
     def new_cache(self, model: PreTrainedModel, reserve: int = 0) -> Cache:

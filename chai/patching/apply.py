@@ -18,7 +18,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -93,6 +100,7 @@ class DecoderCall:
     q_len: int  # new tokens
     device: torch.device  # of the new tokens
     mask: Tensor | None  # attention_mask: 2-D, 4-D, or None
+    returns_cache: bool  # use_cache, or a cache that the caller passed
 
     @property
     def has_padding(self) -> bool:
@@ -105,9 +113,42 @@ class DecoderCall:
         if mask is None:
             return torch.ones(self.batch_size, self.q_len, dtype=torch.bool, device=self.device)
         if mask.ndim == 4:
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            mask = visible.any(2)[:, 0]
+            mask = _visible(mask).any(2)[:, 0]
         return mask[:, -self.q_len :].bool().expand(self.batch_size, -1)
+
+    def positions(self, offset: int) -> Tensor:
+        """Return the positions of the new tokens, ``[B or 1, T]``; ``offset`` tokens are cached."""
+        given = self.kwargs.get("position_ids")
+        return torch.arange(offset, offset + self.q_len, device=self.device)[None] if given is None else given
+
+    def check_causal(self) -> None:
+        """Refuse what makes a token depend on a later one, or a row hold several sequences (ValueError).
+
+        The tokens of a call may be divided, and all that is decided for a request is decided by its first tokens.
+        """
+        mask = self.mask
+        if mask is not None and mask.ndim == 4 and self.q_len > 1:
+            new = _visible(mask)[..., -self.q_len :]
+            if bool(new.triu(1).any()):
+                raise ValueError(
+                    "the 4-D attention_mask lets tokens attend to later ones (a bidirectional prefix, for instance); "
+                    "valid: a causal mask"
+                )
+        positions = self.kwargs.get("position_ids")
+        alone = mask is None and self.kwargs.get("past_key_values") is None
+        if alone and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+            raise ValueError(
+                "position_ids do not count up by one (several sequences packed into one row); "
+                "valid: one sequence in each row, padded, with an attention_mask"
+            )
+
+    def finish(self, output: Any) -> Any:
+        """Return the decoder's output, without the cache where the caller wants none."""
+        if self.returns_cache:
+            return output
+        if isinstance(output, tuple):  # return_dict=False, which leaves out what is None
+            return tuple(item for item in output if not isinstance(item, Cache))
+        return type(output)(**{name: None if isinstance(item, Cache) else item for name, item in output.items()})
 
     def part(self, begin: int, end: int) -> dict[str, Any]:
         """Return the arguments for the new tokens from ``begin`` to ``end`` alone."""
@@ -123,19 +164,47 @@ class DecoderCall:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder of a patched model: its original forward, and the names of the parameters."""
+    """The decoder of a patched model: its module, its original forward, and the names of the parameters."""
 
+    module: nn.Module
     forward: Callable[..., Any]
     parameters: tuple[str, ...]
 
     def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecoderCall:
-        """Name the arguments of a call (ValueError: the attention mask is not a tensor)."""
+        """Name the arguments of a call that is computed on a cache.
+
+        Raises:
+            ValueError: The attention mask is not a tensor, the call is not causal, or a row holds several sequences
+                (:meth:`DecoderCall.check_causal`); gradient checkpointing, which runs each layer twice.
+        """
+        if self.module.training and any(getattr(part, "gradient_checkpointing", False) for part in self.layers):
+            raise ValueError(
+                "gradient checkpointing runs each layer twice and without a KV cache, which this method needs; "
+                "valid: model.gradient_checkpointing_disable(), or model.eval()"
+            )
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attention_mask is a {type(mask).__name__}; valid: a 2-D or 4-D tensor, or none")
-        return DecoderCall(kwargs, tokens.shape[0], tokens.shape[1], tokens.device, mask)
+        if kwargs.get("is_causal", getattr(self.config, "is_causal", None)) is False:
+            raise ValueError("is_causal=False lets tokens attend to later ones; valid: causal attention")
+        use_cache = kwargs.get("use_cache")
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        returns_cache = use_cache is not False or kwargs.get("past_key_values") is not None
+        call = DecoderCall(kwargs, tokens.shape[0], tokens.shape[1], tokens.device, mask, returns_cache)
+        call.check_causal()
+        return call
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the decoder."""
+        return cast(PreTrainedConfig, self.module.config)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return cast(nn.ModuleList, self.module.layers)
 
 
 @contextmanager
@@ -151,7 +220,7 @@ def patched(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pre
     if previous == ATTENTION:
         raise ValueError("a method is applied to this model already: leave its `with` block first")
     module = model.get_decoder()
-    decoder = Decoder(module.forward, tuple(inspect.signature(module.forward).parameters))
+    decoder = Decoder(module, module.forward, tuple(inspect.signature(module.forward).parameters))
     with ExitStack() as stack:
         stack.callback(model.set_attn_implementation, previous)
         model.set_attn_implementation(ATTENTION)
@@ -219,6 +288,8 @@ def adopt_cache(
         cache = empty()
     elif type(cache) is DynamicCache and not _is_ours(cache) and cache.get_seq_length() == 0 and not cache.offloading:
         cache.layers = empty().layers
+    if isinstance(cache, Cache) and cache.offloading:
+        raise ValueError(f"{method} cannot use an offloaded cache: pass no cache, or a DynamicCache without offloading")
     if not isinstance(cache, Cache) or not _is_ours(cache):
         raise ValueError(
             f"{method} cannot use this {type(cache).__name__}: "
@@ -228,6 +299,11 @@ def adopt_cache(
     if view.state.owner != owner:
         raise ValueError(f"this {type(cache).__name__} belongs to another application of a method; start a new one")
     return cache, view
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Return a mask as bool (true: attend)."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _is_ours(cache: Cache) -> bool:

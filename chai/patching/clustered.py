@@ -35,6 +35,7 @@ from chai.patching.apply import (
 from chai.patching.devices import layer_devices
 from chai.patching.model_info import check_family, layer_shape, num_kv_heads, sliding_windows
 from chai.patching.projections import sliced_projections
+from chai.patching.rotary import part_of_positions, whole_call_frequencies
 
 # A prompt in one pass saves the pass of the warm-up tokens, whose weights are read and operations launched once more.
 # Cost of a layer in that pass, in multiply-adds of the same time: a constant, and a factor of the layer's weights.
@@ -87,7 +88,7 @@ def clustered(
     """
     check_family(model.config)
     requests = _Requests(steps, num_clusters, model)
-    with patched(model, requests.forward), sliced_projections(model, _cache_layer):
+    with patched(model, requests.forward), sliced_projections(model, _cache_layer), whole_call_frequencies(model):
         yield model
 
 
@@ -109,8 +110,12 @@ class _Requests:
         self.on_cpu = all(device.type == "cpu" for device in layer_devices(model))
 
     def forward(self, decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
-        """Run the decoder on a cache of ours, one part of the tokens after the other."""
+        """Run the decoder on a cache of ours; the caller gets it unless ``use_cache`` is false."""
         call = decoder.parse(args, kwargs)
+        return call.finish(self.run(decoder, call))
+
+    def run(self, decoder: Decoder, call: DecoderCall) -> Any:
+        """Run the decoder on a cache of ours, one part of the tokens after the other."""
         call.kwargs["past_key_values"], cache = adopt_cache(
             call.kwargs.get("past_key_values"),
             ClusteredCache,
@@ -133,11 +138,13 @@ class _Requests:
                     return decoder.forward(**call.kwargs)
             # Split the tokens wherever some row completes its warm-up.
             real, offset, outputs, begin = call.real_tokens(), cache.get_seq_length(), [], 0
+            positions = call.positions(offset)
             for end in sorted({*state.warmup.ends(real), call.q_len}):
                 done = state.warmup.clustered.nonzero()[:, 0]
                 rows = done if len(done) else None
                 new = None if state.is_clustered else state.warmup.add(real[:, begin:end], offset + begin)
-                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded, new, rows)):
+                forward_pass = ClusteredPass(self.steps, self.num_clusters, cache, padded, new, rows)
+                with running(forward_pass), part_of_positions(positions, begin, end):
                     outputs.append(decoder.forward(**call.part(begin, end)))
                 self.cluster_complete_rows(cache)
                 begin = end

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chai.flops import LayerShape
+from chai.patching.devices import decoder_layers
 
 #: Families whose attention calls the registered function as we rely on; each is covered by a test.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox")
@@ -54,7 +56,7 @@ class Block:
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """Find the blocks of a model of one of :data:`FAMILIES`."""
     blocks = []
-    for layer in model.get_decoder().layers:
+    for layer in decoder_layers(model):
         attention = _first_of(layer, "self_attn", "attention")
         mlp = getattr(layer, "mlp", layer)
         blocks.append(
@@ -69,14 +71,23 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 
 def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerShape:
-    """Return the shape of a model's decoder layers, which are assumed to be alike."""
+    """Return the shape of a model's decoder layers, which are assumed to be alike.
+
+    Where the parts of a layer have names of their own (a family that only multi-head attention runs on), all its
+    matrices count as one that cannot be sliced, which is all that multi-head attention needs.
+    """
     config = model.config
     num_heads = config.num_attention_heads
-    layer = model.get_decoder().layers[0]
-    attention = _first_of(layer, "self_attn", "attention")
+    layer = decoder_layers(model)[0]
 
     def entries(part: nn.Module) -> int:
-        return sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+        matrices = (module.weight for module in part.modules() if isinstance(module, (nn.Linear, Conv1D)))
+        return sum(matrix.numel() for matrix in matrices)
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    attention = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+    if attention is None:
+        return LayerShape(num_heads, num_kv_heads(config), head_dim, 0, 0, entries(layer), 0, 0, 0, shares_values)
 
     def weights(*names: str) -> int:
         modules = (getattr(attention, name, None) for name in names)
@@ -86,7 +97,7 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     return LayerShape(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        head_dim=head_dim,
         query_weights=query_weights,
         key_weights=key_weights,
         other_weights=total - query_weights - key_weights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 #: alias: (key, group, choices of the group whose configuration has the key).
 ALIASES = {
     "experiment.batch_size": ("experiment.rows", "experiment", {"latency", "memory"}),
@@ -26,3 +28,12 @@ def replace_aliases(overrides: list[str]) -> list[str]:
         fits = group in values and owners.issuperset(values[group].split(","))  # a sweep lists several choices
         replaced.append(override.replace(name, key, 1) if fits else override)
     return replaced
+
+
+#: A home folder at the start of a value, or of a value in a list: Hydra's grammar has no unquoted ``~``.
+HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)[^,]*")
+
+
+def quote_home(overrides: list[str]) -> list[str]:
+    """Quote unquoted values that begin with ``~/``; :func:`compose.expand_home` makes them paths."""
+    return [HOME.sub(lambda found: f"'{found[0]}'", override) for override in overrides]

@@ -11,12 +11,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.config.schema import CONF, ConfigError, register, unknown_name
 
 #: Hydra's own groups that can be chosen; ``basic`` is Hydra's name for running jobs one after the other.
 HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+#: Keys with a path of the user, in which ``~`` is the home folder.
+PATHS = (
+    "results_dir", "model.path", "model.gguf", "model.predictor", "model.profile", "method.predictor", "method.profile",
+    "task.data_dir", "corpus.path", "experiment.corpus",
+)  # fmt: skip
 
 
 def choices(group: str) -> list[str]:
@@ -35,7 +40,19 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=with_hydra)
+        return expand_home(compose("config", overrides, return_hydra_config=with_hydra))
+
+
+def expand_home(config: DictConfig) -> DictConfig:
+    """Expand ``~`` in the paths of a configuration, in place."""
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, section) if section else config
+        if isinstance(node, DictConfig) and name in node and not OmegaConf.is_interpolation(node, name):
+            value = OmegaConf.select(config, key)
+            if isinstance(value, str) and value.startswith("~"):
+                node[name] = str(Path(value).expanduser())
+    return config
 
 
 def values(override: Override) -> list[str]:

@@ -34,7 +34,10 @@ def check_overrides(arguments: list[str], *, multirun: bool = False) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(arguments)
     except Exception as error:  # Hydra raises several unrelated types here
-        raise ConfigError(f"cannot read the command line: {_one_line(error)}; expected key=value ...") from None
+        raise ConfigError(
+            f"cannot read the command line: {_one_line(error)}; expected key=value ..., "
+            "and a value with special characters in two pairs of quotes: \"model.path='/data/my model (2)'\""
+        ) from None
     hydra = [override for override in parsed if override.key_or_group.startswith("hydra")]
     selections = [override for override in parsed if override.key_or_group in groups()]
     settings = [override for override in parsed if override not in (*hydra, *selections)]

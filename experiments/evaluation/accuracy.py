@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.loading import ModelError, load_config, load_model, load_tokenizer
-from chai.methods import baseline
+from chai.loading import ModelError, ModelSource, load_config, load_model, load_tokenizer
 from chai.methods.base import Method
 from chai.patching.devices import describe_devices
 from experiments.config.remedies import with_remedy
@@ -22,20 +22,18 @@ from experiments.config.validate import to_dataclass
 from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, worker_files
 from experiments.evaluation.resume import open_responses
-from experiments.evaluation.tasks import build_task
+from experiments.evaluation.savings import count_flops
+from experiments.evaluation.tasks import build_task, check_metric
 from experiments.runs import experiment
 from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunFolder
+from experiments.runs.folder import RunError, RunFolder
 from experiments.runs.identity import settings_id
 from experiments.runs.locks import lock_owner
 from experiments.runs.model import loaded_architecture, model_source
 from experiments.system.console import log_error, log_info
 from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
 from experiments.tables.accuracy import show_results
-
-#: Tokens of the prompt whose operations are counted (paper, Figure 1).
-PROMPT_TOKENS = 2048
 
 
 @dataclass
@@ -79,9 +77,11 @@ class Scorer:
         config = folders[0].config
         source = model_source(config)
         experiment.check_method(method, load_config(source))
+        for folder in folders:
+            check_metric(folder.config.task)
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
-        self.model, self.tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+        self.model, self.tokenizer = group.run_on_all(lambda: load_both(source))
         try:
             method.check_weights(self.model)
         except ValueError as error:
@@ -121,6 +121,10 @@ class Scorer:
             progress = folder.progress if group.is_main_process else None
             lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group)
             scores, samples = score(lm, task, limit=config.limit, num_fewshot=config.task.num_fewshot)
+        if config.task.metric not in scores["metrics"]:
+            raise RunError(
+                f"task '{config.task.name}' has no metric '{config.task.metric}'; valid: {', '.join(scores['metrics'])}"
+            )
         seconds = time.perf_counter() - began + saved.seconds
         if group.is_main_process:
             frame = pd.DataFrame(samples)
@@ -130,11 +134,7 @@ class Scorer:
             **scores,
             "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
             **method.result_fields(self.model.config),
-            "flops": {
-                "tokens": PROMPT_TOKENS,
-                "method": method.prompt_flops(self.model, PROMPT_TOKENS),
-                "mha": baseline().prompt_flops(self.model, PROMPT_TOKENS),
-            },
+            "flops": count_flops(method, self.model),
             "seconds": round(seconds, 3),
             "processes": group.world_size,
             "resumed": saved.restored,
@@ -143,3 +143,14 @@ class Scorer:
             "device": describe_devices(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+
+
+def load_both(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer (ModelError: one cannot be loaded, or lm-eval cannot use the tokenizer)."""
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of '{source.name}' has neither a bos_token nor an eos_token, of which lm-eval needs one "
+            "(in its tokenizer_config.json)"
+        )
+    return model, tokenizer

@@ -27,14 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.loading import load_model, load_tokenizer
-from chai.methods import baseline
 from chai.methods.base import Method
 from chai.patching.devices import input_device
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError, CorpusConfig
 from experiments.evaluation.responses import FILE, BatchResponses, SavedResponses, batch_key
 from experiments.evaluation.resume import open_responses
-from experiments.evaluation.savings import cache_stats, mean_savings
+from experiments.evaluation.savings import cache_stats, count_flops, mean_savings
 from experiments.offline.corpus import describe_source, read_texts
 from experiments.runs.experiment import Run, check_method, require_minimum, run_single
 from experiments.runs.files import write_atomically
@@ -49,7 +48,6 @@ from experiments.tables.perplexity import show_perplexity
 SEPARATOR = "\n\n"
 #: Bytes of fp32 logits up to which windows share a forward pass.
 LOGIT_BYTES = 1 << 30
-PROMPT_TOKENS = 2048  # of the prompt whose operations are counted
 
 
 @dataclass
@@ -150,11 +148,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         "windows": len(windows),
         "corpus": describe_source(config.corpus),
         "savings": {"kind": method.saving, **mean_savings(stats), "heads_kept": method.heads_kept(model.config)},
-        "flops": {
-            "tokens": PROMPT_TOKENS,
-            "method": method.prompt_flops(model, PROMPT_TOKENS),
-            "mha": baseline().prompt_flops(model, PROMPT_TOKENS),
-        },
+        "flops": count_flops(method, model),
         "seconds": round(seconds, 3),
         "resumed": saved.restored,
         "settings_id": settings_id(config),

@@ -45,6 +45,47 @@ def _shuffled_lines(path: Path, seed: int) -> Iterator[tuple[int, str]]:
 
 def read_jsonl(path: Path, columns: Sequence[str], shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file; a RunError if a line is not a JSON object with these columns."""
+    return (row for _, row in read_numbered(path, columns, shuffle_seed))
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Return the objects of a JSONL file, with their line numbers, whose values fit into the columns of a table.
+
+    Raises:
+        RunError: As :func:`read_jsonl`; one of ``columns`` is null, or a key has values of several types.
+    """
+    rows = list(read_numbered(path, columns))
+    first: dict[str, tuple[str, int]] = {}
+    for number, row in rows:
+        if nulls := [column for column in columns if row[column] is None]:
+            raise RunError(f"{path}, line {number}: '{nulls[0]}' is null; valid: a value in every line")
+        for key, value in row.items():
+            if (kind := _kind(value)) is None:
+                continue
+            expected, where = first.setdefault(key, (kind, number))
+            if kind != expected:
+                raise RunError(
+                    f"{path}, line {number}: '{key}' is {kind} ({json.dumps(value)[:40]}), in line {where} {expected}; "
+                    "valid: one type in all lines"
+                )
+    return rows
+
+
+def _kind(value: object) -> str | None:
+    """Return the type of a JSON value in words; ``None`` for null."""
+    if value is None:
+        return None
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", dict: "an object"}
+    if not isinstance(value, list):
+        return kinds[type(value)]
+    inner = next(filter(None, map(_kind, value)), None)
+    return f"a list of {inner.removeprefix('a ')}" if inner else None
+
+
+def read_numbered(
+    path: Path, columns: Sequence[str], shuffle_seed: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSONL file with their line numbers, as :func:`read_jsonl` does."""
     for number, line in read_lines(path, shuffle_seed):
         where = f"{path}, line {number},"
         try:
@@ -55,4 +96,4 @@ def read_jsonl(path: Path, columns: Sequence[str], shuffle_seed: int | None = No
             raise RunError(f"{where} is not a JSON object")
         if missing := [column for column in columns if column not in row]:
             raise RunError(f"{where} has no {', '.join(missing)}; expected columns: {', '.join(columns)}")
-        yield row
+        yield number, row

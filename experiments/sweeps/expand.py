@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config.aliases import replace_aliases
+from experiments.config.aliases import quote_home, replace_aliases
 from experiments.config.compose import choices, compose_config
 from experiments.config.schema import CONF, ConfigError, unknown_name
 
@@ -23,7 +23,7 @@ ALL = "both"  # all readings of a file
 
 def expand(overrides: list[str], *, multirun: bool) -> list[list[str]]:
     """Return the overrides of each sweep on a command line, without aliases; just one without ``paper=NAME``."""
-    overrides = replace_aliases(overrides)
+    overrides = quote_home(replace_aliases(overrides))
     tables = [override for override in overrides if _key(override).lstrip("+~") == GROUP]
     if not tables:
         return [overrides]

@@ -41,8 +41,8 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: str
     rounds = describe_rounds(times(run, phase).rounds.min())
     static = " and on StaticCache" if "static_cache" in set(data.implementation) else ""
     caches = (
-        f"MHA on the growing cache{static} by the faster kernel, and by the method's own products; eager and SDPA on the "
-        "stock cache. k = H, the control: the method with every head a cluster"
+        f"MHA on the growing cache{static} by the faster kernel, and by the method's own products; eager and SDPA on "
+        "the stock cache. k = H, the control: the method with every head a cluster"
         if has_control
         else "An earlier version's run: MHA on the stock cache alone, and no control k = H"
     )

@@ -161,7 +161,9 @@ def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
             axes.plot(points.length_tokens, points.value, "*", color=style.INK, markersize=10, label=series, zorder=5)
         elif measured.empty:
             unit = "operations" if phase == "prefill" else "bytes read"
-            axes.plot(limit.length_tokens, limit.value, "--", color=style.INK, linewidth=1, label=f"{series} ({unit})")
+            line = {"color": style.INK, "linewidth": 1, "label": f"{series} ({unit})"}
+            line["marker"] = "_" if len(limit) == 1 else ""  # a single length has no line
+            axes.plot(limit.length_tokens, limit.value, "--", markersize=10, **line)
         elif limit.empty:
             line = style.look(measured.implementation.iloc[0]) | {"label": series, "zorder": 4}
             draw_with_quartiles(axes, measured, line)

@@ -39,9 +39,10 @@ def draw_latency(results: Results, phase: str, title: str, note: str, claim: str
     draw_times(left, data[data.panel == "time"], title)
     draw_speedups(right, data[data.panel == "speedup"], phase)
     rounds = describe_rounds(times(run, phase).rounds.min())
+    static = " and on StaticCache" if "static_cache" in set(data.implementation) else ""
     caches = (
-        "MHA on the growing cache and on StaticCache by the faster kernel, and by the method's own products; eager "
-        "and SDPA on the stock cache. k = H, the control: the method with every head a cluster"
+        f"MHA on the growing cache{static} by the faster kernel, and by the method's own products; eager and SDPA on "
+        "the stock cache. k = H, the control: the method with every head a cluster"
         if has_control
         else "An earlier version's run: MHA on the stock cache alone, and no control k = H"
     )
@@ -160,7 +161,9 @@ def draw_speedups(axes: Axes, data: pd.DataFrame, phase: str) -> None:
             axes.plot(points.length_tokens, points.value, "*", color=style.INK, markersize=10, label=series, zorder=5)
         elif measured.empty:
             unit = "operations" if phase == "prefill" else "bytes read"
-            axes.plot(limit.length_tokens, limit.value, "--", color=style.INK, linewidth=1, label=f"{series} ({unit})")
+            line = {"color": style.INK, "linewidth": 1, "label": f"{series} ({unit})"}
+            line["marker"] = "_" if len(limit) == 1 else ""  # a single length has no line
+            axes.plot(limit.length_tokens, limit.value, "--", markersize=10, **line)
         elif limit.empty:
             line = style.look(measured.implementation.iloc[0]) | {"label": series, "zorder": 4}
             draw_with_quartiles(axes, measured, line)

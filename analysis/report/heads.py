@@ -23,7 +23,7 @@ LEAST_REST = 3  # clusters of a layer, if any are beside the two largest
 
 
 def _profile(source: Source, model: str, samples: str = "1", corpus: str = "") -> Profile:
-    """Return the newest head profile that counts, of at least so many texts, and of a corpus if one is named."""
+    """Return the newest head profile that counts, with a minimum number of texts, and optionally of one corpus."""
 
     def enough(run: Run) -> str:
         if corpus and run.result.get("task") != corpus:

@@ -47,7 +47,7 @@ class Cell:
     baseline: Score | None = None  # the run of MHA
     runs: tuple[Score, ...] = ()  # our run of each seed, if it is compared
     p_holm: float | None = None  # of the change, corrected for the table's comparisons
-    p_equal_holm: float | None = None  # of equivalence with MHA, corrected likewise
+    p_equal_holm: float | None = None  # of equivalence with MHA, corrected in the same way
     reason: str = ""  # why the pair is refused
     paper: Decimal | None = None  # the paper's score in %, or change in points
 

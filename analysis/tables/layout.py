@@ -143,7 +143,7 @@ def _tests(table: Table) -> list[str]:
         f"interval (Tango's score interval of the items{sources}).",
         f"* p < 0.05, ** p < 0.01 (McNemar, exact{inverted}), "
         f"corrected by Holm's method for the {len(cells)} comparisons of a method with MHA on a task in this table. "
-        f"{EQUAL} equal to MHA within {MARGIN:g} points (two one-sided tests, p < 0.05, corrected likewise).",
+        f"{EQUAL} equal to MHA within {MARGIN:g} points (two one-sided tests, p < 0.05, also corrected).",
     ]
     if table.spec.mean:
         lines.append(

@@ -99,7 +99,7 @@ def paper_rows(name: str) -> list[PaperRow]:
 
 @dataclass(frozen=True)
 class Chance:
-    """What can be had on a task without reading the question."""
+    """Score on a task that needs no reading of the question."""
 
     level: Decimal  # score in %
     how: str  # guessing at random, or always the most frequent answer

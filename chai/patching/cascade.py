@@ -129,7 +129,7 @@ class GlobalPass(CascadePass):
         self.kept_tokens = kept | (self.real & ~self.context)
 
     def _choose_heads(self, count: int) -> None:
-        """Keep so many heads."""
+        """Keep the ``count`` heads of the largest accumulated magnitude (Section III-B)."""
         assert self.sizes is not None
         left = torch.ones_like(self.sizes, dtype=torch.bool) if self.kept_heads is None else self.kept_heads
         self.kept_heads = keep_top(self.sizes, left, torch.full_like(self.ends, count))

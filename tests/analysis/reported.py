@@ -40,7 +40,7 @@ def scores(root: Path, model: dict[str, Any], prefix: str = "", lost: int = 4, *
         model: its section of the configuration.
         prefix: of the tasks' names.
         lost: answers that CHAI loses, of 200.
-        config: ``limit`` makes it so many items; others as for :func:`tests.analysis.scored.save`.
+        config: ``limit`` is the number of items; others as for :func:`tests.analysis.scored.save`.
     """
     kept, whole = (GROUPS, [16] * 4) if prefix else (synthetic.PARAMS_7B, [32] * 32)
     chai = scored.CHAI | ({"clusters": GROUPS} if prefix else {})

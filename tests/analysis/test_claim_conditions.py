@@ -13,7 +13,7 @@ from analysis.report import page as pages
 from analysis.report.accuracy import exact_points
 from analysis.report.claims import NOT_IMPLEMENTED
 from analysis.report.content import collect
-from analysis.stats import Comparison
+from analysis.stats.paired import from_counts
 from analysis.tables.settings import defaults
 from tests.analysis import reported, scored, synthetic
 from tests.analysis.reported import LLAMA_7B, MODEL, SIZES
@@ -244,12 +244,8 @@ def test_what_is_not_implemented_says_what_is_missing(tmp_path):
 # Intervals
 
 
-def change_of(lost, gained, n):
-    return Comparison(n, (gained - lost) / n, 0.0, 0.0, 1.0, lost, gained, np.zeros(1))
-
-
 def test_without_flips_the_interval_has_a_width():
-    found = exact_points(change_of(0, 0, 1838))
+    found = exact_points(from_counts(0, 0, 1838))
     assert found.value == 0 and found.high == -found.low == pytest.approx(100 * (1 - 0.0125 ** (1 / 1838)))
 
 
@@ -258,7 +254,7 @@ def test_the_exact_interval_covers_at_its_level():
     generator = np.random.default_rng(0)
     n, lost, gained = 400, 0.01, 0.004
     draws = generator.multinomial(n, [lost, gained, 1 - lost - gained], size=2000)
-    intervals = {pair: exact_points(change_of(*pair, n)) for pair in {(int(a), int(b)) for a, b, _ in draws}}
+    intervals = {pair: exact_points(from_counts(*pair, n)) for pair in {(int(a), int(b)) for a, b, _ in draws}}
     covered = [intervals[int(a), int(b)] for a, b, _ in draws]
     assert np.mean([one.low <= 100 * (gained - lost) <= one.high for one in covered]) >= 0.95
 

@@ -34,7 +34,7 @@ def page(tmp_path):
 
 
 def flipped(items):
-    """Samples of 200 items of MHA and of a method that gains so many of them."""
+    """Samples of 200 items of MHA and of a method that gains ``items`` of them, or loses them if negative."""
     before, after = [
         outcomes(100, lost=max(-items, 0) * is_method, gained=max(items, 0) * is_method) for is_method in (0, 1)
     ]

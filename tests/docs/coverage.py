@@ -14,6 +14,7 @@ ELSEWHERE = {
     r"python -m pytest tests/\S+\.py": "it runs a part of this suite",
     r"hf (download|auth login)\b.*": "it needs the hub",
     r"wandb sync \.\.\.": "it needs a server; tests/experiments/test_tracking.py has the runs that it would upload",
+    r"python -m analysis\.documents( --check)?": "tests/analysis/test_documents.py runs it on made-up runs",
     r"accelerate launch --cpu": "tests/experiments/test_distributed.py starts the processes on CPUs",
 }
 

@@ -204,15 +204,15 @@ class CascadePass(ForwardPass):
 
     def _attend_after_context(self, layer: CascadeLayer, inputs: AttentionInputs, mask: Tensor) -> Tensor:
         """Attend to what is stored; returns ``[B, H, T, D]``, zero for pruned heads."""
-        query, key, value = inputs.query, inputs.key, inputs.value
+        query, key, value, share = inputs.query, inputs.key, inputs.value, self.cache.rule.values
         if layer.remaining is None:
             key = repeat_kv(key, query.shape[1])
-            return attend_top_values(query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
+            return attend_top_values(query, key, value, mask, inputs.scaling, share, inputs.softcap)[0]
         remaining = layer.remaining
         remaining_query = take_heads(query, remaining.query_heads)
         if layer.num_kv_heads != query.shape[1]:  # else the stored heads are just those read, in order
             key, value = take_heads(key, remaining.kv_heads), take_heads(value, remaining.kv_heads)
-        out = attend_top_values(remaining_query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
+        out = attend_top_values(remaining_query, key, value, mask, inputs.scaling, share, inputs.softcap)[0]
         heads = remaining.query_heads[:, :, None, None].expand_as(out)
         return out.new_zeros(*query.shape[:3], out.shape[3]).scatter_(1, heads, out)
 
@@ -226,7 +226,8 @@ class CascadePass(ForwardPass):
         visible = self._choose_tokens(layer, rule.tokens[inputs.layer_idx], mask)
         heads = self._choose_heads(layer, rule.heads[inputs.layer_idx], query.shape[1])
         key = repeat_kv(inputs.key, query.shape[1])
-        out, weights = attend_top_values(query, key, inputs.value, visible, inputs.scaling, rule.values)
+        scaling, softcap = inputs.scaling, inputs.softcap
+        out, weights = attend_top_values(query, key, inputs.value, visible, scaling, rule.values, softcap)
         if heads is not None:
             present = heads.transpose(1, 2)[..., None]  # [B, H, T, 1]
             out, weights = out * present, weights * present
@@ -293,14 +294,20 @@ def keep_top(scores: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
 
 
 def attend_top_values(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, values: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    values: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a mask ``[B, T, S]``, each head reading its values of the largest weights (Section III-C).
 
     Returns:
         Outputs ``[B, N, T, D]``, and weights ``[B, N, T, S]`` before values are pruned, zero where nothing is seen.
     """
-    weights = attention_weights(query, key, scaling, mask[:, None]) * mask[:, None]
+    weights = attention_weights(query, key, scaling, mask[:, None], softcap) * mask[:, None]
     top = weights
     if values < 1:
         count = share_of(mask.sum(-1), values)[:, None].expand(weights.shape[:3])

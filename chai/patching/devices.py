@@ -16,6 +16,8 @@ from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from chai.patching.model_info import find_layers
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """Return the device on which a module's forward computes.
@@ -40,7 +42,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Return the device of each decoder layer, and so of its keys, values and clusters."""
-    return [execution_device(layer) for layer in model.get_decoder().layers]
+    return [execution_device(layer) for layer in find_layers(model)]
 
 
 def describe_devices(model: PreTrainedModel) -> str:

@@ -17,10 +17,11 @@ from chai.cache.buffer import ROUND
 from chai.cache.cascade import CascadeCache
 from chai.methods import Chai, Mha, Spatten
 from chai.methods.spatten import schedule
+from chai.patching.apply import switched_attention
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 
 NAME = "oracle_cascade"
-UNWINDOWED = [family for family in FAMILIES if family != "mistral_sliding"]
+UNWINDOWED = [family for family in FAMILIES if family not in ("mistral_sliding", "gemma2", "gemma3")]
 #: Prunes tokens, heads and values from the second layer on.
 HARD = Spatten(tokens=0.4, heads=0.5, values=0.7, unpruned_tokens=0.0, unpruned_heads=0.0)
 
@@ -44,7 +45,7 @@ class SlowRow:
         self.given = {i: dict.fromkeys(real, 0.0) for i in self.context}  # S[i][j]
         self.size = {i: dict.fromkeys(range(HEADS), 0.0) for i in self.context}  # G[i][h]
 
-    def layer(self, index, query, key, value, scaling):
+    def layer(self, index, query, key, value, scaling, softcap=None):
         """``[H, T, D]`` each (keys and values by group) to the outputs ``[H, T, D]``."""
         group, out = HEADS // len(key), torch.zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
         share, heads = self.rule.tokens[index], self.rule.heads[index]
@@ -62,6 +63,8 @@ class SlowRow:
             columns = sorted(seen)
             for h in has:
                 scores = torch.stack([scaling * torch.dot(query[h, i], key[h // group, j]) for j in columns])
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 weights = dict(zip(columns, torch.softmax(scores, 0).tolist(), strict=True))
                 for j in best(weights, up(self.rule.values * len(columns))):
                     out[h, i] += weights[j] * value[h // group, j]
@@ -84,16 +87,16 @@ def slow_logits(model, batch, contexts, method):
         for mask, context in zip(batch["attention_mask"], contexts, strict=True)
     ]
 
-    def forward(module, query, key, value, attention_mask, scaling=None, **_):
+    def forward(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
         out = torch.stack(
-            [row.layer(module.layer_idx, query[b], key[b], value[b], scaling) for b, row in enumerate(rows)]
+            [row.layer(module.layer_idx, query[b], key[b], value[b], scaling, softcap) for b, row in enumerate(rows)]
         )
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, eager_mask)
-    exact.set_attn_implementation(NAME)
-    return exact(**batch, use_cache=False).logits
+    with switched_attention(exact, NAME):
+        return exact(**batch, use_cache=False).logits
 
 
 def check_against_loop(model, lengths, contexts, method, side, seed=0):

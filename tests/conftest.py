@@ -24,6 +24,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads o
     torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Show the size and the time of the matrix of families."""
+    reports = [report for key in ("passed", "failed", "xfailed") for report in terminalreporter.stats.get(key, [])]
+    counts = [
+        (count, report.duration)
+        for report in reports
+        for name, count in getattr(report, "user_properties", [])
+        if name == "matrix_cases" and report.when == "call"
+    ]
+    if counts:
+        cases, seconds = map(sum, zip(*counts, strict=True))
+        terminalreporter.write_line(f"matrix of families: {cases} cases in {len(counts)} tests, {seconds:.0f} s")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from tests.models import FAMILIES, HEADS, LAYERS, clusters_of, make_batch, make_
 from tests.oracle import attend_one_by_one, oracle
 
 COUNTS = [HEADS, 3, 2]  # one layer with k = H
+WINDOWED = ("mistral_sliding", "gemma2", "gemma3")  # a window of fewer tokens than the samples have
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,9 +121,9 @@ def test_padding_changes_nothing_for_the_real_tokens():
 def first_real_attention(model, batch, tokens: int = 5) -> list[torch.Tensor]:
     """For each layer ``[B, H, 25]``: the stock eager model's attention among each row's first real tokens."""
     previous = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"  # set_attn_implementation leaves Falcon alone
     attentions = model(**batch, output_attentions=True).attentions
-    model.set_attn_implementation(previous)
+    model.config._attn_implementation = previous
     features = []
     for attention in attentions:
         rows = []
@@ -133,7 +134,7 @@ def first_real_attention(model, batch, tokens: int = 5) -> list[torch.Tensor]:
     return features
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral_sliding"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WINDOWED])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_membership_is_that_of_the_stock_models_attention(family, side):

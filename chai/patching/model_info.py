@@ -40,6 +40,10 @@ FIRST = ("gate_proj", "gate_up_proj", "fc1", "dense_h_to_4h", "c_fc")
 LAST = ("down_proj", "fc2", "dense_4h_to_h", "c_proj")
 
 
+class UncountedError(ValueError):
+    """Raised where operations and bytes of a model cannot be counted, for its layers are not known well enough."""
+
+
 def check_family(config: PreTrainedConfig) -> None:
     """Refuse a model whose attention is not known to call our function (ValueError)."""
     family = config.model_type
@@ -90,12 +94,12 @@ class Block:
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers (ValueError: they are not where transformers' models have them)."""
+    """Return the decoder layers (UncountedError: they are not where transformers' models have them)."""
     decoder = model.get_decoder()
     lists = [decoder.get_submodule(name) for name in LAYERS if hasattr(decoder, name)] + list(decoder.children())
     layers = next((part for part in lists if isinstance(part, nn.ModuleList) and len(part)), None)
     if layers is None:
-        raise ValueError(f"the layers of a {type(model).__name__} were not found")
+        raise UncountedError(f"the layers of a {type(model).__name__} were not found")
     return layers
 
 
@@ -123,15 +127,15 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     Entries are those that a token is multiplied with: of a mixture of experts, as many experts as a token uses.
 
     Raises:
-        ValueError: The layers are not known well enough to count them.
+        UncountedError: The layers are not known well enough.
     """
     config = model.config
     if getattr(config, "kv_lora_rank", None):
-        raise ValueError("latent attention (kv_lora_rank) has no keys and values of each head to count")
+        raise UncountedError("latent attention (kv_lora_rank) has no keys and values of each head to count")
     layers = find_layers(model)
     attention = _first_of(layers[0], *ATTENTION)
     if attention is None:
-        raise ValueError(f"the attention of a {type(model).__name__} was not found; tried: {', '.join(ATTENTION)}")
+        raise UncountedError(f"the attention of a {type(model).__name__} was not found; tried: {', '.join(ATTENTION)}")
 
     def weights(*names: str) -> int:
         return sum(matrix_entries(part, config) for name in names if (part := _first_of(attention, name)) is not None)

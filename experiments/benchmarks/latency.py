@@ -115,7 +115,10 @@ def implementations(
     stack: ExitStack, context: Context, model: PreTrainedModel, k: int | None
 ) -> dict[str, Implementation]:
     """Return the baselines and, unless it is one of them, the method, applied until ``stack`` is left."""
-    entries = {name: Implementation(harness.twin(model, name), baseline(), DynamicCache) for name in ("eager", "sdpa")}
+    entries = {
+        name: Implementation(harness.twin(model, name), baseline(), DynamicCache)
+        for name in harness.stock_attentions(model)
+    }
     # A single layer has k clusters; a method without clusters does not run on it.
     method = context.method if k is None else context.method.with_num_clusters(k)
     if method is not None and method != baseline():

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai.cache import vector_bytes
 from chai.flops import LayerFlops, LayerShape, prompt_flops
-from chai.patching.model_info import UncountedError, layer_shape, logit_weights, num_kv_heads
+from chai.patching.model_info import UncountedError, layer_shape, logit_weights, num_kv_heads, sliding_windows
 
 #: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
 Saving = Literal["real", "simulated", "none"]
@@ -85,8 +85,10 @@ class Method(ABC):
 
     def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
         """Count the bytes that a filled cache must hold by arithmetic: all keys and values, unless overridden."""
-        heads = 2 * num_kv_heads(model.config) * len(cache.layers)
-        return vector_bytes(cache) * heads * cache.get_seq_length()
+        kv_len, windows = cache.get_seq_length(), sliding_windows(model.config)
+        # A layer with a sliding window keeps the tokens that the next one still sees.
+        tokens = sum(kv_len if window is None else min(kv_len, window - 1) for window in windows)
+        return vector_bytes(cache) * 2 * num_kv_heads(model.config) * tokens
 
     # Used by scoring and benchmarks.
 

@@ -24,6 +24,11 @@ class Mha(Method):
         """Change nothing."""
         return nullcontext(model)
 
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a model without attention (ValueError)."""
+        if not getattr(config, "num_attention_heads", None):
+            raise ValueError(f"a model of the family '{config.model_type}' has no attention heads; valid: one that has")
+
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
         """Count the bytes of all weights, keys and values; NaN if the layers are not known well enough."""
         try:

@@ -189,7 +189,14 @@ def stock_attentions(model: PreTrainedModel) -> list[str]:
     """Return which of transformers' implementations of attention, ``eager`` and ``sdpa``, the model can run."""
     if getattr(model.config, "attn_logit_softcapping", None):
         return ["eager"]  # sdpa has no soft caps
-    return [name for name in ("eager", "sdpa") if twin(model, name).config._attn_implementation == name]
+    names = []
+    for name in ("eager", "sdpa"):
+        try:
+            switched = twin(model, name).config._attn_implementation == name  # some models ignore the request
+        except ValueError:  # others refuse it
+            switched = False
+        names += [name] if switched else []
+    return names
 
 
 def random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:

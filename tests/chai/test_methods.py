@@ -7,7 +7,15 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTJForCausalLM,
+    StaticCache,
+)
 
 import chai.patching.clustered
 from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
@@ -377,6 +385,25 @@ def test_other_families_are_refused_by_name():
     model = GPTJForCausalLM(GPTJConfig(vocab_size=10, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
     with pytest.raises(ValueError, match="'gptj' is not supported; supported: llama"), Chai(clusters=1)(model):
         pass
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        (FalconConfig(alibi=True), "alibi"),
+        (GPT2Config(add_cross_attention=True), "add_cross_attention"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ],
+)
+def test_settings_that_change_the_attention_are_refused(config, setting):
+    with pytest.raises(ValueError, match=f"has {setting}=true, which is not supported; valid: false"):
+        Chai(clusters=1).check(config)
+
+
+def test_attention_sinks_are_refused_by_name():
+    model = make_model("llama")
+    with Chai(clusters=2)(model), pytest.raises(ValueError, match="does not support attention sinks"):
+        model(make_batch([9])["input_ids"], s_aux=torch.zeros(HEADS))
 
 
 def test_applying_twice_is_refused():

@@ -38,7 +38,7 @@ def shared() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Show how many commands of the README and the documentation were run (tests/docs)."""
+    """Show how many commands of the documents were run (tests/docs), and the size and time of the matrix of families."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     named = [pair for report in reports for pair in getattr(report, "user_properties", ())]
     run, elsewhere = (
@@ -46,3 +46,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
     )
     if run or elsewhere:
         terminalreporter.write_line(f"documents: {len(run)} commands run, {len(elsewhere)} covered elsewhere")
+    counts = [
+        (count, report.duration)
+        for report in reports
+        for name, count in getattr(report, "user_properties", ())
+        if name == "matrix_cases" and report.when == "call"
+    ]
+    if counts:
+        cases, seconds = map(sum, zip(*counts, strict=True))
+        terminalreporter.write_line(f"matrix of families: {cases} cases in {len(counts)} tests, {seconds:.0f} s")

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 LAYERS, HEADS, VOCABULARY = 3, 8, 97
@@ -33,6 +53,10 @@ SHAPE = {
 }
 GROUPED = {**SHAPE, "num_key_value_heads": 4, "head_dim": 8}
 OPT = {key: value for key, value in SHAPE.items() if key != "intermediate_size"}
+#: Local and global layers; small numbers that are reached: a window of 8 tokens, scores capped at 5.
+LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_inner": 96, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
+TOKENS = {name: SHAPE[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -42,6 +66,23 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{**GROUPED, "num_key_value_heads": 2})),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, rotary_pct=0.25)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**{**GROUPED, "num_key_value_heads": 1})),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**GROUPED, **LOCAL, query_pre_attn_scalar=16, attn_logit_softcapping=5.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, **LOCAL, query_pre_attn_scalar=16)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE, num_key_value_heads=4, sliding_window=None)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**GROUPED, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    ),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE, num_key_value_heads=4)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **TOKENS, scale_attn_by_inverse_layer_idx=True)),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(**OPT, num_kv_heads=4, new_decoder_architecture=True, ffn_hidden_size=96)
+    ),
+    "falcon_multi_query": lambda: FalconForCausalLM(FalconConfig(**OPT, ffn_hidden_size=96)),
+    "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**SHAPE, num_key_value_heads=4, qk_layernorm=True)),
 }
 
 
@@ -49,6 +90,8 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model in evaluation mode, its weights large enough that heads differ visibly."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the grouped product that is the default has no fp64
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             parameter.data.mul_(4.0)

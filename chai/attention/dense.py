@@ -9,15 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai.attention.reference import cap_scores
 from chai.cpu import gemm_dtype, keys_times_query
 from chai.heads import KVHeadMap, take_heads
 
 #: Attention weights of all heads that are handled at once: 4 MB, so that they stay in the cache between operations.
 BLOCK_WEIGHTS = 1 << 20
+#: The same on an accelerator, which has no such cache: 256 MB.
+BLOCK_WEIGHTS_ON_GPU = 1 << 26
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: KVHeadMap,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute clustered attention for as many rows and queries at a time as fit the CPU's cache.
 
@@ -32,11 +41,12 @@ def dense_attention(
     if q_len > 1:  # the products of one token are bound by memory, in whatever type
         dtype = gemm_dtype(query.dtype, query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if batch_size * num_heads * q_len * kv_len <= BLOCK_WEIGHTS:
-        return _attend_block(query, key, value, head_map, head_map.head_slots, mask).to(out_dtype)
+    block_weights = BLOCK_WEIGHTS if query.device.type == "cpu" else BLOCK_WEIGHTS_ON_GPU
+    if batch_size * num_heads * q_len * kv_len <= block_weights:
+        return _attend_block(query, key, value, head_map, head_map.head_slots, mask, softcap).to(out_dtype)
     # Split into blocks of rows and of queries.
-    rows_at_once = max(1, min(batch_size, BLOCK_WEIGHTS // (num_heads * q_len * kv_len)))
-    queries_at_once = max(16, min(q_len, BLOCK_WEIGHTS // (num_heads * kv_len)))
+    rows_at_once = max(1, min(batch_size, block_weights // (num_heads * q_len * kv_len)))
+    queries_at_once = max(16, min(q_len, block_weights // (num_heads * kv_len)))
     head_slots = head_map.head_slots.view(batch_size, num_heads)
     outputs = []
     for row in range(0, batch_size, rows_at_once):
@@ -49,13 +59,20 @@ def dense_attention(
             seen = kv_len - q_len + min(end, q_len)
             block_mask = None if mask is None else mask[rows if len(mask) > 1 else slice(None), :, begin:end, :seen]
             inputs = query[rows, :, begin:end], key[rows, :, :seen], value[rows, :, :seen]
-            blocks.append(_attend_block(*inputs, head_map, slots, block_mask).transpose(1, 2))  # as the output lies
+            block = _attend_block(*inputs, head_map, slots, block_mask, softcap)
+            blocks.append(block.transpose(1, 2))  # as the output lies
         outputs.append(torch.cat(blocks, 1))
     return torch.cat(outputs).transpose(1, 2).to(out_dtype)
 
 
 def _attend_block(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, head_slots: Tensor, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: KVHeadMap,
+    head_slots: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attend for some rows and queries, ``[b, num_stored * max_readers, t, D]``, scaled, in the order of the KV heads.
 
@@ -70,7 +87,7 @@ def _attend_block(
         scores = torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
     else:
         scores = torch.bmm(query, key.transpose(1, 2))
-    scores = scores.reshape(batch_size, -1, q_len, kv_len)
+    scores = cap_scores(scores.reshape(batch_size, -1, q_len, kv_len), softcap)
     # Mask: the least finite number, not -inf, so that a row that sees nothing (padding) is uniform instead of NaN.
     if mask is None and q_len > 1:
         later = torch.ones(q_len, q_len, dtype=torch.bool, device=scores.device).triu(1)

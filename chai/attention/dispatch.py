@@ -29,6 +29,7 @@ def clustered_attention(
     clusters: HeadClusters | KVHeadMap,
     scaling: float | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute clustered head attention (paper, Section 3.4) by the fastest path for these shapes.
 
@@ -40,6 +41,7 @@ def clustered_attention(
         clusters: Head clusters of each row, or these with the stored KV heads.
         scaling: Factor of the scores; default ``D ** -0.5``.
         mask: ``[B or 1, 1, T, S]``, bool (true: attend) or additive float, hiding later tokens; ``None`` means causal.
+        softcap: Bound of the scores, ``softcap * tanh(score / softcap)``, before the mask; ``None``: unbounded.
 
     Returns:
         ``[B, H, T, D_value]``.
@@ -54,16 +56,24 @@ def clustered_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     device, q_len = query.device.type, query.shape[2]
     if _needs_grad(query, key, value) or device not in FAST_DEVICES:
-        return reference.clustered_attention(query, key, value, clusters, scaling, mask)
+        return reference.clustered_attention(query, key, value, clusters, scaling, mask, softcap)
     if q_len <= (DENSE_ON_CPU if device == "cpu" else DENSE_ON_GPU):
-        return dense_attention(query, key, value, clusters, scaling, mask)
+        return dense_attention(query, key, value, clusters, scaling, mask, softcap)
     if device == "cpu":
-        return grouped_attention(query, key, value, clusters, scaling, mask)
+        return grouped_attention(query, key, value, clusters, scaling, mask, softcap)
+    if softcap is not None:  # the fused kernel cannot cap scores
+        return dense_attention(query, key, value, clusters, scaling, mask, softcap)
     return sdpa_attention(query, key, value, clusters, scaling, mask)
 
 
 def shared_value_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: KVHeadMap,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute ``y_h = A_r V_r``: members reuse the output of their representative (paper, Table 4, CHAI-QKV).
 
@@ -75,7 +85,7 @@ def shared_value_attention(
         key, value = take_heads(key, head_map.kv_heads), take_heads(value, head_map.kv_heads)
     if mask is None and 1 < q_len < kv_len:
         mask = reference.causal_mask(q_len, kv_len, query.device)
-    out = mha_attention(query, key, value, scaling, mask)  # [B, T, k, D_value]
+    out = mha_attention(query, key, value, scaling, mask, softcap=softcap)  # [B, T, k, D_value]
     return take_heads(out.transpose(1, 2), head_map.clusters.assignment)
 
 
@@ -86,14 +96,18 @@ def mha_attention(
     scaling: float,
     mask: Tensor | None,
     fused: Callable[[], Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute multi-head attention by the faster of a fused kernel and plain products.
 
     The fused kernel of torch decodes half-precision types on a CPU several times slower than plain products do.
 
     From query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]`` to ``[B, T, H, D]``; ``fused`` runs another
-    fused kernel (default: torch's).
+    fused kernel (default: torch's). With a soft cap, which no fused kernel computes, each head is a cluster of its own.
     """
+    if softcap is not None:
+        own = torch.arange(query.shape[1], device=query.device).expand(len(query), -1)
+        return clustered_attention(query, key, value, HeadClusters(own, own), scaling, mask, softcap).transpose(1, 2)
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != "cpu" or not half or query.shape[2] != 1:
         if fused is not None:

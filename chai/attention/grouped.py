@@ -20,7 +20,13 @@ BLOCK = 256  # queries of a task: fewer make the products slow, more do not fit 
 
 
 def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: KVHeadMap,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute clustered attention cluster by cluster, in blocks of queries.
 
@@ -31,7 +37,7 @@ def grouped_attention(
     out = query.new_empty(batch_size, q_len, head_map.clusters.num_heads, value.shape[3])
     for row, clusters in enumerate(head_map.clusters_by_row):
         row_mask = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
-        _RowAttention(query[row], key[row], value[row], clusters, scaling, row_mask, out[row]).run()
+        _RowAttention(query[row], key[row], value[row], clusters, scaling, row_mask, softcap, out[row]).run()
     return out.transpose(1, 2)
 
 
@@ -46,14 +52,16 @@ class _RowAttention:
         clusters: list[Cluster],
         scaling: float,
         mask: Tensor | None,
+        softcap: float | None,
         out: Tensor,
     ) -> None:
         self.query, self.key, self.value, self.scaling, self.mask, self.out = query, key, value, scaling, mask, out
+        self.softcap = softcap
         self.q_len, (_, self.kv_len, self.head_dim) = query.shape[1], value.shape
         self.group = out.shape[1] // value.shape[0]  # query heads per KV head
         self.dtype = gemm_dtype(query.dtype, "cpu")
-        # The fused kernel skips later keys only without an explicit mask.
-        plain = mask is None and query.shape[2] == self.head_dim
+        # The fused kernel skips later keys only without an explicit mask, and cannot cap scores.
+        plain = mask is None and softcap is None and query.shape[2] == self.head_dim
         fused = plain and self.kv_len - self.q_len <= self.q_len // 8 and self.dtype == torch.float32
         self.single = [cluster for cluster in clusters if fused and len(cluster.members) == 1]
         self.shared = [cluster for cluster in clusters if not (fused and len(cluster.members) == 1)]
@@ -119,6 +127,8 @@ class _RowAttention:
         # Scores of the representative.
         query = self.query[cluster.index, begin:end].to(self.dtype)
         torch.addmm(scores, query, self.keys[index][:, :seen], beta=0, alpha=self.scaling, out=scores)
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is None:
             scores[:, seen - rows :] += self.later[:rows, :rows]
         elif self.mask.dtype == torch.bool:

@@ -12,6 +12,8 @@ every member with the member's own V:
 This module is what runs where gradients are wanted and on devices without a faster path; the fast paths
 (:mod:`chai.attention.dense`, ``grouped`` and ``sdpa``) are tested against it.
 
+With a soft cap c (Gemma 2), ``A_h = softmax(c tanh(scaling * Q_h K_h^T / c))``: scores stay between -c and c.
+
 Shapes: B batch size, H query heads, H_kv KV heads, k representatives, n stored KV heads, T query tokens, S key tokens,
 D head_dim.
 """
@@ -25,7 +27,13 @@ from chai.heads import KVHeadMap, take_heads
 
 
 def clustered_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: KVHeadMap,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute clustered head attention by the equation (paper, Section 3.4).
 
@@ -36,17 +44,25 @@ def clustered_attention(
         head_map: The clusters, and the stored KV head of each representative.
         scaling: Factor of the scores.
         mask: ``[B or 1, 1, T, S]``, bool (true: attend) or additive float; ``None`` means causal.
+        softcap: Bound of the scores, applied before the mask; ``None``: unbounded.
 
     Returns:
         ``[B, H, T, D_value]``.
     """
     key = take_heads(key, head_map.kv_heads)  # [B, k, S, D]
-    weights = attention_weights(query, key, scaling, mask)  # A_r: [B, k, T, S]
+    weights = attention_weights(query, key, scaling, mask, softcap)  # A_r: [B, k, T, S]
     weights = take_heads(weights, head_map.clusters.assignment)  # A_{r(c(h))}: [B, H, T, S]
     return apply_weights(weights, value)  # y_h: [B, H, T, D_value]
 
 
-def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
+    """Bound scores smoothly, ``softcap * tanh(scores / softcap)``; ``None``: leave them alone."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, softcap: float | None = None
+) -> Tensor:
     """Compute ``softmax(scaling * Q K^T + mask)`` in fp32, returned in the dtype of the query.
 
     Args:
@@ -54,11 +70,12 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
         key: ``[B, N, S, D]``; its last T tokens are those of the query.
         scaling: Factor of the scores.
         mask: ``[B or 1, 1, T, S]``, bool (true: attend) or additive float; ``None`` means causal.
+        softcap: Bound of the scores, applied before the mask; ``None``: unbounded.
 
     Returns:
         ``[B, N, T, S]``. A row that may attend to nothing (padding) is uniform, not NaN.
     """
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = cap_scores((query @ key.transpose(-1, -2)).float() * scaling, softcap)
     if mask is None:
         mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
     if mask.dtype == torch.bool:

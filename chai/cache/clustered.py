@@ -27,11 +27,14 @@ class WarmUp:
 
     Attributes:
         queries: ``[B, H, warmup_tokens, D]``, queries of the warm-up tokens seen so far; ``None`` before the first.
+        scaling: Factor of the scores.
+        softcap: Bound of the scores, if the model has one.
         head_map: Clusters of the rows that have theirs (of other rows: anything); ``None`` if no row has.
     """
 
     queries: Tensor | None = None
-    scaling: float = 1.0  # factor of the scores
+    scaling: float = 1.0
+    softcap: float | None = None
     head_map: KVHeadMap | None = None
 
 
@@ -152,14 +155,16 @@ class ClusteredLayer(PrunedLayer):
                 value_states = take_heads(value_states, head_map.stored)
         return super().update(key_states, value_states)
 
-    def collect_queries(self, query: Tensor, present: Tensor, index: Tensor, scaling: float) -> None:
+    def collect_queries(
+        self, query: Tensor, present: Tensor, index: Tensor, scaling: float, softcap: float | None = None
+    ) -> None:
         """Collect the queries ``[B, H, T, D]`` of a call's warm-up tokens, which :meth:`WarmupTokens.add` has found."""
         assert isinstance(self.phase, WarmUp)
         present, index = present.to(query.device), index.to(query.device)  # the layer may be on another device
         new = take_tokens(query, index)
         before = torch.zeros_like(new) if self.phase.queries is None else self.phase.queries
         self.phase.queries = torch.where(present[:, None, :, None], new, before)
-        self.phase.scaling = scaling
+        self.phase.scaling, self.phase.softcap = scaling, softcap
 
     def set_row_clusters(self, rows: Tensor, clusters: HeadClusters) -> HeadClusters:
         """Set the clusters of some rows (bool ``[B]``); all KV heads stay stored.
@@ -244,20 +249,25 @@ class ClusteredCache(PrunedCache[PrunedLayer]):
         phase = getattr(self.layers[layer], "phase", None)
         return phase.head_map.clusters if isinstance(phase, Clustered) else None
 
-    def warmup_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    def warmup_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, float, float | None]:
         """Return what the heads of some rows (bool ``[B]``), whose warm-up is complete, are clustered by.
 
         Returns:
             Queries ``[L, b, H, warmup_tokens, D]`` and keys ``[L, b, H_kv, warmup_tokens, D]`` of the warm-up tokens,
-            and the factor of the scores.
+            the factor of the scores, and their bound. Where the factor differs between layers (GPT-2), the queries
+            are multiplied with what it differs by.
         """
-        positions, queries, keys, scaling = self.state.warmup.positions[rows], [], [], 1.0
+        positions, queries, keys = self.state.warmup.positions[rows], [], []
+        first = next(iter(self.clustered_layers.values())).phase
+        assert isinstance(first, WarmUp)
+        scaling, softcap = first.scaling, first.softcap
         for layer in self.clustered_layers.values():
             assert isinstance(layer.phase, WarmUp) and layer.phase.queries is not None and layer.keys is not None
-            device, scaling = layer.keys.device, layer.phase.scaling
-            queries.append(layer.phase.queries[rows.to(device)].to(rows.device))
+            device = layer.keys.device
+            own = layer.phase.queries[rows.to(device)].to(rows.device)
+            queries.append(own if layer.phase.scaling == scaling else own * (layer.phase.scaling / scaling))
             keys.append(take_tokens(layer.keys[rows.to(device)], positions.to(device)).to(rows.device))
-        return torch.stack(queries), torch.stack(keys), scaling
+        return torch.stack(queries), torch.stack(keys), scaling, softcap
 
     def expect_whole_prompt(self, warmup_tokens: int) -> None:
         """Let every layer cluster its heads in the next call, which begins with the warm-up tokens of all rows."""

@@ -7,16 +7,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from chai.attention.reference import cap_scores
 
-def attention_features(query: Tensor, key: Tensor, scaling: float, causal: bool = True) -> Tensor:
+
+def attention_features(
+    query: Tensor, key: Tensor, scaling: float, causal: bool = True, softcap: float | None = None
+) -> Tensor:
     """Compute the attention matrix of each head among t tokens, ``softmax(scaling * Q_h K_h^T)``, as one vector.
 
     From query and key ``[..., H, t, D]`` after rotary embedding to ``[..., H, t * t]`` in fp32. The authors' release
-    leaves the causal mask out.
+    leaves the causal mask out. A soft cap bounds the scores, as in the model's own attention.
     """
     query_rows, key_rows = query.float().flatten(0, -3), key.float().flatten(0, -3)
     mask = _score_mask(query.shape[-2], causal, query.device).expand(len(query_rows), -1, -1)
-    scores = torch.baddbmm(mask, query_rows, key_rows.transpose(1, 2), alpha=scaling)
+    if softcap is None:
+        scores = torch.baddbmm(mask, query_rows, key_rows.transpose(1, 2), alpha=scaling)
+    else:
+        scores = mask + cap_scores(scaling * torch.bmm(query_rows, key_rows.transpose(1, 2)), softcap)
     return scores.softmax(-1).view(*query.shape[:-2], -1)
 
 

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai.cache import vector_bytes
 from chai.flops import LayerFlops, LayerShape, prompt_flops
-from chai.patching.model_info import layer_shape, logit_weights, num_kv_heads
+from chai.patching.model_info import UncountedError, layer_shape, logit_weights, num_kv_heads, sliding_windows
 
 #: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
 Saving = Literal["real", "simulated", "none"]
@@ -67,13 +67,21 @@ class Method(ABC):
         """Return the shape of the model's layers as this method uses them."""
         return layer_shape(model)
 
-    def prompt_flops(self, model: PreTrainedModel, q_len: int) -> int:
-        """Count the operations of a prompt by the algorithm: all layers, and the logits of its last token."""
-        return prompt_flops(self.layer_shape(model), self.layer_flops(model.config), q_len) + 2 * logit_weights(model)
+    def prompt_flops(self, model: PreTrainedModel, q_len: int) -> int | None:
+        """Count the operations of a prompt by the algorithm: all layers, and the logits of its last token.
+
+        ``None`` for a model whose layers are not known well enough.
+        """
+        try:
+            shape = self.layer_shape(model)
+        except UncountedError:
+            return None
+        return prompt_flops(shape, self.layer_flops(model.config), q_len) + 2 * logit_weights(model)
 
     def prefill_flops(self, model: PreTrainedModel, q_len: int) -> float:
-        """Count the operations that limit the time to first token."""
-        return self.prompt_flops(model, q_len)
+        """Count the operations that limit the time to first token; NaN if not known."""
+        flops = self.prompt_flops(model, q_len)
+        return math.nan if flops is None else flops
 
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
         """Count the bytes that limit the time to next token: weights, and the KV cache of a batch; NaN if not known."""
@@ -81,8 +89,10 @@ class Method(ABC):
 
     def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
         """Count the bytes that a filled cache must hold by arithmetic: all keys and values, unless overridden."""
-        heads = 2 * num_kv_heads(model.config) * len(cache.layers)
-        return vector_bytes(cache) * heads * cache.get_seq_length()
+        kv_len, windows = cache.get_seq_length(), sliding_windows(model.config)
+        # A layer with a sliding window keeps the tokens that the next one still sees.
+        tokens = sum(kv_len if window is None else min(kv_len, window - 1) for window in windows)
+        return vector_bytes(cache) * 2 * num_kv_heads(model.config) * tokens
 
     # Used by scoring and benchmarks.
 

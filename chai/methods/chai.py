@@ -35,10 +35,17 @@ class ClusteredHeadAttention(ClusteringMethod):
         layer.evict(clusters)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_map: KVHeadMap,
+        scaling: float,
+        mask: Tensor | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Compute ``y_h = A_{r(c(h))} V_h`` (Section 3.4); :mod:`chai.attention.reference` spells it out."""
-        return clustered_attention(query, key, value, head_map, scaling, mask)
+        return clustered_attention(query, key, value, head_map, scaling, mask, softcap)
 
 
 @dataclass
@@ -84,13 +91,19 @@ class Chai(ClusteredHeadAttention):
         return self.tokens
 
     def cluster_heads(
-        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
+        self,
+        layers: Sequence[int],
+        num_clusters: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
     ) -> list[HeadClusters]:
         """Cluster heads by their attention among the warm-up tokens (Section 3.5)."""
         num_heads, num_kv = query.shape[2], key.shape[2]
         # One feature vector per head: its flattened attention matrix.
         key = repeat_kv(key, num_heads, dim=2)
-        features = attention_features(query, key, scaling, causal=self.features == "causal")  # [L, B, H, t * t]
+        features = attention_features(query, key, scaling, self.features == "causal", softcap)  # [L, B, H, t * t]
         if self.group_aware:
             return gqa_clusters(features, num_kv, num_clusters)
         # Group the heads, and choose a representative for each group.

@@ -34,7 +34,14 @@ class ChaiQkv(Chai):
         layer.evict(clusters, values=True)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_map: KVHeadMap,
+        scaling: float,
+        mask: Tensor | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Compute ``y_h = A_{r(c(h))} V_{r(c(h))}``."""
-        return shared_value_attention(query, key, value, head_map, scaling, mask)
+        return shared_value_attention(query, key, value, head_map, scaling, mask, softcap)

@@ -249,6 +249,7 @@ def mask_outputs(
                 _mask_block(stack, block.attention, block.output, network, num_heads, heads_kept[index])
             if neurons_kept[index] < neurons:
                 network = predictor.neurons[str(index)] if predictor is not None else None
+                assert block.first is not None and block.last is not None  # neurons need ReLU; no experts have it
                 _mask_block(stack, block.first, block.last, network, None, neurons_kept[index])
         yield model
 
@@ -313,6 +314,7 @@ def observe_layers(model: PreTrainedModel, receive: Receiver, *, mlp: bool) -> I
         for index, block in enumerate(find_blocks(model)):
             connect("heads", index, block.attention, block.output)
             if mlp:
+                assert block.first is not None and block.last is not None
                 connect("neurons", index, block.first, block.last)
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from chai.flops import decode_entries
 from chai.methods.base import Method, Saving
-from chai.patching.model_info import layer_shape, logit_weights
+from chai.patching.model_info import UncountedError, layer_shape, logit_weights
 
 
 @dataclass
@@ -23,9 +24,18 @@ class Mha(Method):
         """Change nothing."""
         return nullcontext(model)
 
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a model without attention (ValueError)."""
+        if not getattr(config, "num_attention_heads", None):
+            raise ValueError(f"a model of the family '{config.model_type}' has no attention heads; valid: one that has")
+
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
-        """Count the bytes of all weights, keys and values."""
-        entries = decode_entries(layer_shape(model), self.heads_kept(model.config), kv_len, batch_size)
+        """Count the bytes of all weights, keys and values; NaN if the layers are not known well enough."""
+        try:
+            shape = layer_shape(model)
+        except UncountedError:
+            return math.nan
+        entries = decode_entries(shape, self.heads_kept(model.config), kv_len, batch_size)
         return model.dtype.itemsize * (entries + logit_weights(model))
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:

@@ -26,7 +26,13 @@ class Random(ClusteredHeadAttention):
     """
 
     def cluster_heads(
-        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
+        self,
+        layers: Sequence[int],
+        num_clusters: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
     ) -> list[HeadClusters]:
         """Draw the clusters, the same for every row."""
         batch_size, num_heads = query.shape[1:3]

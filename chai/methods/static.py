@@ -54,7 +54,13 @@ class Static(ClusteredHeadAttention):
         return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
 
     def cluster_heads(
-        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
+        self,
+        layers: Sequence[int],
+        num_clusters: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
     ) -> list[HeadClusters]:
         """Return the clusters of the head profile, the same for every row."""
         assert self._profile is not None

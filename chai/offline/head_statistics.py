@@ -68,7 +68,13 @@ class LayerSamples:
 
 
 def gather(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, lengths: Tensor, options: StatisticsOptions
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    lengths: Tensor,
+    options: StatisticsOptions,
+    softcap: float | None = None,
 ) -> LayerSamples:
     """Gather the statistics of one layer for a batch of samples.
 
@@ -79,6 +85,7 @@ def gather(
         mask: ``[B or 1, 1, T, T]``, bool (true: attend); ``None`` means causal.
         lengths: ``[B]`` (long), real tokens; the rest is padding.
         options: What to gather; no sample is shorter than ``trace_tokens``.
+        softcap: Bound of the scores, ``softcap * tanh(score / softcap)``; ``None``: unbounded.
     """
     batch_size, num_heads, q_len, _ = query.shape
     device, history = query.device, options.trace_tokens
@@ -99,6 +106,8 @@ def gather(
         rows, size = positions[begin:end], batch_size * num_heads * (end - begin) * end
         scores, weights = (part[:size].view(batch_size, num_heads, -1, end) for part in scratch)
         torch.matmul(query[:, :, begin:end], key[..., :end], out=scores)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., begin:].masked_fill_(positions[begin:end] > rows[:, None], -torch.inf)
         if mask is not None:
             scores.masked_fill_(~mask[:, :, begin:end, :end], -torch.inf)

@@ -29,14 +29,16 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from chai.attention import mha_attention
 from chai.cache import PrunedCache, PrunedLayer
 from chai.patching.devices import replaced_forward
+from chai.patching.falcon import dispatched_falcon
 from chai.patching.model_info import check_family
 
 ATTENTION = "chai"  # the name registered with transformers; it must not contain "flash" or "sdpa"
 
 #: What our attention does not compute.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "position biases"}
 
 P = TypeVar("P", bound=PrunedCache)
 
@@ -51,6 +53,7 @@ class AttentionInputs:
     value: Tensor  # [B, H_kv, S, D], or what the cache stores
     mask: Tensor | None  # [B or 1, 1, T, S] or None, as transformers passes it
     scaling: float  # factor of the scores
+    softcap: float | None  # bound of the scores (Gemma 2)
     options: dict[str, Any]  # further arguments of transformers
 
     @property
@@ -58,8 +61,10 @@ class AttentionInputs:
         """Index of the layer."""
         return cast(int, self.module.layer_idx)
 
-    def sdpa(self) -> Tensor:
+    def stock(self) -> Tensor:
         """Compute the model's own attention, ``[B, T, H, D]``."""
+        if self.softcap is not None:  # which the fused kernel does not compute
+            return mha_attention(self.query, self.key, self.value, self.scaling, self.mask, softcap=self.softcap)
         return sdpa_attention_forward(
             self.module, self.query, self.key, self.value, self.mask, scaling=self.scaling, **self.options
         )[0]
@@ -208,6 +213,21 @@ class Decoder:
 
 
 @contextmanager
+def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let the model's attention be the function that is registered with transformers as ``name`` inside the block."""
+    previous = model.config._attn_implementation
+    with ExitStack() as stack:
+        if model.config.model_type == "falcon":
+            stack.callback(setattr, model.config, "_attn_implementation", previous)
+            stack.enter_context(dispatched_falcon(model, name))
+            model.config._attn_implementation = name  # which chooses the kind of the mask
+        else:
+            stack.callback(model.set_attn_implementation, previous)
+            model.set_attn_implementation(name)
+        yield
+
+
+@contextmanager
 def patched(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[PreTrainedModel]:
     """Replace the decoder's forward and attention inside the block; restore them also after an exception.
 
@@ -222,15 +242,14 @@ def patched(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pre
     module = model.get_decoder()
     decoder = Decoder(module, module.forward, tuple(inspect.signature(module.forward).parameters))
     with ExitStack() as stack:
-        stack.callback(model.set_attn_implementation, previous)
-        model.set_attn_implementation(ATTENTION)
+        stack.enter_context(switched_attention(model, ATTENTION))
         wrapper = functools.wraps(decoder.forward)(functools.partial(forward, decoder))
         stack.enter_context(replaced_forward(module, wrapper))
         yield model
 
 
-#: A function of the layer's index, query, key, scaling and mask.
-Callback = Callable[[int, Tensor, Tensor, float, "Tensor | None"], None]
+#: A function of the layer's index, query, key, scaling, mask and soft cap.
+Callback = Callable[[int, Tensor, Tensor, float, "Tensor | None", "float | None"], None]
 
 
 @contextmanager
@@ -245,8 +264,8 @@ def capture(model: PreTrainedModel, callback: Callback) -> Iterator[PreTrainedMo
 
     class Capture(ForwardPass):
         def attend(self, inputs: AttentionInputs) -> Tensor:
-            callback(inputs.layer_idx, inputs.query, inputs.key, inputs.scaling, inputs.mask)
-            return inputs.sdpa()
+            callback(inputs.layer_idx, inputs.query, inputs.key, inputs.scaling, inputs.mask, inputs.softcap)
+            return inputs.stock()
 
     def forward(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
         with running(Capture()):
@@ -318,6 +337,7 @@ def _attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: ``[B, H, T, D]`` in, ``[B, T, H, D]`` out."""
@@ -327,11 +347,11 @@ def _attention_forward(
             "the attention was called outside a call of the model that the method was applied to "
             "(a part of the model was called by itself, or another model shares its config object)"
         )
-    refused = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    refused = [text for name, text in UNSUPPORTED.items() if kwargs.get(name) is not None]
     if dropout or refused:
         raise ValueError(f"this attention does not support {', '.join(refused) or 'dropout'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = AttentionInputs(module, query, key, value, attention_mask, scaling, kwargs)
+    inputs = AttentionInputs(module, query, key, value, attention_mask, scaling, softcap, kwargs)
     return forward_pass.attend(inputs).contiguous(), None
 
 

@@ -58,15 +58,15 @@ class CascadePass(ForwardPass):
 
     def _attend_after_context(self, layer: CascadeLayer, inputs: AttentionInputs, mask: Tensor) -> Tensor:
         """Attend to what is stored; returns ``[B, H, T, D]``, zero for pruned heads."""
-        query, key, value = inputs.query, inputs.key, inputs.value
+        query, key, value, share = inputs.query, inputs.key, inputs.value, self.cache.rule.values
         if layer.remaining is None:
             key = repeat_kv(key, query.shape[1])
-            return attend_top_values(query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
+            return attend_top_values(query, key, value, mask, inputs.scaling, share, inputs.softcap)[0]
         remaining = layer.remaining
         remaining_query = take_heads(query, remaining.query_heads)
         if layer.num_kv_heads != query.shape[1]:  # else the stored heads are just those read, in order
             key, value = take_heads(key, remaining.kv_heads), take_heads(value, remaining.kv_heads)
-        out = attend_top_values(remaining_query, key, value, mask, inputs.scaling, self.cache.rule.values)[0]
+        out = attend_top_values(remaining_query, key, value, mask, inputs.scaling, share, inputs.softcap)[0]
         heads = remaining.query_heads[:, :, None, None].expand_as(out)
         return out.new_zeros(*query.shape[:3], out.shape[3]).scatter_(1, heads, out)
 
@@ -77,8 +77,8 @@ class CascadePass(ForwardPass):
             Outputs ``[B, H, T, D]`` and weights ``[B, H, T, S]``, zero for heads that are not kept.
         """
         key = repeat_kv(inputs.key, inputs.query.shape[1])
-        values = self.cache.rule.values
-        out, weights = attend_top_values(inputs.query, key, inputs.value, mask, inputs.scaling, values)
+        query, value, share = inputs.query, inputs.value, self.cache.rule.values
+        out, weights = attend_top_values(query, key, value, mask, inputs.scaling, share, inputs.softcap)
         if heads is None:
             return out, weights
         return out * heads[..., None], weights * heads[..., None]
@@ -224,14 +224,20 @@ def keep_top(scores: Tensor, candidates: Tensor, count: Tensor, always: Tensor |
 
 
 def attend_top_values(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, values: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    values: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a mask ``[B, T, S]``, each head reading its values of the largest weights (Section III-C).
 
     Returns:
         Outputs ``[B, N, T, D]``, and weights ``[B, N, T, S]`` before values are pruned, zero where nothing is seen.
     """
-    weights = attention_weights(query, key, scaling, mask[:, None]) * mask[:, None]
+    weights = attention_weights(query, key, scaling, mask[:, None], softcap) * mask[:, None]
     top = weights
     if values < 1:
         count = share_of(mask.sum(-1), values)[:, None].expand(weights.shape[:3])

@@ -55,11 +55,18 @@ class ClusteringSteps(ABC):
 
     @abstractmethod
     def cluster_heads(
-        self, layers: Sequence[int], num_clusters: Sequence[int], query: Tensor, key: Tensor, scaling: float
+        self,
+        layers: Sequence[int],
+        num_clusters: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
     ) -> list[HeadClusters]:
         """Cluster the heads of ``L`` layers, each into its number of clusters, by the warm-up tokens of each row.
 
-        Query is ``[L, B, H, warmup_tokens, D]``, key ``[L, B, H_kv, warmup_tokens, D]``.
+        Query is ``[L, B, H, warmup_tokens, D]``, key ``[L, B, H_kv, warmup_tokens, D]``; the model's attention among
+        them is that of :func:`chai.attention.attention_weights`.
         """
 
     @abstractmethod
@@ -68,7 +75,14 @@ class ClusteringSteps(ABC):
 
     @abstractmethod
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_map: KVHeadMap,
+        scaling: float,
+        mask: Tensor | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Compute the attention of tokens after the warm-up, ``[B, H, T, D]``.
 
@@ -185,11 +199,19 @@ class _Requests:
         if bool(rows.any()):
             self.cluster_rows(cache, rows, *cache.warmup_inputs(rows))
 
-    def cluster_rows(self, cache: ClusteredCache, rows: Tensor, query: Tensor, key: Tensor, scaling: float) -> None:
+    def cluster_rows(
+        self,
+        cache: ClusteredCache,
+        rows: Tensor,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> None:
         """Cluster the heads of some rows in all layers; evict once all rows have their clusters."""
         layers = cache.clustered_layers
         clusters = self.steps.cluster_heads(
-            list(layers), [self.num_clusters[index] for index in layers], query, key, scaling
+            list(layers), [self.num_clusters[index] for index in layers], query, key, scaling, softcap
         )
         state = cache.state
         state.warmup.clustered = state.warmup.clustered | rows
@@ -220,7 +242,7 @@ class ClusteredPass(ForwardPass):
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Compute one layer's attention by the phase of the layer, ``[B, T, H, D]``."""
         layer = cast(PrunedLayer, self.cache.layers[inputs.layer_idx])
-        query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scaling
+        query, key, value, scaling, softcap = inputs.query, inputs.key, inputs.value, inputs.scaling, inputs.softcap
         causal = not self.has_padding and (layer.window is None or value.shape[2] <= layer.window)
         mask = None if causal else inputs.mask
         phase = layer.phase if isinstance(layer, ClusteredLayer) else None
@@ -233,17 +255,17 @@ class ClusteredPass(ForwardPass):
         if query.shape[2] == 1 and query.dtype.itemsize == 2 and query.device.type == "cpu":
             key, value, mask = layer.padded(mask)
         if phase is None:  # k = H
-            return mha_attention(query, key, value, scaling, mask, inputs.sdpa)
+            return mha_attention(query, key, value, scaling, mask, inputs.stock, softcap)
         representatives = phase.head_map.clusters.representatives
         if query.shape[1] != representatives.shape[1]:  # a model whose projections cannot be sliced
             query = take_heads(query, representatives)
-        return self.steps.attend(query, key, value, phase.head_map, scaling, mask).transpose(1, 2)
+        return self.steps.attend(query, key, value, phase.head_map, scaling, mask, softcap).transpose(1, 2)
 
     def _warm_up(self, layer: ClusteredLayer, phase: WarmUp, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
         """Attend with all heads, and collect the queries; rows that have their clusters use these already."""
         assert self.new_tokens is not None
-        layer.collect_queries(inputs.query, *self.new_tokens, inputs.scaling)
-        out = inputs.sdpa()
+        layer.collect_queries(inputs.query, *self.new_tokens, inputs.scaling, inputs.softcap)
+        out = inputs.stock()
         if self.clustered_rows is None or phase.head_map is None:
             return out
         rows = self.clustered_rows.to(out.device)
@@ -251,25 +273,27 @@ class ClusteredPass(ForwardPass):
         row_mask = mask[rows] if mask is not None and len(mask) > 1 else mask
         query = take_heads(inputs.query[rows], head_map.clusters.representatives)
         key, value = inputs.key[rows], inputs.value[rows]
-        clustered = self.steps.attend(query, key, value, head_map, inputs.scaling, row_mask)
+        clustered = self.steps.attend(query, key, value, head_map, inputs.scaling, row_mask, inputs.softcap)
         return out.index_copy(0, rows, clustered.transpose(1, 2))
 
     def _cluster_and_attend(self, layer: ClusteredLayer, inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
         """Run a whole prompt through one layer: warm-up tokens with all heads, the others on the representatives."""
-        tokens, scaling = self.steps.warmup_tokens, inputs.scaling
+        tokens, scaling, softcap = self.steps.warmup_tokens, inputs.scaling, inputs.softcap
         query, key, value = (tensor[:, :, :tokens].contiguous() for tensor in (inputs.query, inputs.key, inputs.value))
         # Cluster, and evict.
         index = inputs.layer_idx
-        (clusters,) = self.steps.cluster_heads([index], [self.num_clusters[index]], query[None], key[None], scaling)
+        counts = [self.num_clusters[index]]
+        (clusters,) = self.steps.cluster_heads([index], counts, query[None], key[None], scaling, softcap)
         self.steps.evict(layer, clusters)
         assert isinstance(layer.phase, Clustered) and layer.keys is not None and layer.values is not None
         # Warm-up tokens.
-        warm_up = mha_attention(query, key, value, scaling, None if mask is None else mask[:, :, :tokens, :tokens])
+        first_mask = None if mask is None else mask[:, :, :tokens, :tokens]
+        warm_up = mha_attention(query, key, value, scaling, first_mask, softcap=softcap)
         # The other tokens.
         head_map = layer.phase.head_map
         query = take_heads(inputs.query[:, :, tokens:], head_map.clusters.representatives)
         rest_mask = None if mask is None else mask[:, :, tokens:]
-        rest = self.steps.attend(query, layer.keys, layer.values, head_map, scaling, rest_mask)
+        rest = self.steps.attend(query, layer.keys, layer.values, head_map, scaling, rest_mask, softcap)
         return torch.cat([warm_up, rest.transpose(1, 2)], 1)
 
 

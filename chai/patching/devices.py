@@ -16,7 +16,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from chai.errors import ChaiError
+from chai.patching.model_info import find_layers
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -42,20 +42,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Return the device of each decoder layer, and so of its keys, values and clusters."""
-    return [execution_device(layer) for layer in decoder_layers(model)]
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a causal model, whatever their name (``layers``, ``h``, ``blocks``).
-
-    Raises:
-        ChaiError: No list of as many modules as the configuration has layers.
-    """
-    count = model.config.num_hidden_layers
-    for module in model.get_decoder().children():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ChaiError(f"cannot find the {count} decoder layers of model family '{model.config.model_type}'")
+    return [execution_device(layer) for layer in find_layers(model)]
 
 
 def describe_devices(model: PreTrainedModel) -> str:

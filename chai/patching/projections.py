@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from chai.cache.clustered import Clustered, ClusteredLayer
 from chai.patching.devices import is_hooked, replaced_forward
+from chai.patching.model_info import norms_all_heads
 
 #: Above this share of the heads, one product with all of them is as fast.
 WORTHWHILE = 0.8
@@ -33,7 +34,8 @@ def sliced_projections(model: PreTrainedModel, cache_layer: LayerLookup) -> Iter
     """Replace the forward of every ``q_proj``, ``k_proj`` and ``v_proj`` inside the block.
 
     Layers whose projections are not plain ``nn.Linear`` modules (quantized, with adapters, or fused) are left alone:
-    all heads are computed there, and the redundant ones are dropped. Accelerate's wrapper stays outside of the
+    all heads are computed there, and the redundant ones are dropped. So are queries and keys of models that normalise
+    them over all heads together. Accelerate's wrapper stays outside of the
     replacement: it loads the weights before rows are taken from them.
     """
     with ExitStack() as stack:
@@ -45,6 +47,8 @@ def sliced_projections(model: PreTrainedModel, cache_layer: LayerLookup) -> Iter
             # OPT reshapes the projection to a fixed number of heads, the other families infer the number.
             fixed_heads, head_dim = hasattr(module, "num_heads"), cast(int, module.head_dim)
             for kind, linear in linears.items():
+                if kind != "value" and norms_all_heads(module):
+                    continue
                 if type(linear) is not nn.Linear or ("forward" in linear.__dict__ and not is_hooked(linear)):
                     continue
                 forward = _projection(linear, index, head_dim, kind, fixed_heads, cache_layer)

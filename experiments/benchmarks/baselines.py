@@ -45,13 +45,14 @@ class Implementation:
 
 
 def model_baselines(model: PreTrainedModel, phase: str, length: int) -> dict[str, Implementation]:
-    """Return multi-head attention of ``length`` tokens on every kernel and cache of a phase."""
+    """Return multi-head attention of ``length`` tokens on every kernel and cache of a phase that the model can run."""
     makers: dict[str, Callable[[], Cache]] = {
         "": DynamicCache,
         "growing": GrowingCache,
         "static": partial(static_cache, model.config.num_hidden_layers, length),
     }
-    names = {name: name.partition("_") for name in BASELINES[phase]}
+    runnable = harness.stock_attentions(model)
+    names = {name: parts for name in BASELINES[phase] if (parts := name.partition("_"))[0] in runnable}
     twins = {kernel: harness.twin(model, kernel) for kernel in dict.fromkeys(kernel for kernel, _, _ in names.values())}
     return {
         name: Implementation(twins[kernel], baseline(), makers[cache]) for name, (kernel, _, cache) in names.items()

@@ -110,8 +110,8 @@ def run_benchmark(
 
 def pick_lengths(run: Run[OptionsT]) -> list[int]:
     """Return the requested sequence lengths, or powers of two up to 2,048; a trained model limits both."""
-    requested, positions = run.options.lengths, run.architecture.max_position_embeddings
-    limit = None if run.source.random_init else positions
+    requested, positions = run.options.lengths, getattr(run.architecture, "max_position_embeddings", None)
+    limit = None if run.source.random_init else positions  # None: such as relative positions, for any length
     if requested is None:
         return [length for length in (128, 256, 512, 1024, 2048) if limit is None or length <= limit] or [positions]
     if limit is not None and (too_long := [length for length in requested if length > limit]):
@@ -123,7 +123,7 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
     """Load a model for the method on one device; random weights get positions for ``max_length`` tokens."""
     source = run.source
     if source.random_init:
-        positions = max(run.architecture.max_position_embeddings, max_length)
+        positions = max(getattr(run.architecture, "max_position_embeddings", 0), max_length)
         source = dataclasses.replace(source, architecture=source.architecture | {"max_position_embeddings": positions})
     model = load_model(source)
     if "," in (devices := describe_devices(model)) or model.device.type == "meta":
@@ -184,6 +184,20 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     other = copy.deepcopy(model, shared)
     other.set_attn_implementation(implementation)
     return other
+
+
+def stock_attentions(model: PreTrainedModel) -> list[str]:
+    """Return which of transformers' implementations of attention, ``eager`` and ``sdpa``, the model can run."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return ["eager"]  # sdpa has no soft caps
+    names = []
+    for name in ("eager", "sdpa"):
+        try:
+            switched = twin(model, name).config._attn_implementation == name  # some models ignore the request
+        except ValueError:  # others refuse it
+            switched = False
+        names += [name] if switched else []
+    return names
 
 
 def random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:

@@ -287,8 +287,10 @@ def look(model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptio
     ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(lengths.device)
     layers: list[LayerSamples] = []
 
-    def gather_layer(layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
-        layers.append(head_statistics.gather(query, key, scaling, mask, lengths.to(query.device), wanted))
+    def gather_layer(
+        layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, softcap: float | None
+    ) -> None:
+        layers.append(head_statistics.gather(query, key, scaling, mask, lengths.to(query.device), wanted, softcap))
 
     with capture(model, gather_layer):
         model.get_decoder()(ids, use_cache=False)

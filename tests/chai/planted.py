@@ -1,34 +1,54 @@
-"""Models in which one head attends exactly as another: clustering the two changes nothing but rounding."""
+"""Models in which one head of each layer attends like another: clustering the two must change nothing."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.models import HEADS, make_model
+from chai.methods import Random
+from chai.patching.model_info import find_blocks
+from tests.models import HEADS, LAYERS, make_model
+
+#: The clusters that join the two heads of each layer: a fixed choice, whatever the model.
+PLANTED = Random(clusters=HEADS - 1).cluster_heads(
+    range(LAYERS), [HEADS - 1] * LAYERS, *[torch.empty(LAYERS, 1, HEADS, 0, 1)] * 2, 1.0
+)
 
 
-def plant(model: PreTrainedModel) -> PreTrainedModel:
-    """Give the last head of every layer the query and key weights of the head before it."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // HEADS
-    groups = HEADS // (getattr(config, "num_key_value_heads", None) or HEADS)
-    for layer in model.get_decoder().layers:
-        attention = getattr(layer, "self_attn", None) or layer.attention
-        with torch.no_grad():
-            if hasattr(attention, "query_key_value"):  # [H, 3 (query, key, value), D] rows
-                for tensor in attention.query_key_value.parameters():
-                    heads = tensor.unflatten(0, (HEADS, 3, head_dim))
-                    heads[-1, :2] = heads[-2, :2]
-                continue
-            projections = [attention.q_proj] + ([attention.k_proj] if groups == 1 else [])
-            for projection in projections:
-                for tensor in projection.parameters():
-                    heads = tensor.unflatten(0, (-1, head_dim))
-                    heads[-1] = heads[-2]
+def planted_model(family: str, *, values: bool) -> PreTrainedModel:
+    """A small model whose planted heads have equal queries and keys, and equal values if ``values``."""
+    model = make_model(family)
+    for block, clusters in zip(find_blocks(model), PLANTED, strict=True):
+        sources = clusters.representatives[0][clusters.assignment[0]].tolist()
+        for kind in "qkv" if values else "qk":
+            for head, source in enumerate(sources):
+                for own, other in zip(
+                    *(rows(block.attention, model.config, kind, which) for which in (head, source)), strict=True
+                ):
+                    own.data.copy_(other.data.clone())
     return model
 
 
-def planted_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Return a random fp32 model with a planted pair of heads in every layer."""
-    return plant(make_model(family, seed))
+def rows(attention: nn.Module, config, kind: str, head: int) -> list[Tensor]:
+    """Views of the weights (and biases) that project ``kind`` (q, k or v) for one query head, ``[D, ...]`` each."""
+    size = config.hidden_size // HEADS
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or HEADS
+    group, place = HEADS // kv_heads, "qkv".index(kind)
+    if hasattr(attention, "q_proj"):
+        block, fused = head if kind == "q" else head // group, getattr(attention, f"{kind}_proj")
+    elif hasattr(attention, "qkv_proj"):  # Phi-3: all of Q, all of K, all of V
+        first = {"q": 0, "k": HEADS, "v": HEADS + kv_heads}[kind]
+        block, fused = first + (head if kind == "q" else head // group), attention.qkv_proj
+    elif hasattr(attention, "c_attn"):  # GPT-2, the same, transposed
+        block, fused = HEADS * place + head, attention.c_attn
+        return [fused.weight.unflatten(1, (-1, size))[:, block].T, fused.bias.unflatten(0, (-1, size))[block]]
+    elif config.model_type == "gpt_neox":  # Q, K and V of each head
+        block, fused = 3 * head + place, attention.query_key_value
+    elif config.new_decoder_architecture:  # Falcon: Q of a group, its K and its V
+        inside = {"q": head % group, "k": group, "v": group + 1}[kind]
+        block, fused = head // group * (group + 2) + inside, attention.query_key_value
+    else:  # Falcon with one KV head
+        block, fused = {"q": head, "k": HEADS, "v": HEADS + 1}[kind], attention.query_key_value
+    parameters = [parameter for parameter in (fused.weight, fused.bias) if parameter is not None]
+    return [parameter.unflatten(0, (-1, size))[block] for parameter in parameters]

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from chai.methods import Dejavu
 from chai.methods.dejavu import num_kept, observe_layers
 from chai.offline.predictor import Predictor, load_predictor, model_shape, sample_weights
+from chai.patching.apply import switched_attention
 from chai.patching.model_info import find_blocks, num_neurons
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 from tests.oracle import attend_one_by_one
@@ -41,10 +42,10 @@ def slow_logits(model, batch, keep, predictor=None, dense=()):
     """fp64, one token and one head at a time; heads scored by their norm, or by the predictor's equation."""
     exact, hidden = copy.deepcopy(model).double(), {}
 
-    def forward(module, query, key, value, attention_mask, scaling=None, **_):
+    def forward(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
         rows, heads = query.shape[:2]
         sources = torch.arange(heads).expand(rows, -1)
-        out = attend_one_by_one(query, key, value, scaling, attention_mask, sources, 0)  # [B, H, T, D]
+        out = attend_one_by_one(query, key, value, scaling, attention_mask, sources, 0, softcap=softcap)  # [B, H, T, D]
         for b in range(rows if module.layer_idx not in dense else 0):
             for t in range(query.shape[2]):
                 if predictor is None:
@@ -66,8 +67,8 @@ def slow_logits(model, batch, keep, predictor=None, dense=()):
             lambda _, args, kwargs, index=index: hidden.update({index: args[0] if args else kwargs["hidden_states"]}),
             with_kwargs=True,
         )
-    exact.set_attn_implementation(NAME)
-    return exact(**batch, use_cache=False).logits
+    with switched_attention(exact, NAME):
+        return exact(**batch, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    GPTJConfig,
+    MambaConfig,
+    MptConfig,
+    PhiConfig,
+)
 
 import chai.patching.projections
+from chai.cache import cache_bytes
 from chai.flops import LayerFlops, clustered_prompt_flops, prompt_flops
 from chai.methods import Chai, Dejavu, Mha, Random, Spatten
 from chai.methods.dejavu import num_kept
@@ -29,7 +39,9 @@ GROUPED = [Mha(), Chai(clusters=4, group_aware=True), Chai(clusters=[HEADS, 4, 2
 @pytest.mark.parametrize(
     ("family", "method"),
     [(family, method) for family in ("llama", "opt", "gpt_neox") for method in PLAIN]
-    + [("mistral", method) for method in GROUPED],
+    + [("mistral", method) for method in GROUPED]
+    + [(family, PLAIN[3]) for family in ("gpt2", "falcon", "falcon_multi_query")]
+    + [(family, GROUPED[2]) for family in ("gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe", "olmo2")],
 )
 @torch.no_grad()
 def test_a_model_that_reads_token_by_token_does_what_is_counted(monkeypatch, family, method):
@@ -53,7 +65,39 @@ def test_a_model_that_reads_token_by_token_does_what_is_counted(monkeypatch, fam
     assert counter.get_total_flops() == method.prompt_flops(model, TOKENS) + features + logits
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gpt_neox"])
+@pytest.mark.parametrize(
+    "config", [BloomConfig, GPTJConfig, MptConfig, PhiConfig], ids=lambda config: config.model_type
+)
+@torch.no_grad()
+def test_multi_head_attention_is_counted_in_other_families(config):
+    """All matrices of the layers, and the attention, as torch's counter finds them on a causal prompt's tokens."""
+    names = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    names = {config.attribute_map.get(name, name): value for name, value in names.items()}
+    model = AutoModelForCausalLM.from_config(config(**names, **({"rotary_dim": 4} if config is GPTJConfig else {})))
+    model.config._attn_implementation = "eager"
+    method, ids = Mha(), torch.arange(1, 9)[None]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        cache = method.new_cache(model)
+        for place in range(8):
+            model(ids[:, place : place + 1], past_key_values=cache)
+    assert counter.get_total_flops() == method.prompt_flops(model, 8) + 7 * 2 * logit_weights(model)
+    assert method.expected_cache_bytes(model, cache) == cache_bytes(cache)
+
+
+def test_latent_attention_and_models_without_attention():
+    """What cannot be counted is none; what has no heads is refused."""
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    config = DeepseekV3Config(
+        **sizes, vocab_size=11, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert Mha().prompt_flops(model, 8) is None
+    assert math.isnan(Mha().prefill_flops(model, 8)) and math.isnan(Mha().decode_bytes(model, 8, 1))
+    with pytest.raises(ValueError, match="family 'mamba' has no attention heads"):
+        Mha().check(MambaConfig())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gpt_neox", "gemma2", "gpt2", "mixtral"])
 def test_all_heads_are_multi_head_attention(family):
     model = make_model(family)
     tokens = 2048  # more than the model has positions

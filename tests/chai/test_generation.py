@@ -90,10 +90,10 @@ def test_half_precision_decodes_on_padded_lengths(family, lengths):
     model, batch = make_model(family).to(torch.bfloat16), make_batch(lengths)
     method, shapes = Chai(clusters=COUNTS), set()
 
-    def note(query, key, value, plan, scaling, mask):
+    def note(query, key, value, plan, scaling, mask, softcap):
         if query.shape[2] == 1:
             shapes.add(key.shape[2])
-        return slow_attention(query, key, value, plan, scaling, mask)
+        return slow_attention(query, key, value, plan, scaling, mask, softcap)
 
     def scores(attend):
         with pytest.MonkeyPatch.context() as patch, method(model):

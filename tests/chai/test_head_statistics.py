@@ -257,7 +257,7 @@ def test_observing_shows_what_the_model_attends_to_and_changes_nothing(family):
     )
     rows = {}
 
-    def look(layer, query, key, scaling, mask):
+    def look(layer, query, key, scaling, mask, softcap):
         rows[layer] = gather(query, key, scaling, mask, torch.tensor([12, 12]), wanted).row
 
     with capture(model, look):

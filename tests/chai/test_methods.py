@@ -7,7 +7,15 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTJForCausalLM,
+    StaticCache,
+)
 
 import chai.patching.clustered
 from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
@@ -18,6 +26,7 @@ from tests.models import FAMILIES, HEADS, LAYERS, clusters_of, make_batch, make_
 from tests.oracle import attend_one_by_one, oracle
 
 COUNTS = [HEADS, 3, 2]  # one layer with k = H
+WINDOWED = ("mistral_sliding", "gemma2", "gemma3")  # a window of fewer tokens than the samples have
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,9 +129,9 @@ def test_padding_changes_nothing_for_the_real_tokens():
 def first_real_attention(model, batch, tokens: int = 5) -> list[torch.Tensor]:
     """For each layer ``[B, H, 25]``: the stock eager model's attention among each row's first real tokens."""
     previous = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"  # set_attn_implementation leaves Falcon alone
     attentions = model(**batch, output_attentions=True).attentions
-    model.set_attn_implementation(previous)
+    model.config._attn_implementation = previous
     features = []
     for attention in attentions:
         rows = []
@@ -133,7 +142,7 @@ def first_real_attention(model, batch, tokens: int = 5) -> list[torch.Tensor]:
     return features
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral_sliding"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WINDOWED])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_membership_is_that_of_the_stock_models_attention(family, side):
@@ -376,6 +385,25 @@ def test_other_families_are_refused_by_name():
     model = GPTJForCausalLM(GPTJConfig(vocab_size=10, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
     with pytest.raises(ValueError, match="'gptj' is not supported; supported: llama"), Chai(clusters=1)(model):
         pass
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        (FalconConfig(alibi=True), "alibi"),
+        (GPT2Config(add_cross_attention=True), "add_cross_attention"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ],
+)
+def test_settings_that_change_the_attention_are_refused(config, setting):
+    with pytest.raises(ValueError, match=f"has {setting}=true, which is not supported; valid: false"):
+        Chai(clusters=1).check(config)
+
+
+def test_attention_sinks_are_refused_by_name():
+    model = make_model("llama")
+    with Chai(clusters=2)(model), pytest.raises(ValueError, match="does not support attention sinks"):
+        model(make_batch([9])["input_ids"], s_aux=torch.zeros(HEADS))
 
 
 def test_applying_twice_is_refused():

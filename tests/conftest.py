@@ -38,7 +38,7 @@ def shared() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Show how many commands of the documents were run (tests/docs), and the size and time of the matrix of families."""
+    """Show how many commands of the documents were run (tests/docs), and the size of the matrix of families."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     named = [pair for report in reports for pair in getattr(report, "user_properties", ())]
     run, elsewhere = (

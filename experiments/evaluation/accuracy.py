@@ -22,7 +22,7 @@ from experiments.config.validate import to_dataclass
 from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, worker_files
 from experiments.evaluation.resume import open_responses
-from experiments.evaluation.tasks import build_task
+from experiments.evaluation.tasks import build_task, refusal, shown_metric
 from experiments.runs import experiment
 from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
@@ -81,7 +81,13 @@ class Scorer:
         experiment.check_method(method, load_config(source))
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
-        self.model, self.tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
+        architecture = load_config(source)
+        self.tokenizer = group.run_on_all(lambda: load_tokenizer(source))
+        reasons = [refusal(folder.config.task, architecture, self.tokenizer) for folder in folders]
+        self.refused = {folder: why for folder, why in zip(folders, group.broadcast(reasons), strict=True) if why}
+        if len(self.refused) == len(folders):
+            return  # without having loaded the model
+        self.model = group.run_on_all(lambda: load_model(source))
         try:
             method.check_weights(self.model)
         except ValueError as error:
@@ -97,6 +103,9 @@ class Scorer:
             return dict.fromkeys(self.folders, Outcome.DONE)
         outcomes = {}
         for index, folder in enumerate(self.folders):
+            if folder in self.refused:
+                outcomes[folder] = experiment.mark_failed([folder], self.refused[folder])
+                continue
             files = (FILE, *worker_files(folder.path, self.group.world_size))
             work = functools.partial(self.score_task, index)
             outcomes[folder] = experiment.run_lifecycle(folder, work, until_done=files)
@@ -114,19 +123,27 @@ class Scorer:
         began = time.perf_counter()
         saved = open_responses(folder, self.model, group)
         with closing(saved):
-            task = build_task(config.task)
+            spec = build_task(config.task)
             group.all_gather(None)
             if saved.discarded:
                 log_info(f"discarding saved responses: {', '.join(saved.discarded)} changed since the last attempt")
             progress = folder.progress if group.is_main_process else None
             lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group)
-            scores, samples = score(lm, task, limit=config.limit, num_fewshot=config.task.num_fewshot)
+            # In conf/, 0 stands for the definition's own number; for a registered task it is 0.
+            shots = config.task.num_fewshot if config.task.registered else config.task.num_fewshot or None
+            scores, samples = score(
+                lm,
+                spec,
+                limit=config.limit,
+                num_fewshot=shots,
+                apply_chat_template=bool(config.task.apply_chat_template),
+            )
         seconds = time.perf_counter() - began + saved.seconds
         if group.is_main_process:
             frame = pd.DataFrame(samples)
             write_atomically(folder.path / "samples.parquet", lambda path: frame.to_parquet(path, index=False))
         return {
-            "metric": config.task.metric,
+            "metric": shown_metric(config.task, spec, list(scores["metrics"])),
             **scores,
             "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
             "flops": {

@@ -78,16 +78,17 @@ class Scorer:
         self.folders, self.method, self.group = folders, method, group
         config = folders[0].config
         source = model_source(config)
-        experiment.check_method(method, load_config(source))
+        architecture = load_config(source)
+        experiment.check_method(method, architecture)
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
-        architecture = load_config(source)
-        self.tokenizer = group.run_on_all(lambda: load_tokenizer(source))
-        reasons = [refusal(folder.config.task, architecture, self.tokenizer) for folder in folders]
+        needs_template = any(folder.config.task.apply_chat_template for folder in folders)
+        tokenizer = group.run_on_all(lambda: load_tokenizer(source)) if needs_template else None
+        reasons = [refusal(folder.config.task, architecture, tokenizer) for folder in folders]
         self.refused = {folder: why for folder, why in zip(folders, group.broadcast(reasons), strict=True) if why}
         if len(self.refused) == len(folders):
             return  # without having loaded the model
-        self.model = group.run_on_all(lambda: load_model(source))
+        self.model, self.tokenizer = group.run_on_all(lambda: (load_model(source), load_tokenizer(source)))
         try:
             method.check_weights(self.model)
         except ValueError as error:

@@ -108,8 +108,11 @@ def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
         ) from None
 
 
-def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return why a task cannot be scored with a model, as far as is known before its weights and data are loaded."""
+def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Return why a task cannot be scored with a model, as far as is known before its weights and data are loaded.
+
+    The tokenizer is needed for tasks with a chat template.
+    """
     try:
         spec = load_definition(task)
         check_definition(task.name, spec, task.metric)
@@ -120,10 +123,10 @@ def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrai
 
 
 def _check_prompts(
-    task: DictConfig, spec: dict[str, Any], architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    task: DictConfig, spec: dict[str, Any], architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Raise a ConfigError where the model has no room to generate, no chat template, or the task fixes its examples."""
-    if task.apply_chat_template and not tokenizer.chat_template:
+    if task.apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise ConfigError("task.apply_chat_template=true, but the model's tokenizer has no chat template")
     if task.num_fewshot and spec.get("num_fewshot") == 0:
         raise ConfigError(

@@ -36,15 +36,15 @@ Choices
 {choices}
 
 Settings (key=value; `python run.py --cfg job` prints all of them, those of the chosen method included)
-  limit=N         score only the first N items of each task
-  batch_size=N    sequences in one forward pass (16)
+  limit=N         score only the first N items of each task; below 1, that fraction of them
+  batch_size=N    sequences in one forward pass (16); auto: by the memory of the device
   device=D        auto, cpu, cuda, cuda:1, mps
   seed=N          random seed (0)
   force=true      rerun even if the run is complete
   results_dir=D   folder of all run folders (results)
   method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[8,6,4,4]'
   model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
-  task.K=V        data_dir, num_fewshot
+  task.K=V        data_dir, num_fewshot, apply_chat_template; of task=lm_eval: name, metric, include_path, overrides
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
   corpus.K=V      of experiment=profile: path (.jsonl, or one text per line), hub_id, subset, split, column

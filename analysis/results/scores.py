@@ -130,7 +130,8 @@ def _load(run: Run) -> Score:
     result, config = run.result, read_config(run.folder)
     metric, n = str(result["metric"]), result["n"]
     samples = read_table(run.folder / "samples.parquet", ("doc_id", "doc_hash", metric))
-    samples = samples[[name for name in ("doc_id", "doc_hash", "acc", "acc_norm") if name in samples]]
+    names = dict.fromkeys(("doc_id", "doc_hash", "acc", "acc_norm", metric))
+    samples = samples[[name for name in names if name in samples]]
     try:
         value, error = float(result["metrics"][metric]), result["stderr"].get(metric)
         stderr = None if error is None else float(error)

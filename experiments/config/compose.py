@@ -90,6 +90,8 @@ def task_members(config: DictConfig) -> list[DictConfig]:
             single.task.data_dir = group.data_dir
         if group.num_fewshot:
             single.task.num_fewshot = group.num_fewshot
+        if group.apply_chat_template:
+            single.task.apply_chat_template = True
         singles.append(single)
     return singles
 
@@ -100,5 +102,17 @@ def _compose_task(name: str) -> DictConfig:
 
 
 def data_path(task: DictConfig) -> Path | None:
-    """Return the local file of a task's items, or ``None`` if they come from the hub."""
-    return Path(task.data_dir, task.data_file) if task.data_dir is not None else None
+    """Return the local file of a task's items, or ``None`` if they come from the hub, or from a file per split."""
+    return Path(task.data_dir, task.data_file) if task.data_dir is not None and task.data_file is not None else None
+
+
+def fewshot_path(task: DictConfig) -> Path | None:
+    """Return the local file of a task's few-shot examples, or ``None`` if it needs none."""
+    if data_path(task) is None or not task.num_fewshot:
+        return None
+    return Path(task.data_dir, task.fewshot_file or f"{task.name}_train.jsonl")
+
+
+def split_path(task: DictConfig, split: str) -> Path:
+    """Return the local file of a split of a registered task: ``gsm8k_test.jsonl`` in ``task.data_dir``."""
+    return Path(task.data_dir, f"{task.name}_{split}.jsonl")

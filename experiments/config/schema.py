@@ -62,18 +62,28 @@ class ModelConfig:
 
 @dataclass
 class TaskConfig:
-    """A task of lm-evaluation-harness, or a group of tasks (``members``) with one run each."""
+    """A task of lm-evaluation-harness, or a group of tasks (``members``) with one run each.
+
+    A ``registered`` task is one that lm-eval knows by its name, from its own folder or from ``include_path``; a group
+    or tag of lm-eval is one run for each of its tasks.
+    """
 
     name: str = "???"
     members: list[str] = field(default_factory=list)
     harness: str | None = None  # file below lm_eval/tasks with the prompts, choices and scoring
-    metric: str = "acc"
+    metric: str | None = "acc"  # null: the first of the definition
     split: str = "test"
     data_file: str | None = None
     data_dir: str | None = None  # folder with `data_file`; null: the hub
     columns: list[str] = field(default_factory=list)  # required in each item of local data
     fingerprint: str | None = None  # of the data file; filled in
-    num_fewshot: int = 0
+    num_fewshot: int | None = 0  # null: that of the definition
+    registered: bool | None = None
+    include_path: str | None = None  # folder with definitions, which override lm-eval's of the same name
+    overrides: Any = None  # dictionary of the definition's keys that its group or the user sets
+    fewshot_file: str | None = None  # in data_dir, with the few-shot examples; null: NAME_train.jsonl
+    fewshot_fingerprint: str | None = None  # of that file, where it is used; filled in
+    apply_chat_template: bool | None = None  # prompts in the format of the tokenizer's chat template
 
 
 @dataclass
@@ -116,8 +126,8 @@ class RunConfig:
     corpus: CorpusConfig | None = None
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0
-    limit: int | None = None
-    batch_size: int = 16
+    limit: Any = None  # number of items, or the fraction of them below 1
+    batch_size: Any = 16  # or auto, by the memory of the device
     device: str = "auto"
     force: bool = False
     results_dir: str = "results"

@@ -22,9 +22,12 @@ from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigE
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CHOICES = {"model.dtype": DTYPES, "logger.mode": LOGGER_MODES}
-MINIMUM = {"limit": 1, "batch_size": 1, "task.num_fewshot": 0}
+MINIMUM = {"task.num_fewshot": 0}
+#: Keys of a task's section that can be set for a group of tasks, and for a task that lm-eval knows by its name.
+GROUP_KEYS = ("data_dir", "num_fewshot", "apply_chat_template")
+REGISTERED_KEYS = ("name", "metric", "include_path", "overrides", "data_dir", "num_fewshot", "apply_chat_template")
 #: Dictionaries with arbitrary keys: the model's own configuration, options of sbatch.
-OPEN = ("model.architecture", "hydra.launcher.additional_parameters")
+OPEN = ("model.architecture", "task.overrides", "hydra.launcher.additional_parameters")
 
 T = TypeVar("T")
 
@@ -95,12 +98,12 @@ def _check_choices(override: Override) -> None:
 def _check_key(base: DictConfig, override: Override) -> None:
     key = override.key_or_group
     group, *rest = parts = key.split(".")
-    if rest == ["name"] and group in ("experiment", "method", "task", "logger"):
-        raise ConfigError(f"{key} is what {group}=... sets; valid: {', '.join(choices(group))}")
-    if group == "task" and base.task.members and rest not in (["data_dir"], ["num_fewshot"]):
-        raise ConfigError(
-            f"{key} cannot be set for a group of tasks; valid for '{base.task.name}': task.data_dir, task.num_fewshot"
-        )
+    is_registered = group == "task" and bool(base.task.registered)
+    if rest == ["name"] and group in ("experiment", "method", "task", "logger") and not is_registered:
+        more = "; a task of lm-eval is task=lm_eval task.name=NAME" if group == "task" else ""
+        raise ConfigError(f"{key} is what {group}=... sets; valid: {', '.join(choices(group))}{more}")
+    if group == "task" and rest:
+        _check_task_key(base.task, key, rest)
     node: Any = base
     for depth, part in enumerate(parts):
         names = sorted(map(str, node)) if isinstance(node, DictConfig) else []
@@ -118,6 +121,20 @@ def _check_key(base: DictConfig, override: Override) -> None:
         raise ConfigError(f"unknown key '{key}'{hint}; valid{place}: {', '.join(names)}")
 
 
+def _check_task_key(task: DictConfig, key: str, rest: list[str]) -> None:
+    """Verify that a key of the task's section has an effect on such a task."""
+    if rest[0] not in task:
+        return  # reported with the similar names
+    if task.members and tuple(rest) not in [(name,) for name in GROUP_KEYS]:
+        valid = ", ".join(f"task.{name}" for name in GROUP_KEYS)
+        raise ConfigError(f"{key} cannot be set for a group of tasks; valid for '{task.name}': {valid}")
+    if task.registered and rest[0] not in REGISTERED_KEYS:
+        valid = ", ".join(f"task.{name}" for name in REGISTERED_KEYS)
+        raise ConfigError(f"{key} has no effect with task=lm_eval, whose definitions set it; valid: {valid}")
+    if not task.registered and rest[0] in ("include_path", "overrides", "registered"):
+        raise ConfigError(f"{key} is for tasks of lm-eval: task=lm_eval task.name=NAME")
+
+
 def check_values(config: DictConfig) -> None:
     """Verify what types alone do not express."""
     try:
@@ -130,6 +147,7 @@ def check_values(config: DictConfig) -> None:
     for key, least in MINIMUM.items():
         if (value := OmegaConf.select(resolved, key)) is not None and value < least:
             raise ConfigError(f"{key} is {value}; valid: {least} or more")
+    _check_counts(resolved)
     if resolved.logger.timeout <= 0:
         raise ConfigError(f"logger.timeout is {resolved.logger.timeout}; valid: more than 0 seconds")
     if not DEVICES.fullmatch(resolved.device):
@@ -138,9 +156,29 @@ def check_values(config: DictConfig) -> None:
     check_clusters(resolved)
     if resolved.corpus is not None and resolved.corpus.python not in (None, "docs", "code"):
         raise ConfigError(f"corpus.python is '{resolved.corpus.python}'; valid: docs, code, null")
-    task = resolved.task
-    if task.num_fewshot and task.data_dir is not None:
-        raise ConfigError("task.num_fewshot is more than 0, but task.data_dir has only the items that are scored")
+    _check_task(resolved.task)
+
+
+def _check_counts(config: DictConfig) -> None:
+    """Verify ``limit`` and ``batch_size``, which are not always numbers."""
+    limit, batch_size = config.limit, config.batch_size
+    is_accuracy = config.experiment.get("name") == "accuracy"
+    is_fraction = type(limit) is float and 0 < limit < 1 and is_accuracy
+    if limit is not None and not is_fraction and (type(limit) is not int or limit < 1):
+        fraction = ", or a fraction of the items between 0 and 1 (0.1)" if is_accuracy else ""
+        raise ConfigError(f"limit is {limit}; valid: 1 or more{fraction}, or null")
+    if not (batch_size == "auto" and is_accuracy) and (type(batch_size) is not int or batch_size < 1):
+        raise ConfigError(f"batch_size is {batch_size}; valid: 1 or more{', or auto' if is_accuracy else ''}")
+
+
+def _check_task(task: DictConfig) -> None:
+    """Verify that a task has a definition, and local data where it is to be found."""
+    if task.registered:
+        if OmegaConf.is_missing(task, "name"):
+            raise ConfigError("task=lm_eval needs task.name: a task, group or tag of lm-eval, for example gsm8k")
+        if task.overrides is not None and not isinstance(task.overrides, DictConfig):
+            raise ConfigError(f"task.overrides is {task.overrides!r}; valid: a dictionary of keys of the definition")
+        return
     if not task.members and not task.harness:
         raise ConfigError(f"task '{task.name}' sets neither task.harness nor task.members")
     if task.data_dir is not None and not task.members and not task.data_file:

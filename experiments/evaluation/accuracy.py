@@ -23,11 +23,11 @@ from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, worker_files
 from experiments.evaluation.resume import open_responses
 from experiments.evaluation.savings import count_flops
-from experiments.evaluation.tasks import build_task, check_metric
+from experiments.evaluation.tasks import build_task, refusal, shown_metric
 from experiments.runs import experiment
 from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
-from experiments.runs.folder import RunError, RunFolder
+from experiments.runs.folder import RunFolder
 from experiments.runs.identity import settings_id
 from experiments.runs.locks import lock_owner
 from experiments.runs.model import loaded_architecture, model_source
@@ -76,11 +76,16 @@ class Scorer:
         self.folders, self.method, self.group = folders, method, group
         config = folders[0].config
         source = model_source(config)
-        experiment.check_method(method, load_config(source))
-        for folder in folders:
-            check_metric(folder.config.task)
+        architecture = load_config(source)
+        experiment.check_method(method, architecture)
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
+        needs_template = any(folder.config.task.apply_chat_template for folder in folders)
+        tokenizer = group.run_on_all(lambda: load_tokenizer(source)) if needs_template else None
+        reasons = [refusal(folder.config.task, architecture, tokenizer) for folder in folders]
+        self.refused = {folder: why for folder, why in zip(folders, group.broadcast(reasons), strict=True) if why}
+        if len(self.refused) == len(folders):
+            return  # without having loaded the model
         self.model, self.tokenizer = group.run_on_all(lambda: load_both(source))
         try:
             method.check_weights(self.model)
@@ -97,6 +102,9 @@ class Scorer:
             return dict.fromkeys(self.folders, Outcome.DONE)
         outcomes = {}
         for index, folder in enumerate(self.folders):
+            if folder in self.refused:
+                outcomes[folder] = experiment.mark_failed([folder], self.refused[folder])
+                continue
             files = (FILE, *worker_files(folder.path, self.group.world_size))
             work = functools.partial(self.score_task, index)
             outcomes[folder] = experiment.run_lifecycle(folder, work, until_done=files)
@@ -114,23 +122,27 @@ class Scorer:
         began = time.perf_counter()
         saved = open_responses(folder, self.model, group)
         with closing(saved):
-            task = build_task(config.task)
+            spec = build_task(config.task)
             group.all_gather(None)
             if saved.discarded:
                 log_info(f"discarding saved responses: {', '.join(saved.discarded)} changed since the last attempt")
             progress = folder.progress if group.is_main_process else None
             lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group)
-            scores, samples = score(lm, task, limit=config.limit, num_fewshot=config.task.num_fewshot)
-        if config.task.metric not in scores["metrics"]:
-            raise RunError(
-                f"task '{config.task.name}' has no metric '{config.task.metric}'; valid: {', '.join(scores['metrics'])}"
+            # In conf/, 0 stands for the definition's own number; for a registered task it is 0.
+            shots = config.task.num_fewshot if config.task.registered else config.task.num_fewshot or None
+            scores, samples = score(
+                lm,
+                spec,
+                limit=config.limit,
+                num_fewshot=shots,
+                apply_chat_template=bool(config.task.apply_chat_template),
             )
         seconds = time.perf_counter() - began + saved.seconds
         if group.is_main_process:
             frame = pd.DataFrame(samples)
             write_atomically(folder.path / "samples.parquet", lambda path: frame.to_parquet(path, index=False))
         return {
-            "metric": config.task.metric,
+            "metric": shown_metric(config.task, spec, list(scores["metrics"])),
             **scores,
             "savings": {"kind": method.saving, **lm.savings(), "heads_kept": method.heads_kept(self.model.config)},
             **method.result_fields(self.model.config),

@@ -1,10 +1,13 @@
-"""Scoring with lm-evaluation-harness: its prompts, log-likelihoods and metrics, on the KV cache of a method."""
+"""Scoring with lm-evaluation-harness: its prompts, requests and metrics, on the KV cache of a method."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +16,26 @@ import lm_eval.evaluator
 import lm_eval.utils
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.methods.base import Method
 from chai.patching.devices import input_device
-from experiments.evaluation.responses import BatchResponses, Request, SavedResponses, batch_key, make_batches
+from experiments.evaluation.responses import (
+    BatchResponses,
+    Request,
+    Response,
+    SavedResponses,
+    batch_key,
+    make_batches,
+    text_key,
+)
+from experiments.evaluation.samples import sample_rows, split_metrics
 from experiments.evaluation.savings import cache_stats, mean_savings
 from experiments.runs.folder import RunError
 from experiments.system.distributed import ProcessGroup
@@ -37,56 +52,133 @@ class MethodLM(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         method: Method,
-        batch_size: int,
+        batch_size: int | str,
         saved: SavedResponses | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.is_automatic = batch_size == "auto"
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if self.is_automatic else batch_size)
         self._device = input_device(model)  # HFLM takes model.device, which is meta where weights are offloaded
         self.method = method
         self.saved = saved
         self.progress = progress
         self.group = group or ProcessGroup()
-        self.cache_stats: list[dict[str, Any]] = []  # of each batch
+        self.cache_stats: list[dict[str, Any]] = []  # of each batch, of all processes
+        self._batch_stats: list[dict[str, Any]] = []  # of the batch that is computed
         self._context_lengths: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Score the requests in lm-eval's own batches, this process its shard of them."""
+        self._choose_batch_size([len(context) + len(continuation) for _, context, continuation in requests])
+        batches = make_batches(requests, override_bs or self.batch_size)
+        return self._score_requests(requests, batches, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, in lm-eval's own windows and batches of them."""
+        windows: list[Request] = []
+        counts = []  # of the windows of each text
+        for request in requests:
+            cut = rolling_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length)
+            windows += cut
+            counts.append(len(cut))
+        self._choose_batch_size([len(context) + len(continuation) for _, context, continuation in windows])
+        positions = range(len(windows))
+        batches = [list(positions[start : start + self.batch_size]) for start in positions[:: self.batch_size]]
+        nats = iter(self._score_requests(windows, batches, disable_tqdm=disable_tqdm))
+        return [sum(value for value, _ in itertools.islice(nats, count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue the prompts in lm-eval's own batches, this process its shard of them."""
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        most = [normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests]
+        self._choose_batch_size([length + new for length, new in zip(lengths, most, strict=True)])
+        # As in lm-eval: prompts with the same settings, the longest first.
+        ordered = Collator(
+            list(enumerate(requests)),
+            sort_fn=lambda item: (-lengths[item[0]], item[1].args[0]),
+            group_fn=lambda item: item[1].args[1],
+            group_by="gen_kwargs",
+        )
+        batches = [[position for position, _ in batch] for batch in ordered.get_batched(n=self.batch_size)]
+
+        def respond(number: int, batch: list[int]) -> BatchResponses:
+            chosen = [requests[position] for position in batch]
+            # Sampled prompts may be repeated: the number tells the batches apart.
+            key = f"{number}-{text_key([request.args for request in chosen])}"
+            return self._respond(key, lambda: self._generate(key, chosen))
+
+        return self._run_batches(batches, respond, "Running generate_until requests", disable_tqdm=disable_tqdm)
+
+    def _choose_batch_size(self, lengths: list[int]) -> None:
+        """Set the batch size for rows of up to that many tokens, if it is automatic."""
+        if self.is_automatic:
+            size = auto_batch_size(self.model, min(max(lengths, default=1), self.max_length))
+            self.batch_size_per_gpu = min(self.group.all_gather(size))
+
+    def _score_requests(
+        self, requests: list[Request], batches: list[list[int]], *, disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihoods of the requests, which are scored in these batches of their positions."""
         self._context_lengths = context_lengths(requests, self.max_length)
-        batches = self.group.shard(make_batches(requests, override_bs or self.batch_size))
-        responses: dict[int, tuple[float, bool]] = {}  # by the position of their request
+
+        def respond(number: int, batch: list[int]) -> BatchResponses:
+            chosen = [requests[position] for position in batch]
+            return self._respond(batch_key(chosen), lambda: self._score(chosen))
+
+        return self._run_batches(batches, respond, "Running loglikelihood requests", disable_tqdm=disable_tqdm)
+
+    def _run_batches(
+        self,
+        batches: list[list[int]],
+        respond: Callable[[int, list[int]], BatchResponses],
+        description: str,
+        *,
+        disable_tqdm: bool,
+    ) -> list[Any]:
+        """Return the responses to all requests, by position; this process responds to its shard of the batches."""
+        own = self.group.shard(list(enumerate(batches)))
+        responses: dict[int, Any] = {}  # by the position of their request
         stats: list[dict[str, Any]] = []
-        total = sum(map(len, batches))
+        total = sum(len(batch) for _, batch in own)
+        before = self.saved.restored if self.saved else 0
         disable_tqdm = disable_tqdm or not self.group.is_main_process
-        with tqdm(total=total, desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for positions in batches:
-                batch = self._score_batch([requests[position] for position in positions])
+        with tqdm(total=total, desc=description, disable=disable_tqdm) as bar:
+            for number, positions in own:
+                batch = respond(number, positions)
                 responses.update(zip(positions, batch.responses, strict=True))
                 stats.append(batch.cache_stats)
                 bar.update(len(positions))
                 if self.progress is not None:
                     self.progress(bar.n, total)
         # Gather the shards of all processes.
-        self.cache_stats, restored = [], 0
-        for shard in self.group.all_gather((responses, stats, self.saved.restored if self.saved else 0)):
+        restored = before
+        for shard in self.group.all_gather((responses, stats, (self.saved.restored if self.saved else 0) - before)):
             responses |= shard[0]
             self.cache_stats += shard[1]
             restored += shard[2]
         if self.saved:
             self.saved.restored = restored
-        return [responses[position] for position in range(len(requests))]
+        return [responses[position] for position in range(len(responses))]
 
-    def _score_batch(self, requests: list[Request]) -> BatchResponses:
-        """Restore the responses of a batch, or score and save them."""
-        key = batch_key(requests)
+    def _respond(self, key: str, work: Callable[[], list[Response]]) -> BatchResponses:
+        """Restore the responses of a batch, or compute and save them."""
         batch = self.saved.find(key) if self.saved else None
         if batch is not None:
             return batch
         began = time.perf_counter()
-        self.cache_stats = []
+        self._batch_stats = []
+        responses = work()
+        (stats,) = self._batch_stats  # a batch is one forward pass, or one call of generate
+        batch = BatchResponses(responses, stats, time.perf_counter() - began)
+        if self.saved:
+            self.saved.add(key, batch)
+        return batch
+
+    def _score(self, requests: list[Request]) -> list[Response]:
+        """Score a batch in one forward pass."""
         responses = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for nats, _ in responses:
             if not math.isfinite(nats):
@@ -94,11 +186,13 @@ class MethodLM(HFLM):
                     f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
                     "try model.dtype=bfloat16 or float32"
                 )
-        (stats,) = self.cache_stats  # a batch is one forward pass
-        batch = BatchResponses(responses, stats, time.perf_counter() - began)
-        if self.saved:
-            self.saved.add(key, batch)
-        return batch
+        return responses
+
+    def _generate(self, key: str, requests: list[Instance]) -> list[Response]:
+        """Continue a batch of prompts in one call of ``generate``."""
+        if requests[0].args[1].get("do_sample"):  # a resumed run draws the same numbers
+            torch.manual_seed(zlib.crc32(key.encode()))
+        return super().generate_until(requests, disable_tqdm=True)
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -109,8 +203,17 @@ class MethodLM(HFLM):
         self.method.set_context_lengths(cache, torch.tensor(lengths))
         with torch.no_grad():
             logits = self.model(inps, past_key_values=cache, use_cache=True).logits
-        self.cache_stats.append(cache_stats(cache, len(inps)))
+        self._batch_stats.append(cache_stats(cache, len(inps)))
         return logits
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """Return the token ids ``[batch_size, up to max_length]`` of prompts, padded on the left, and what follows."""
+        cache = self.method.new_cache(self.model)
+        tokens = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        self._batch_stats.append(cache_stats(cache, len(context)))
+        return tokens
 
     def savings(self) -> dict[str, Any]:
         """Return the mean live bytes of a sequence's cache, and each layer's mean number of stored KV heads."""
@@ -138,6 +241,33 @@ def _strip_padding(tokens: list[int]) -> tuple[int, ...]:
     return tuple(tokens[:end])
 
 
+def rolling_windows(tokens: list[int], prefix_token: int, max_length: int) -> list[Request]:
+    """Cut a text into lm-eval's windows, in which each token is scored once; the token before them is their context."""
+    windows = get_rolling_token_windows(tokens, prefix_token, max_seq_len=max_length, context_len=1)
+    return [(None, *make_disjoint_window(window)) for window in windows]
+
+
+def auto_batch_size(model: PreTrainedModel, length: int) -> int:
+    """Return the largest power of two, up to 64, of rows of ``length`` tokens whose forward pass should fit in memory.
+
+    Counted by arithmetic in place of trials, so that a run that is resumed has the same batches: the logits with
+    lm-eval's log-softmax of them, the KV cache twice, and the activations of a layer, in half of the device's memory
+    without the weights.
+    """
+    config, device = model.config.get_text_config(), input_device(model)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # other processes share it
+    weights = sum(weight.nbytes for weight in model.parameters())
+    size = model.dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    row = config.vocab_size * (size + 8)
+    row += 4 * config.num_hidden_layers * config.hidden_size * size + 4 * (config.hidden_size + inner) * size
+    rows = (memory - weights) // 2 // (length * row)
+    return 2 ** min(max(int(rows), 1).bit_length() - 1, 6)
+
+
 @contextmanager
 def cached_templates() -> Iterator[None]:
     """Compile each of lm-eval's prompt templates once instead of for every item (half of a small model's time)."""
@@ -147,6 +277,20 @@ def cached_templates() -> Iterator[None]:
         yield
     finally:
         del environment.from_string  # uncovers the method of the class
+
+
+class RecordingManager(TaskManager):
+    """lm-eval's task manager, which keeps the tasks that it has made."""
+
+    def __init__(self) -> None:
+        super().__init__(include_defaults=False)
+        self.made: dict[str, Any] = {}
+
+    def load(self, task_list: Any) -> Any:
+        """Make the tasks."""
+        loaded = super().load(task_list)
+        self.made = loaded["tasks"]
+        return loaded
 
 
 @contextmanager
@@ -161,36 +305,28 @@ def without_environment() -> Iterator[None]:
 
 
 def score(
-    lm: MethodLM, task: dict[str, Any], *, limit: int | None, num_fewshot: int
+    lm: MethodLM,
+    spec: dict[str, Any],
+    *,
+    limit: float | None,
+    num_fewshot: int | None,
+    apply_chat_template: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples."""
+    manager = RecordingManager()
     with cached_templates(), without_environment(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
+            tasks=[spec],
+            task_manager=manager,
             limit=limit,
-            num_fewshot=num_fewshot or None,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
             log_samples=True,
         )
-    name = task["task"]
-    samples = [sample_row(sample) for sample in output["samples"][name]]
-    # The keys carry the name of a filter: "acc_norm,none".
-    values = {key.partition(",")[0]: value for key, value in output["results"][name].items()}
-    values = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "sample_len"}
-    stderr = {key.removesuffix("_stderr"): value for key, value in values.items() if key.endswith("_stderr")}
-    metrics = {key: value for key, value in values.items() if not key.endswith("_stderr")}
-    return {"metrics": metrics, "stderr": stderr, "n": len(samples)}, samples
-
-
-def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return what is saved of an item: enough to pair it with another method's, and to score it again."""
-    responses = [response[0] for response in sample["resps"]]
-    row = {
-        "doc_id": sample["doc_id"],
-        "doc_hash": sample["doc_hash"],
-        "target": str(sample["target"]),
-        "loglikelihoods": [float(nats) for nats, _ in responses],
-        "greedy": [bool(greedy) for _, greedy in responses],
-    }
-    return row | {metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample}
+    name = spec["task"]
+    task = manager.made[name]
+    samples = sample_rows(output["samples"][name], task.aggregation())
+    metrics, stderr = split_metrics(output["results"][name])
+    output_type = task.get_config("output_type") or task.OUTPUT_TYPE
+    return {"metrics": metrics, "stderr": stderr, "n": len(samples), "output_type": output_type}, samples

@@ -25,6 +25,8 @@ SYNC_EVERY = 30.0  # seconds of responses that a power failure may cost; a kille
 
 #: A request as lm-eval encodes it: its strings, the tokens of the context, those of the continuation.
 Request = tuple[Any, list[int], list[int]]
+#: A log-likelihood in nats, and True if the continuation is the greedy one; or a generated text.
+Response = tuple[float, bool] | str
 
 
 def response_file(rank: int) -> str:
@@ -42,7 +44,7 @@ def worker_files(folder: Path, world_size: int) -> list[str]:
 class BatchResponses:
     """Responses of a batch."""
 
-    responses: list[tuple[float, bool]]  # log-likelihood in nats, and True if the continuation is the greedy one
+    responses: list[Any]  # a Response for each request
     cache_stats: dict[str, Any]  # of the batch's KV cache, JSON-like
     seconds: float  # that scoring took
 
@@ -103,7 +105,7 @@ class SavedResponses:
                     if changed:
                         return 0, changed
                 else:
-                    responses = [(float(nats), bool(greedy)) for nats, greedy in record["answers"]]
+                    responses = [_read_response(answer) for answer in record["answers"]]
                     self._batches[record["batch"]] = BatchResponses(responses, record["held"], record["seconds"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 break
@@ -124,6 +126,14 @@ class SavedResponses:
         except OSError as error:
             os.ftruncate(self._descriptor, before)
             raise OSError(error.errno or errno.EIO, error.strerror, str(self.path)) from None
+
+
+def _read_response(answer: Any) -> Response:
+    """Return a response as it was before it was written as JSON."""
+    if isinstance(answer, str):
+        return answer
+    nats, greedy = answer
+    return float(nats), bool(greedy)
 
 
 def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -151,11 +161,16 @@ def batch_key(requests: Sequence[Request]) -> str:
     return total.hexdigest()[:16]
 
 
+def text_key(arguments: Sequence[Any]) -> str:
+    """Return a digest of the prompts of a batch and of their settings (JSON-like)."""
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def code_digest() -> str:
     """Return a digest of the code that responses depend on: the library, and how it is called."""
     total = hashlib.sha256()
     for path in sorted((REPOSITORY / "chai").rglob("*.py")):
         total.update(path.read_bytes())
-    for name in ("responses", "lm", "tasks", "perplexity"):
+    for name in ("responses", "lm", "tasks", "samples", "perplexity"):
         total.update((REPOSITORY / "experiments" / "evaluation" / f"{name}.py").read_bytes())
     return total.hexdigest()[:16]

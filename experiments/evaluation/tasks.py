@@ -9,57 +9,92 @@ from typing import Any
 import lm_eval
 import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
-from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks._yaml_loader import load_yaml
 from omegaconf import DictConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from experiments.config.compose import data_path
+from experiments.config.compose import data_path, fewshot_path, split_path
 from experiments.config.schema import ConfigError
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_table
+from experiments.runs.registry import SPLITS, check_definition, choose_metric, find_definition, metric_keys
 
 #: Columns that say which choice is right.
 LABELS = frozenset({"label", "answerKey"})
-
-
-def build_task(task: DictConfig) -> dict[str, Any]:
-    """Return lm-eval's built-in definition of the task, on local data where given."""
-    spec = load_definition(task)
-    spec.pop("tag", None)
-    spec["task"] = task.name
-    path = data_path(task)
-    if path is None:
-        data = load_from_hub(spec, task)
-    else:
-        rows = read_items(path, list(task.columns))
-        for split in ("training_split", "validation_split", "test_split", "fewshot_split"):
-            spec[split] = None
-        spec[f"{task.split}_split"] = task.split
-        data = DatasetDict({task.split: _to_dataset(rows, path)})
-    spec["custom_dataset"] = lambda **_: data
-    return spec
+#: Tokens that lm-eval generates where a task does not say how many.
+MAX_NEW_TOKENS = 256
 
 
 def load_definition(task: DictConfig) -> dict[str, Any]:
-    """Return lm-eval's built-in definition of the task."""
-    definition = Path(lm_eval.__file__).parent / "tasks" / task.harness
-    if not definition.is_file():
-        raise RunError(f"task '{task.name}': lm-eval {lm_eval.__version__} has no definition {task.harness}")
-    spec: dict[str, Any] = load_yaml(definition)
+    """Return lm-eval's definition of a task, with its functions imported."""
+    if task.registered:
+        try:
+            spec = find_definition(task).load(resolve=True)
+        except Exception as error:  # the code of the task's folder runs here
+            raise RunError(
+                f"task '{task.name}': cannot load its definition: {type(error).__name__}: {_first_line(error)}"
+            ) from None
+    else:
+        path = Path(lm_eval.__file__).parent / "tasks" / task.harness
+        if not path.is_file():
+            raise RunError(f"task '{task.name}': lm-eval {lm_eval.__version__} has no definition {task.harness}")
+        spec = load_yaml(path)
+    spec.pop("tag", None)
+    spec["task"] = task.name
     return spec
 
 
-def check_metric(task: DictConfig) -> None:
-    """Refuse a metric that the task's definition does not have, before a model is loaded."""
+def build_task(task: DictConfig) -> dict[str, Any]:
+    """Return lm-eval's definition of the task, on local data where given."""
+    spec = load_definition(task)
+    if data_path(task) is not None:
+        _use_files(spec, {task.split: data_path(task)}, list(task.columns))
+        if (examples := fewshot_path(task)) is not None:
+            rows = _read_rows(examples, list(task.columns))
+            data = DatasetDict({**spec["custom_dataset"](), "train": rows})
+            spec |= {"fewshot_split": "train", "custom_dataset": lambda **_: data}
+    elif task.data_dir is not None:
+        _use_splits(spec, task)
+    elif "class" not in spec and spec.get("custom_dataset") is None:
+        data = load_from_hub(spec, task)
+        spec["custom_dataset"] = lambda **_: data
+    return spec
+
+
+def _use_splits(spec: dict[str, Any], task: DictConfig) -> None:
+    """Read a registered task's splits from ``NAME_SPLIT.jsonl`` in ``task.data_dir``."""
+    needed = spec.get("test_split") or spec.get("validation_split") or "test"
+    splits = {str(spec[key]) for key in SPLITS if spec.get(key)} | {str(needed)}
+    files = {split: path for split in sorted(splits) if (path := split_path(task, split)).is_file()}
+    files[needed] = split_path(task, needed)
+    kept = {key: spec[key] for key in SPLITS if spec.get(key) in files}
+    shots = spec.get("num_fewshot") if task.num_fewshot is None else task.num_fewshot
+    if shots and not kept.keys() - {"test_split"}:
+        wanted = spec.get("fewshot_split") or spec.get("training_split") or "train"
+        raise RunError(f"task '{task.name}' needs few-shot examples: no file {split_path(task, wanted)}")
+    _use_files(spec, files, [])
+    spec |= kept
+
+
+def _use_files(spec: dict[str, Any], files: dict[str, Path], columns: list[str]) -> None:
+    """Let a definition take its splits from JSONL files, the only split being the one that is scored."""
+    data = DatasetDict({split: _read_rows(path, columns) for split, path in files.items()})
+    for key in SPLITS:
+        spec[key] = None
+    if len(files) == 1:
+        (split,) = files
+        spec[f"{split}_split" if f"{split}_split" in SPLITS else "test_split"] = split
+    spec.pop("dataset_kwargs", None)
+    spec["custom_dataset"] = lambda **_: data
+
+
+def _read_rows(path: Path, columns: list[str]) -> Dataset:
+    """Read the items of a JSONL file as a table."""
     try:
-        spec = load_definition(task)
-    except RunError:  # recorded as the run's failure when the task is built
-        return
-    listed = [entry["metric"] for entry in spec.get("metric_list") or ()]
-    valid = listed or DEFAULT_METRIC_REGISTRY.get(spec.get("output_type", "generate_until"), [])
-    names = [getattr(metric, "__name__", str(metric)) for metric in valid]  # a definition may name a function
-    if names and task.metric not in names:
-        raise ConfigError(f"task.metric is '{task.metric}'; valid for task '{task.name}': {', '.join(names)}")
+        return Dataset.from_list(read_items(path, columns))
+    except pyarrow.ArrowException as error:  # types that differ deeper inside
+        raise RunError(f"the items of {path} do not form a table: {str(error).splitlines()[0]}") from None
 
 
 def read_items(path: Path, columns: list[str]) -> list[dict[str, Any]]:
@@ -84,15 +119,52 @@ def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
     try:
         return load_dataset(spec["dataset_path"], spec.get("dataset_name"), **kwargs)
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()
+        split = spec.get("test_split") or spec.get("validation_split") or "test"
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise RunError(
-            f"cannot load the data of task '{task.name}' ({spec['dataset_path']}) from the hub: {reason[0]} "
-            f"(offline: task.data_dir=FOLDER with {task.data_file})"
+            f"cannot load the data of task '{task.name}' ({spec.get('dataset_path')}) from the hub: {reason} "
+            f"(offline: task.data_dir=FOLDER with {task.data_file or f'{task.name}_{split}.jsonl'})"
         ) from None
 
 
-def _to_dataset(rows: list[dict[str, Any]], path: Path) -> Dataset:
+def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """Return why a task cannot be scored with a model, as far as is known before its weights and data are loaded.
+
+    The tokenizer is needed for tasks with a chat template.
+    """
     try:
-        return Dataset.from_list(rows)
-    except pyarrow.ArrowException as error:  # types that differ deeper inside
-        raise RunError(f"the items of {path} do not form a table: {str(error).splitlines()[0]}") from None
+        spec = load_definition(task)
+        check_definition(task.name, spec, task.metric)
+        _check_prompts(task, spec, architecture, tokenizer)
+    except (ConfigError, RunError) as error:
+        return str(error)
+    return None
+
+
+def _check_prompts(
+    task: DictConfig, spec: dict[str, Any], architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise a ConfigError where the model has no room to generate, no chat template, or the task fixes its examples."""
+    if task.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("task.apply_chat_template=true, but the model's tokenizer has no chat template")
+    if task.num_fewshot and spec.get("num_fewshot") == 0:
+        raise ConfigError(
+            f"task '{task.name}' is defined with num_fewshot 0, which lm-eval keeps; valid: task.num_fewshot=0"
+        )
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if spec.get("output_type", "generate_until") == "generate_until" and "class" not in spec and positions:
+        kwargs = normalize_gen_kwargs(spec.get("generation_kwargs") or {}, MAX_NEW_TOKENS)
+        if kwargs["max_gen_toks"] >= positions:
+            raise ConfigError(
+                f"task '{task.name}' generates up to {kwargs['max_gen_toks']} tokens, and the model has {positions} "
+                "positions for them and the prompt; set fewer: task.overrides='{generation_kwargs: {...}}'"
+            )
+
+
+def shown_metric(task: DictConfig, spec: dict[str, Any], measured: list[str]) -> str:
+    """Return the key of the metric to show; ``measured`` are those of a task whose code defines them."""
+    return choose_metric(task.name, measured if "class" in spec else metric_keys(spec), task.metric)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -13,22 +13,24 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.compose import choices, compose_config, data_path
+from experiments.config.compose import choices, compose_config, data_path, fewshot_path
 from experiments.config.schema import ConfigError
 from experiments.runs.files import BLOCK, content_digest, digest, read_json
 
 #: Keys that a run's result does not depend on: where it ran and where its files were.
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
-    "model.package", "model.predictor", "model.profile", "task.data_dir", "experiment.install",
+    "model.package", "model.predictor", "model.profile", "task.data_dir", "task.include_path", "task.fewshot_file",
+    "experiment.install",
     "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
-#: Keys that earlier versions did not have: at these values a run is the one that it was without them.
-ADDED = {
-    "method.dense_layers": None, "method.dense_mlp_layers": None, "corpus.python": None, "corpus.joined": None,
-}  # fmt: skip
+#: Keys that earlier versions did not have: null or empty, a run is the one that it was without them.
+ADDED = (
+    "method.dense_layers", "method.dense_mlp_layers", "corpus.python", "corpus.joined", "task.registered",
+    "task.overrides", "task.fewshot_fingerprint", "task.apply_chat_template",
+)  # fmt: skip
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -41,10 +43,10 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
     for key in MACHINE_ONLY:
         section, name = _section(identity, key)
         section.pop(name, None)
-    for key, value in ADDED.items():
+    for key in ADDED:
         section, name = _section(identity, key)
-        if name in section and section[name] == value:
-            del section[name]
+        if section.get(name) in (None, {}):
+            section.pop(name, None)
     for key, file in BY_CONTENT.items():
         section, name = _section(identity, key)
         if section.get(name) is not None:
@@ -107,9 +109,7 @@ def resolve_fingerprints(config: DictConfig) -> None:
         if found and any(found.get(key) != expected[key] for key in SHAPE if key in expected):
             name_after_files(model, folder.resolve().name)
         model.fingerprint = fingerprint_model(folder)
-    path = data_path(config.task)
-    if path is not None and path.is_file():
-        config.task.fingerprint = content_digest(path, digits=16)
+    fingerprint_task(config.task)
     if config.corpus is not None and config.corpus.path is None and config.corpus.python is not None:
         config.corpus.fingerprint = f"python-{platform.python_version()}"
     if config.corpus is not None and config.corpus.path is not None:
@@ -118,6 +118,16 @@ def resolve_fingerprints(config: DictConfig) -> None:
             config.corpus.name = path.stem
         if path.is_file():
             config.corpus.fingerprint = content_digest(path, digits=16)
+
+
+def fingerprint_task(task: DictConfig) -> None:
+    """Fill in the fingerprints of a task's local files."""
+    task.apply_chat_template = task.apply_chat_template or None  # false is the default
+    path, examples = data_path(task), fewshot_path(task)
+    if path is not None and path.is_file():
+        task.fingerprint = content_digest(path, digits=16)
+    if examples is not None and examples.is_file():
+        task.fewshot_fingerprint = content_digest(examples, digits=16)
 
 
 def gguf_file(model: DictConfig) -> str | None:

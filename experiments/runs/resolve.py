@@ -8,6 +8,7 @@ from experiments.config.compose import task_members
 from experiments.config.schema import TaskConfig
 from experiments.runs.folder import RunFolder
 from experiments.runs.identity import resolve_fingerprints
+from experiments.runs.registry import registered_members
 
 #: Experiments that do not depend on the chosen method, and the name in place of it in their folders.
 METHOD = {"profile": "none", "train_dejavu": "dejavu"}
@@ -19,7 +20,7 @@ def resolve_runs(config: DictConfig) -> list[DictConfig]:
     if name == "pretrain_tiny":
         return [config]
     if name == "accuracy":
-        singles = task_members(config)
+        singles = registered_members(config) if config.task.registered else task_members(config)
         for single in singles:
             resolve_fingerprints(single)
         return singles

@@ -14,6 +14,11 @@ from experiments.tables.layout import make_table, print_table
 
 Result = dict[str, Any]
 
+#: Metrics of lm-eval that are no fractions, hence are shown as they are.
+PLAIN = frozenset(
+    ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "likelihood_diff")
+)
+
 LEGEND = (
     "Change: points against the MHA run of the same settings. KV saved: of the cache's live bytes; real: less is\n"
     "stored and computed, simulated: masked only. Heads: heads whose scores are computed, mean of the layers."
@@ -62,7 +67,9 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
         caption = rows[0][0]["metric"]
     caption = "; ".join([caption, *dict.fromkeys(text for result, _ in rows for text in predictor_recall(result))])
     table = make_table(
-        f"Accuracy of {rows[0][0]['model']}, % ± standard error",
+        f"Accuracy of {rows[0][0]['model']}, % ± standard error; perplexities as they are"
+        if any(metric.partition(",")[0] in PLAIN for metric in metrics)
+        else f"Accuracy of {rows[0][0]['model']}, % ± standard error",
         ["Task", "Method"],
         ["Score", "Change", "KV saved", "Heads", "n", "Seconds"],
         caption=caption,
@@ -71,7 +78,10 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for index, (result, baseline) in enumerate(rows):
         is_last = index + 1 == len(rows) or rows[index + 1][0]["task"] != result["task"]
-        table.add_row(*result_cells(result, baseline), end_section=is_last)
+        metrics = shown_metrics(result)
+        for metric in metrics:
+            cells = result_cells(result, baseline, metric, name_filter=len(metrics) > 1)
+            table.add_row(*cells, end_section=is_last and metric == metrics[-1])
     return table
 
 
@@ -84,17 +94,26 @@ def predictor_recall(result: Result) -> list[str]:
     ]
 
 
-def result_cells(result: Result, baseline: Result | None) -> list[str]:
+def shown_metrics(result: Result) -> list[str]:
+    """Return the keys of the result's metric under each filter, its own first: ``exact_match,strict-match``."""
+    own = result["metric"]
+    same = [key for key in result["metrics"] if key.partition(",")[0] == own.partition(",")[0] and key != own]
+    return [own, *same]
+
+
+def result_cells(result: Result, baseline: Result | None, metric: str, *, name_filter: bool = False) -> list[str]:
     """Return one row of the table as text."""
-    metric, savings, heads = result["metric"], result["savings"], result["savings"]["heads_kept"]
+    savings, heads = result["savings"], result["savings"]["heads_kept"]
     score, error = result["metrics"][metric], result["stderr"].get(metric)
+    name, _, label = metric.partition(",")
+    scale, digits = (1, 3) if name in PLAIN else (100, 1)
     change = ""
     if result["method"] != "mha":
-        change = f"{100 * (score - baseline['metrics'][metric]):+.1f}" if baseline else "no MHA run"
+        change = f"{scale * (score - baseline['metrics'][metric]):+.{digits}f}" if baseline else "no MHA run"
     return [
-        result["task"],
+        f"{result['task']} ({label})" if name_filter and label else result["task"],
         result["method"],
-        f"{100 * score:.1f}" + (f" ± {100 * error:.1f}" if isinstance(error, (int, float)) else ""),
+        f"{scale * score:.{digits}f}" + (f" ± {scale * error:.{digits}f}" if isinstance(error, (int, float)) else ""),
         change,
         f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}",
         f"{sum(heads) / len(heads):.1f}",

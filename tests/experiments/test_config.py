@@ -41,7 +41,7 @@ def run(*arguments: str, cwd=REPOSITORY) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("group", "name"), EVERY)
 def test_every_yaml_composes(group, name):
     needed = {"model": ["method.clusters=2"], "corpus": ["experiment=profile"]}
-    overrides = [f"{group}={name}", *needed.get(group, [])]
+    overrides = [f"{group}={name}", *needed.get(group, []), *(["task.name=lm_eval"] if name == "lm_eval" else [])]
     config = compose_config(overrides)
     check_values(config)
     OmegaConf.resolve(config)
@@ -77,7 +77,7 @@ def test_every_model_yaml_builds_its_architecture(name):
         load_method("chai")(clusters=clusters).check(shape)
 
 
-@pytest.mark.parametrize("name", choices("task"))
+@pytest.mark.parametrize("name", sorted({*choices("task")} - {"lm_eval"}))  # which takes lm-eval's definitions
 def test_every_task_yaml_leads_to_single_tasks(name):
     for single in task_members(compose_config([f"task={name}"])):
         assert single.task.harness
@@ -95,8 +95,8 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["-m", "method=chai,mha", "method.tokens=3"], "unknown key 'method.tokens'; valid in method: name"),
         (["+method.extra=3"], "unknown key 'method.extra'"),
         (["model.architecture.hidden_sise=3"], "did you mean 'model.architecture.hidden_size'?"),
-        (["limit=abc"], "limit: Value 'abc' of type 'str' could not be converted to Integer"),
-        (["-m", "limit=5,abc"], "limit: Value 'abc'"),
+        (["limit=abc"], "limit is abc; valid: 1 or more, or a fraction of the items between 0 and 1 (0.1), or null"),
+        (["-m", "limit=5,abc"], "limit is abc; valid: 1 or more"),
         (["limit=0"], "limit is 0; valid: 1 or more"),
         (["batch_size=-1"], "batch_size is -1; valid: 1 or more"),
         (["model.dtype=int8"], "model.dtype is 'int8'; valid: auto, float32, bfloat16, float16"),
@@ -123,8 +123,14 @@ def test_every_task_yaml_leads_to_single_tasks(name):
             "hydra.sweep.dir has no effect: a sweep's record is below results_dir, in sweeps/",
         ),
         (["task=micro", "task.metric=acc"], "task.metric cannot be set for a group of tasks"),
-        (["task=piqa", "task.data_dir=x", "task.num_fewshot=2"], "has only the items that are scored"),
         (["task=piqa", "task.data_dir=x", "task.data_file=null"], "has no task.data_file"),
+        (["task=lm_eval"], "task=lm_eval needs task.name"),
+        (["task=lm_eval", "task.name=gsm8k", "task.split=x"], "task.split has no effect with task=lm_eval"),
+        (["task=piqa", "task.include_path=x"], "task.include_path is for tasks of lm-eval"),
+        (["limit=1.5"], "limit is 1.5; valid: 1 or more, or a fraction"),
+        (["experiment=perplexity", "limit=0.5"], "limit is 0.5; valid: 1 or more, or null"),
+        (["batch_size=many"], "batch_size is many; valid: 1 or more, or auto"),
+        (["experiment=memory", "batch_size=auto"], "batch_size is auto; valid: 1 or more"),
         (["method.name=chia"], "method.name is what method=... sets; valid: chai, chai_qkv"),
     ],
 )

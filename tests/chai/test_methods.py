@@ -22,6 +22,7 @@ from chai.cache import ClusteredCache, cache_bytes, cache_bytes_mha
 from chai.cache.clustered import ClusteredLayer, ClusteringState
 from chai.clustering.assignment import kmeans_clusters
 from chai.methods import Chai, Mha, Random
+from chai.patching.model_info import num_kv_heads
 from tests.models import FAMILIES, HEADS, LAYERS, clusters_of, make_batch, make_model, relative_error
 from tests.oracle import attend_one_by_one, oracle
 
@@ -68,8 +69,8 @@ def test_clustered_path_with_one_head_per_cluster_is_multi_head_attention(family
     tokens = model.generate(**batch, max_new_tokens=12, do_sample=False)
 
     def all_clustered(method, counts, config, reserve=0):
-        kv_heads, state = getattr(config, "num_key_value_heads", None) or HEADS, ClusteringState((method, counts))
-        return ClusteredCache(layers=[ClusteredLayer(state, index, kv_heads) for index in range(LAYERS)])
+        state = ClusteringState((method, counts))
+        return ClusteredCache(layers=[ClusteredLayer(state, index, num_kv_heads(config)) for index in range(LAYERS)])
 
     monkeypatch.setattr(chai.patching.clustered, "new_clustered_cache", all_clustered)
     with Chai(clusters=HEADS)(model):

@@ -22,7 +22,7 @@ from chai.methods import Chai, Mha, Spatten
 from chai.methods.spatten import LINEAR, schedule
 from chai.patching.apply import switched_attention
 from chai.patching.cascade import keep_top
-from chai.patching.model_info import logit_weights
+from chai.patching.model_info import find_layers, logit_weights
 from experiments.runs.identity import SPATTEN
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, make_model
 
@@ -34,8 +34,11 @@ PER_ROW = replace(HARD, pruning="per_row")
 BOTH = pytest.mark.parametrize("method", [HARD, PER_ROW], ids=["global", "per_row"])
 
 
-def best(scores: dict[int, float], count: int) -> set[int]:
-    return set(sorted(scores, key=lambda item: (-round(scores[item], 9), item))[:count])
+def best(scores: dict[int, float], count: int, always: int | None = None) -> set[int]:
+    """The largest, ties by lowest index; scores in the same step of 2^-16 of the largest are equal."""
+    largest = max(max(scores.values()), 1e-30)
+    rounded = {item: math.inf if item == always else round(score / largest * 2**16) for item, score in scores.items()}
+    return set(sorted(scores, key=lambda item: (-rounded[item], item))[:count])
 
 
 def up(value: float) -> int:
@@ -84,7 +87,7 @@ class GlobalLoop(Loop):
         out = torch.full((*query.shape[:2], value.shape[2]), torch.nan, dtype=torch.float64)
         if index:  # Algorithm 1 ends each layer with the choice for the next
             kept = up(self.rule.tokens[index] * len(self.context))
-            self.tokens = {self.last} | best({j: self.s_t[j] for j in self.tokens - {self.last}}, kept - 1)
+            self.tokens = best({j: self.s_t[j] for j in self.tokens}, kept, always=self.last)
             self.heads = best({h: self.s_h[h] for h in self.heads}, self.rule.heads[index])
         self.counts.append(Counter(row=len(self.tokens), key=len(self.tokens) * len(self.heads)))
         for i in self.real:
@@ -114,8 +117,8 @@ class PerRowLoop(Loop):
         share, heads = self.rule.tokens[index], self.rule.heads[index]
         for i in self.context:
             if share < 1:
-                importance = {j: math.inf if j == i else self.given[i][j] for j in self.seen[i]}
-                self.seen[i] = best(importance, up(share * len([j for j in self.real if j <= i])))
+                count = up(share * len([j for j in self.real if j <= i]))
+                self.seen[i] = best({j: self.given[i][j] for j in self.seen[i]}, count, always=i)
             if heads < HEADS:
                 self.has[i] = best({h: self.size[i][h] for h in self.has[i]}, heads)
         self.counts.append(Counter(row=len(self.context), key=len(self.context) * HEADS))
@@ -241,7 +244,7 @@ def test_operations_are_the_products_of_the_slow_loop(method, context):
 def test_rows_of_pruned_tokens_are_read_by_nobody(family):
     """Noise in the hidden states of tokens after their pruning changes neither logits nor cache."""
     model, batch = make_model(family), make_batch([15, 12])
-    contexts, layers = torch.tensor([12, 9]), model.get_decoder().layers
+    contexts, layers = torch.tensor([12, 9]), find_layers(model)
 
     def outcome():
         cache = HARD.new_cache(model)
@@ -271,11 +274,13 @@ def test_rows_of_pruned_tokens_are_read_by_nobody(family):
             handle = layer.register_forward_pre_hook(add_noise(own), with_kwargs=True)
             stack.callback(handle.remove)
         noisy, other = outcome()
-    assert torch.equal(noisy[kept[1]], logits[kept[1]]) and not torch.equal(noisy, logits)
+    # Not to the bit: experts are given other tokens beside those.
+    torch.testing.assert_close(noisy[kept[1]], logits[kept[1]])
+    assert not torch.allclose(noisy, logits, atol=0.1)
     for layer, same in zip(cache.layers[1:], other.layers[1:], strict=True):
         valid = layer.valid[:, None, :, None]
         assert torch.equal(layer.positions, same.positions)
-        assert torch.equal(layer.keys[:, :, : valid.shape[2]] * valid, same.keys[:, :, : valid.shape[2]] * valid)
+        torch.testing.assert_close(*(each.keys[:, :, : valid.shape[2]] * valid for each in (layer, same)))
 
 
 @pytest.mark.parametrize("family", UNWINDOWED)

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from chai.cache import cache_bytes, cache_bytes_mha, stored_kv_heads
-from chai.errors import ChaiError
 from chai.methods import baseline
 from chai.methods.base import Method
 
@@ -18,11 +17,8 @@ PROMPT_TOKENS = 2048
 
 def count_flops(method: Method, model: PreTrainedModel) -> dict[str, int] | None:
     """Count the operations of a prompt under a method and under MHA; ``None`` for a layout that is not known."""
-    try:
-        own, mha = (counted.prompt_flops(model, PROMPT_TOKENS) for counted in (method, baseline()))
-    except ChaiError:
-        return None
-    return {"tokens": PROMPT_TOKENS, "method": own, "mha": mha}
+    own, mha = (counted.prompt_flops(model, PROMPT_TOKENS) for counted in (method, baseline()))
+    return None if own is None or mha is None else {"tokens": PROMPT_TOKENS, "method": own, "mha": mha}
 
 
 def cache_stats(cache: Cache, sequences: int) -> dict[str, Any]:

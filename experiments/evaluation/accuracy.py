@@ -19,6 +19,7 @@ from chai.patching.devices import describe_devices
 from experiments.config.remedies import with_remedy
 from experiments.config.schema import ConfigError
 from experiments.config.validate import to_dataclass
+from experiments.evaluation.groups import group_result
 from experiments.evaluation.lm import MethodLM, score
 from experiments.evaluation.responses import FILE, worker_files
 from experiments.evaluation.resume import open_responses
@@ -65,7 +66,7 @@ def run(config: DictConfig) -> int:
             log_info(f"skipping: locked by {owner}: {folder.path}")
     if group.is_main_process:
         paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
-        show_results(paths, Path(config.results_dir))
+        show_results(paths, Path(config.results_dir), functools.partial(group_result, config.task))
     return max((outcome.code for outcome in outcomes.values()), default=0)
 
 

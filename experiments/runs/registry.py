@@ -79,6 +79,15 @@ def registered_members(config: DictConfig) -> list[DictConfig]:
     return singles
 
 
+def group_metrics(task: DictConfig) -> list[dict[str, Any]]:
+    """Return the means over its tasks that a group's definition asks for; empty for other names."""
+    entry = Index(task.include_path).get(task.name) if task.registered else None
+    if entry is None or entry.members is None or entry.path is None:
+        return []
+    listed = Definition(task.name, Path(entry.path)).load(resolve=False).get("aggregate_metric_list") or []
+    return [listed] if isinstance(listed, dict) else list(listed)
+
+
 def find_definition(task: DictConfig) -> Definition:
     """Return the definition of a registered task of a run, whose groups are resolved."""
     entry = Index(task.include_path).get(task.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def find_baseline(result: Result, results_dir: Path) -> Result | None:
     return None
 
 
-def show_results(folders: list[Path], results_dir: Path) -> None:
-    """Print a table of these runs, each below its MHA baseline where there is one."""
+def show_results(
+    folders: list[Path], results_dir: Path, summarize: Callable[[list[Result]], Result | None] | None = None
+) -> None:
+    """Print a table of these runs, each below its MHA baseline where there is one.
+
+    ``summarize`` turns the results of a group's tasks, of one method, into a last row.
+    """
     rows: list[tuple[Result, Result | None]] = []
     missing = []
     for folder in folders:
@@ -50,11 +56,26 @@ def show_results(folders: list[Path], results_dir: Path) -> None:
         if baseline is not None and baseline is not result:
             rows.append((baseline, baseline))
         rows.append((result, baseline))
+    if summarize is not None and rows and not missing:
+        rows += summary_rows(rows, summarize)
     if rows:
         print_table(results_table(rows), LEGEND)
     for folder in missing:
         status = read_json(folder / "status.json") or {}
         console.print(f"no result: {folder} ({status.get('error', status.get('state', 'not started'))})", markup=False)
+
+
+def summary_rows(
+    rows: list[tuple[Result, Result | None]], summarize: Callable[[list[Result]], Result | None]
+) -> list[tuple[Result, Result | None]]:
+    """Return the row of the group under MHA, where all its tasks have that, and under the method."""
+    tasks = {result["task"] for result, _ in rows}
+    found: dict[str, Result] = {}
+    for method in dict.fromkeys(result["method"] for result, _ in rows):
+        members = [result for result, _ in rows if result["method"] == method]
+        if len(members) == len(tasks) and (summary := summarize(members)):
+            found[method] = summary
+    return [(summary, found.get("mha")) for summary in found.values()]
 
 
 def results_table(rows: list[tuple[Result, Result | None]]) -> Table:

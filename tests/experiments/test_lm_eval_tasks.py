@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config.compose import compose_config
+from experiments.evaluation.groups import group_result
 from experiments.evaluation.lm import MethodLM
 from experiments.execute import run_config
 from experiments.microworld import world
@@ -46,7 +47,7 @@ def tasks(tmp_path_factory):
         "own_gsm": [{"question": text, "answer": text.split()[0]} for text in texts(8, 5)],
         "own_gsm_train": [{"question": text, "answer": text.split()[-1]} for text in texts(12, 3)[8:]],
         "own_rolling": [{"page": text} for text in [*texts(5, 20)[:4], " ".join(texts(40, 12))]],
-        "own_choice": [{"question": text, "choices": text.split()[:3], "label": 1} for text in texts(7, 6)],
+        "own_choice": [{"question": text, "choices": text.split()[:3], "label": 1} for text in texts(9, 6)],
         "own_loglikelihood": [{"question": text, "answer": text.split()[2]} for text in texts(7, 6)],
     }
     for name, rows in items.items():
@@ -79,6 +80,10 @@ def tasks(tmp_path_factory):
         spec |= {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
     group = {"group": "own_group", "task": ["own_gsm", {"task": "own_choice", "num_fewshot": 0}]}
+    for name, weighted in (("own_items", True), ("own_tasks", False)):
+        means = [{"metric": "acc", "weight_by_size": weighted}]
+        scored = {"group": name, "task": ["own_choice", "own_loglikelihood"], "aggregate_metric_list": means}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(scored))
     (folder / "group.yaml").write_text(yaml.safe_dump(group))
     return folder
 
@@ -185,6 +190,23 @@ def test_generated_and_rolling_tasks_run_under_every_method(workplace, tasks, tm
     assert found["own_gsm"][0]["n"] == 4 and found["own_rolling"][0]["n"] == 3  # rounded up, as in lm-eval
     for result, _ in found.values():
         assert 0 < result["savings"]["kv_bytes"] <= result["savings"]["kv_bytes_mha"]
+
+
+@pytest.mark.parametrize("group", ["own_items", "own_tasks"])
+def test_the_scores_of_a_group_are_those_of_plain_lm_eval(workplace, tasks, tmp_path, group, capsys):
+    command = overrides_of(workplace, tasks, tmp_path, group)
+    config = compose_config([*command, "task.metric=acc", "limit=0.6"])
+    assert run_config(config) == 0
+    results = [result for result, _ in outcomes(tmp_path).values()]
+    for result in results:
+        result["seconds"] = 1.0
+    found = group_result(config.task, results)
+    lm = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(workplace / "small"), batch_size=BATCH,
+              tokenizer=AutoTokenizer.from_pretrained(workplace / "small"))  # fmt: skip
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    plain = lm_eval.simple_evaluate(model=lm, tasks=[group], task_manager=manager, limit=config.limit)["groups"][group]
+    assert found["metrics"] == {"acc": plain["acc,none"]} and found["stderr"] == {"acc": plain["acc_stderr,none"]}
+    assert f"{group} (group)" in capsys.readouterr().out
 
 
 def test_the_filters_of_a_metric_are_shown_and_stored_each(workplace, tasks, tmp_path, capsys):

@@ -7,6 +7,7 @@ Nothing in this package imports torch, so that ``python run.py --help`` and mist
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,7 @@ class RunConfig:
     results_dir: str = "results"
 
 
+@functools.cache
 def register() -> None:
     """Register the schemas and the ``repo`` resolver (a path inside the repository) with Hydra; idempotent."""
     nodes = {None: RunConfig, "model": ModelConfig, "task": TaskConfig, "corpus": CorpusConfig, "logger": LoggerConfig}

@@ -5,6 +5,7 @@ Reads a few files and imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import platform
@@ -33,6 +34,8 @@ ADDED = (
 )  # fmt: skip
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
+#: Keys of a model that belong to its weights.
+MODEL_FILES = ("clusters", "predictor", "profile")
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 BLOCKS = 64  # blocks that represent a large weight file
 
@@ -144,11 +147,18 @@ def gguf_file(model: DictConfig) -> str | None:
 def name_after_files(model: DictConfig, name: str) -> None:
     """Rename a model, and drop what belongs to the chosen one; values set on the command line stay."""
     if model.name in choices("model"):
-        chosen = compose_config([f"model={model.name}"]).model
-        for key in ("clusters", "predictor", "profile"):
+        chosen = model_files(model.name)
+        for key in MODEL_FILES:
             if model[key] == chosen[key]:
                 model[key] = None
         model.name = name
+
+
+@functools.cache
+def model_files(name: str) -> dict[str, Any]:
+    """Return what the configuration of a model in ``conf/`` says of its cluster counts, predictor and profile."""
+    chosen = compose_config([f"model={name}"]).model
+    return {key: chosen[key] for key in MODEL_FILES}
 
 
 def check_profile(config: DictConfig) -> None:

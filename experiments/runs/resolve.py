@@ -20,7 +20,9 @@ def resolve_runs(config: DictConfig) -> list[DictConfig]:
     if name == "pretrain_tiny":
         return [config]
     if name == "accuracy":
-        singles = registered_members(config) if config.task.registered else task_members(config)
+        if config.task.registered:
+            return registered_members(config)
+        singles = task_members(config)
         for single in singles:
             resolve_fingerprints(single)
         return singles

@@ -15,6 +15,7 @@ ELSEWHERE = {
     r"hf (download|auth login)\b.*": "it needs the hub",
     r"wandb sync \.\.\.": "it needs a server; tests/experiments/test_tracking.py has the runs that it would upload",
     r"python -m analysis\.documents( --check)?": "tests/analysis/test_documents.py runs it on made-up runs",
+    r"python run\.py .*task\.name=mmlu\b.*": "tests/experiments/test_lm_eval_tasks.py scores groups, from local data",
     r"accelerate launch --cpu": "tests/experiments/test_distributed.py starts the processes on CPUs",
 }
 

@@ -81,6 +81,9 @@ def tasks() -> Path:
     for path in list(folder.glob("micro_*.jsonl")):
         name = path.stem.removeprefix("micro_")
         shutil.copy(path, folder / yaml.safe_load(Path("conf/task", f"{name}.yaml").read_text())["data_file"])
+    sums = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(12)]
+    for split, items in (("train", sums[:8]), ("test", sums[8:])):
+        (folder / f"gsm8k_{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     for path in Path("data").glob("*.jsonl"):
         shutil.copy(path, folder)
     return folder

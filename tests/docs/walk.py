@@ -36,6 +36,7 @@ SIZES = {
     "accuracy": [],
     "latency": ["experiment.lengths=[16]", "experiment.rounds=1"],
     "memory": ["experiment.lengths=[16]", "experiment.steps=2"],
+    "perplexity": ["experiment.window=16", "experiment.stride=8", "experiment.tokens=40"],
     "profile": ["profile.samples=3", "profile.tokens=24", "profile.history=6", "profile.history_samples=2"],
     "train_dejavu": ["experiment.steps=2", "experiment.held_out=1", "experiment.checkpoint_every=1"],
     "pretrain_tiny": ["experiment.steps=3", "experiment.sequence_length=32", "experiment.first_phase=1"],
@@ -235,10 +236,12 @@ def small(overrides: list[str]) -> list[str]:
         size.append(f"model.path={machine.model(model)}")
     if experiment == "accuracy":
         size.append(f"task.data_dir={machine.tasks()}")
-    if given.get("corpus") == "c4":
+    if given.get("corpus") in ("c4", "wikitext2"):
         size.append(f"corpus.path={machine.corpus()}")
     # One task of a table's many methods; other commands score all tasks with some methods.
     forced = [f"task={'micro_piqa' if model == 'tiny' else 'piqa'}"] if "paper" in given else []
+    if given.get("task") == "lm_eval":
+        forced.append("task.overrides={generation_kwargs:{max_gen_toks:4}}")
     return [*size, *overrides, *FORCED.get(experiment, []), *forced]
 
 

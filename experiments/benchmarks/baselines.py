@@ -52,6 +52,7 @@ def model_baselines(model: PreTrainedModel, phase: str, length: int) -> dict[str
         "static": partial(static_cache, model.config.num_hidden_layers, length),
     }
     runnable = harness.stock_attentions(model)
+    runnable += [PRODUCTS] if "sdpa" in runnable else []  # on the same interface
     names = {name: parts for name in BASELINES[phase] if (parts := name.partition("_"))[0] in runnable}
     twins = {kernel: harness.twin(model, kernel) for kernel in dict.fromkeys(kernel for kernel, _, _ in names.values())}
     return {

@@ -640,7 +640,7 @@ def test_markdown_rows_have_the_same_width(tmp_path, capsys):
         (["tabel2"], "unknown table 'tabel2' (did you mean 'table2'?); valid: table1, table2, table3, table4, micro"),
         ([], "no table named; valid: table1"),
         (["table1", "table2", "--format", "csv"], "csv takes one table at a time, got 2"),
-        (["table2", "--model", "lama7b"], "unknown model 'lama7b' (did you mean 'llama7b'?); valid: llama2_7b"),
+        (["table2", "--model", "lama7b"], "unknown model 'lama7b' (did you mean 'llama7b'?); valid: falcon_7b"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_two(arguments, message, tmp_path, capsys):

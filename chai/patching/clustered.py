@@ -124,12 +124,11 @@ class _Requests:
         self.on_cpu = all(device.type == "cpu" for device in layer_devices(model))
 
     def forward(self, decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
-        """Run the decoder on a cache of ours; the caller gets it unless ``use_cache`` is false."""
-        call = decoder.parse(args, kwargs)
-        return call.finish(self.run(decoder, call))
+        """Run the decoder on a cache of ours, one part of the tokens after the other.
 
-    def run(self, decoder: Decoder, call: DecoderCall) -> Any:
-        """Run the decoder on a cache of ours, one part of the tokens after the other."""
+        The caller gets the cache unless ``use_cache`` is false.
+        """
+        call = decoder.parse(args, kwargs)
         call.kwargs["past_key_values"], cache = adopt_cache(
             call.kwargs.get("past_key_values"),
             ClusteredCache,
@@ -143,13 +142,11 @@ class _Requests:
         if len(state.warmup.count) != call.batch_size:
             raise ValueError(f"the cache holds {len(state.warmup.count)} sequences, this call has {call.batch_size}")
         with state.attach():
+            if not state.is_clustered and not padded and cache.get_seq_length() == 0 and self.in_one_pass(cache, call):
+                cache.expect_whole_prompt(self.steps.warmup_tokens)
             if state.is_clustered:
                 with running(ClusteredPass(self.steps, self.num_clusters, cache, padded)):
-                    return decoder.forward(**call.kwargs)
-            if not padded and cache.get_seq_length() == 0 and self.in_one_pass(cache, call):
-                cache.expect_whole_prompt(self.steps.warmup_tokens)
-                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded)):
-                    return decoder.forward(**call.kwargs)
+                    return call.finish(decoder.forward(**call.kwargs))
             # Split the tokens wherever some row completes its warm-up.
             real, offset, outputs, begin = call.real_tokens(), cache.get_seq_length(), [], 0
             positions = call.positions(offset)
@@ -162,7 +159,7 @@ class _Requests:
                     outputs.append(decoder.forward(**call.part(begin, end)))
                 self.cluster_complete_rows(cache)
                 begin = end
-        return outputs[0] if len(outputs) == 1 else join_outputs(outputs)
+        return call.finish(outputs[0] if len(outputs) == 1 else join_outputs(outputs))
 
     def begin(self, cache: ClusteredCache, call: DecoderCall) -> None:
         """Start a batch of requests; a method without warm-up clusters the heads at once."""

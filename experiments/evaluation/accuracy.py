@@ -128,7 +128,7 @@ class Scorer:
             if saved.discarded:
                 log_info(f"discarding saved responses: {', '.join(saved.discarded)} changed since the last attempt")
             progress = folder.progress if group.is_main_process else None
-            lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group)
+            lm = MethodLM(self.model, self.tokenizer, method, config.batch_size, saved, progress, group, config.seed)
             # In conf/, 0 stands for the definition's own number; for a registered task it is 0.
             shots = config.task.num_fewshot if config.task.registered else config.task.num_fewshot or None
             scores, samples = score(

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,20 +20,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.methods.base import Method
 from chai.patching.devices import input_device
-from experiments.evaluation.responses import (
-    BatchResponses,
-    Request,
-    Response,
-    SavedResponses,
-    batch_key,
-    make_batches,
-    text_key,
-)
+from experiments.evaluation.batches import Batches
+from experiments.evaluation.responses import Request, SavedResponses, batch_key, make_batches, text_key
 from experiments.evaluation.samples import sample_rows, split_metrics
 from experiments.evaluation.savings import cache_stats, mean_savings
 from experiments.runs.folder import RunError
@@ -44,7 +35,8 @@ from experiments.system.distributed import ProcessGroup
 class MethodLM(HFLM):
     """lm-eval's Hugging Face model, whose forward passes run on a cache of the applied method, which is then measured.
 
-    ``progress`` is called with the number of scored requests of this process and their total.
+    ``progress`` is called with the number of scored requests of this process and their total. ``seed`` is that of
+    sampled texts.
     """
 
     def __init__(
@@ -56,6 +48,7 @@ class MethodLM(HFLM):
         saved: SavedResponses | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: ProcessGroup | None = None,
+        seed: int = 0,
     ) -> None:
         self.is_automatic = batch_size == "auto"
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1 if self.is_automatic else batch_size)
@@ -64,8 +57,9 @@ class MethodLM(HFLM):
         self.saved = saved
         self.progress = progress
         self.group = group or ProcessGroup()
+        self.seed = seed
         self.cache_stats: list[dict[str, Any]] = []  # of each batch, of all processes
-        self._batch_stats: list[dict[str, Any]] = []  # of the batch that is computed
+        self._batch_stats: list[dict[str, Any]] = []  # where the sizes of the batch's cache go
         self._context_lengths: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
@@ -73,8 +67,7 @@ class MethodLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Score the requests in lm-eval's own batches, this process its shard of them."""
         self._choose_batch_size([len(context) + len(continuation) for _, context, continuation in requests])
-        batches = make_batches(requests, override_bs or self.batch_size)
-        return self._score_requests(requests, batches, disable_tqdm=disable_tqdm)
+        return self._score(requests, make_batches(requests, override_bs or self.batch_size), disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts, in lm-eval's own windows and batches of them."""
@@ -87,14 +80,14 @@ class MethodLM(HFLM):
         self._choose_batch_size([len(context) + len(continuation) for _, context, continuation in windows])
         positions = range(len(windows))
         batches = [list(positions[start : start + self.batch_size]) for start in positions[:: self.batch_size]]
-        nats = iter(self._score_requests(windows, batches, disable_tqdm=disable_tqdm))
+        nats = iter(self._score(windows, batches, disable_tqdm=disable_tqdm))
         return [sum(value for value, _ in itertools.islice(nats, count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue the prompts in lm-eval's own batches, this process its shard of them."""
+        settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        most = [normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests]
-        self._choose_batch_size([length + new for length, new in zip(lengths, most, strict=True)])
+        self._choose_batch_size([n + own["max_gen_toks"] for n, own in zip(lengths, settings, strict=True)])
         # As in lm-eval: prompts with the same settings, the longest first.
         ordered = Collator(
             list(enumerate(requests)),
@@ -102,15 +95,18 @@ class MethodLM(HFLM):
             group_fn=lambda item: item[1].args[1],
             group_by="gen_kwargs",
         )
-        batches = [[position for position, _ in batch] for batch in ordered.get_batched(n=self.batch_size)]
-
-        def respond(number: int, batch: list[int]) -> BatchResponses:
-            chosen = [requests[position] for position in batch]
-            # Sampled prompts may be repeated: the number tells the batches apart.
-            key = f"{number}-{text_key([request.args for request in chosen])}"
-            return self._respond(key, lambda: self._generate(key, chosen))
-
-        return self._run_batches(batches, respond, "Running generate_until requests", disable_tqdm=disable_tqdm)
+        positions = [[position for position, _ in batch] for batch in ordered.get_batched(n=self.batch_size)]
+        # Sampled prompts may be repeated: the number tells their batches apart.
+        batches = self._batches(
+            positions, lambda number, batch: f"{number}-{text_key([requests[position].args for position in batch])}"
+        )
+        for batch in batches.missing("Running generate_until requests", disable_tqdm=disable_tqdm):
+            self._batch_stats = batch.cache_stats
+            if settings[batch.positions[0]]["do_sample"]:  # a resumed run draws the same numbers
+                torch.manual_seed(zlib.crc32(f"{self.seed}-{batch.key}".encode()))
+            chosen = [requests[position] for position in batch.positions]
+            batch.responses = super().generate_until(chosen, disable_tqdm=True)
+        return self._gather(batches)
 
     def _choose_batch_size(self, lengths: list[int]) -> None:
         """Set the batch size for rows of up to that many tokens, if it is automatic."""
@@ -118,81 +114,32 @@ class MethodLM(HFLM):
             size = auto_batch_size(self.model, min(max(lengths, default=1), self.max_length))
             self.batch_size_per_gpu = min(self.group.all_gather(size))
 
-    def _score_requests(
-        self, requests: list[Request], batches: list[list[int]], *, disable_tqdm: bool
+    def _score(
+        self, requests: list[Request], positions: list[list[int]], *, disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihoods of the requests, which are scored in these batches of their positions."""
         self._context_lengths = context_lengths(requests, self.max_length)
+        batches = self._batches(positions, lambda _, batch: batch_key([requests[position] for position in batch]))
+        for batch in batches.missing("Running loglikelihood requests", disable_tqdm=disable_tqdm):
+            self._batch_stats = batch.cache_stats
+            chosen = [requests[position] for position in batch.positions]
+            batch.responses = super()._loglikelihood_tokens(chosen, disable_tqdm=True)
+            for nats, _ in batch.responses:
+                if not math.isfinite(nats):
+                    raise RunError(
+                        f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
+                        "try model.dtype=bfloat16 or float32"
+                    )
+        return self._gather(batches)
 
-        def respond(number: int, batch: list[int]) -> BatchResponses:
-            chosen = [requests[position] for position in batch]
-            return self._respond(batch_key(chosen), lambda: self._score(chosen))
+    def _batches(self, positions: list[list[int]], key: Callable[[int, list[int]], str]) -> Batches:
+        return Batches(positions, key, self.saved, self.group, self.progress)
 
-        return self._run_batches(batches, respond, "Running loglikelihood requests", disable_tqdm=disable_tqdm)
-
-    def _run_batches(
-        self,
-        batches: list[list[int]],
-        respond: Callable[[int, list[int]], BatchResponses],
-        description: str,
-        *,
-        disable_tqdm: bool,
-    ) -> list[Any]:
-        """Return the responses to all requests, by position; this process responds to its shard of the batches."""
-        own = self.group.shard(list(enumerate(batches)))
-        responses: dict[int, Any] = {}  # by the position of their request
-        stats: list[dict[str, Any]] = []
-        total = sum(len(batch) for _, batch in own)
-        before = self.saved.restored if self.saved else 0
-        disable_tqdm = disable_tqdm or not self.group.is_main_process
-        with tqdm(total=total, desc=description, disable=disable_tqdm) as bar:
-            for number, positions in own:
-                batch = respond(number, positions)
-                responses.update(zip(positions, batch.responses, strict=True))
-                stats.append(batch.cache_stats)
-                bar.update(len(positions))
-                if self.progress is not None:
-                    self.progress(bar.n, total)
-        # Gather the shards of all processes.
-        restored = before
-        for shard in self.group.all_gather((responses, stats, (self.saved.restored if self.saved else 0) - before)):
-            responses |= shard[0]
-            self.cache_stats += shard[1]
-            restored += shard[2]
-        if self.saved:
-            self.saved.restored = restored
-        return [responses[position] for position in range(len(responses))]
-
-    def _respond(self, key: str, work: Callable[[], list[Response]]) -> BatchResponses:
-        """Restore the responses of a batch, or compute and save them."""
-        batch = self.saved.find(key) if self.saved else None
-        if batch is not None:
-            return batch
-        began = time.perf_counter()
-        self._batch_stats = []
-        responses = work()
-        (stats,) = self._batch_stats  # a batch is one forward pass, or one call of generate
-        batch = BatchResponses(responses, stats, time.perf_counter() - began)
-        if self.saved:
-            self.saved.add(key, batch)
-        return batch
-
-    def _score(self, requests: list[Request]) -> list[Response]:
-        """Score a batch in one forward pass."""
-        responses = super()._loglikelihood_tokens(requests, disable_tqdm=True)
-        for nats, _ in responses:
-            if not math.isfinite(nats):
-                raise RunError(
-                    f"non-finite log-likelihood ({nats}): NaN/inf in the weights, or overflow in float16; "
-                    "try model.dtype=bfloat16 or float32"
-                )
+    def _gather(self, batches: Batches) -> list[Any]:
+        """Return the responses of all processes, and note the cache sizes."""
+        responses, stats = batches.gather()
+        self.cache_stats += stats
         return responses
-
-    def _generate(self, key: str, requests: list[Instance]) -> list[Response]:
-        """Continue a batch of prompts in one call of ``generate``."""
-        if requests[0].args[1].get("do_sample"):  # a resumed run draws the same numbers
-            torch.manual_seed(zlib.crc32(key.encode()))
-        return super().generate_until(requests, disable_tqdm=True)
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config.compose import compose_config
 from experiments.evaluation.groups import group_result
-from experiments.evaluation.lm import MethodLM
+from experiments.evaluation.responses import SavedResponses
 from experiments.execute import run_config
 from experiments.microworld import world
 
@@ -155,14 +155,15 @@ def test_generated_texts_differ_and_end_before_a_stop_sequence(plain):
 
 @pytest.mark.parametrize("name", ["own_gsm", "own_rolling", "own_group"])
 def test_a_killed_run_under_chai_goes_on_and_ends_with_the_same_numbers(workplace, tasks, tmp_path, monkeypatch, name):
-    respond, done = MethodLM._respond, []
+    add, done = SavedResponses.add, []
 
-    def stopping(self, key, work):
+    def stopping(self, key, batch):
         if stop and len(done) == stop:
             raise KeyboardInterrupt
-        return respond(self, key, lambda: done.append(1) or work())
+        done.append(1)
+        add(self, key, batch)
 
-    monkeypatch.setattr(MethodLM, "_respond", stopping)
+    monkeypatch.setattr(SavedResponses, "add", stopping)
     stop = 0
     assert run_config(compose_config(overrides_of(workplace, tasks, tmp_path / "whole", name, "chai"))) == 0
     whole, stop = len(done), 2

@@ -24,7 +24,7 @@ NO_SETTING = ("path", "device_map", "architecture", "resources", "predictor", "p
 #: Keys of a run's configuration that do not affect results: where it ran, and where its files were.
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.predictor",
-    "model.profile", "task.data_dir",
+    "model.profile", "task.data_dir", "task.text",
 )  # fmt: skip
 PREDICTOR_RECORD = "predictor.json"  # what a trained predictor's folder says about its training
 

@@ -21,9 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from experiments.offline.python_texts import read_python_texts
 from experiments.runs.folder import RunError
 
-#: Columns of the items that the samples keep.
+#: Columns of the items that the samples keep: the length asked for and the prompt's own; the depth asked for and the
+#: tokens before the statement of the key, without those of a chat template.
 COLUMNS = ("length", "depth", "tokens", "key_at")
 METRIC = "exact_match"
+TRIES = 12  # sentence ends that a prompt may end its filler with
 SENTENCES = (
     "The path follows the river to the old mill. Two boats lie on the bank in the sun. A dog sleeps under the bridge. "
     "In the village the baker opens his shop early. Children walk to school with their bags. The wind moves the leaves "
@@ -146,7 +148,7 @@ class ItemMaker:
         rng = random.Random(f"{self.task.seed}-{length}-{float(depth)}-{repeat}")
         drawn = self.kind.draw(rng)
         best: tuple[int, int, int] | None = None
-        for end in rng.sample(self.ends, min(len(self.ends), 12)):
+        for end in rng.sample(self.ends, min(len(self.ends), TRIES)):
             found = (*self._fit(end, length, depth, drawn), end)
             best = max(best or found, found, key=lambda one: one[0])
             if best[0] == length:
@@ -167,15 +169,15 @@ class ItemMaker:
                 f"task '{self.task.name}': the key and the question alone take {tokens} tokens of the model; "
                 f"task.lengths has {length}"
             )
-        high, found, rate = length + 1, tokens, 1.0  # a prompt of `high` words of filler does not fit
+        # `low` words of filler fit, in `found` tokens; `high` words do not, at the `rate` of a token or more for each.
+        high, found, rate = length + 1, tokens, 1.0
         while high - low > 1 and found < length:
             count = low + min(max(int((length - found) / rate), 1), high - low - 1)
             tokens = self._tokens(end, count, depth, drawn)
+            rate = max((tokens - found) / (count - low), 1.0)
             if tokens > length:
                 high = count
-                rate = max((tokens - found) / (count - low), 1.0)
             else:
-                rate = max((tokens - found) / (count - low), 1.0)
                 low, found = count, tokens
         return found, low
 

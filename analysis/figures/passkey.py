@@ -34,7 +34,8 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
         if place >= len(runs):
             axes.set_axis_off()
             continue
-        draw_run(axes, runs[place], name_task=several)
+        draw_run(axes, runs[place])
+        axes.set_title(panel_title(runs[place], runs, name_task=several), fontsize=7.5)
         if place % columns == 0:
             axes.set_ylabel("depth of the key", fontsize=7.5)
         if place + columns >= len(runs):
@@ -46,7 +47,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     return figure, plot_data(runs)
 
 
-def draw_run(axes: Axes, one: PasskeyRun, *, name_task: bool) -> None:
+def draw_run(axes: Axes, one: PasskeyRun) -> None:
     """Draw the cells of one run, with their values in percent."""
     table = 100 * one.cells.pivot(index="depth", columns="length", values="score")
     values = table.to_numpy(dtype=float)
@@ -60,15 +61,15 @@ def draw_run(axes: Axes, one: PasskeyRun, *, name_task: bool) -> None:
     axes.set_xticks(range(len(table.columns)), [f"{length:,}\n{means[length]:.0f} %" for length in table.columns])
     axes.set_yticks(range(len(table.index)), [f"{depth:g}" for depth in table.index])
     axes.tick_params(labelsize=7)
-    axes.set_title(panel_title(one, name_task=name_task), fontsize=7.5)
 
 
-def panel_title(one: PasskeyRun, *, name_task: bool) -> str:
-    """Return the method with its clusters, the share of all keys that it finds, and what it saves."""
+def panel_title(one: PasskeyRun, runs: list[PasskeyRun], *, name_task: bool) -> str:
+    """Return the method with its clusters and settings, the share of all keys that it finds, and what it saves."""
     words = label(one.run.method)
     if one.run.method != "mha":
         words += f", {clusters(one.heads, most=1)}"
     task = f"{one.task}: " if name_task else ""
+    words = ", ".join([words, *one.differing(runs)])
     return f"{task}{words}\n{100 * one.score:.0f} % found, {100 * one.saved:.1f} % of KV saved"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -23,6 +25,7 @@ class PasskeyRun:
     """A run with its cells."""
 
     run: Run
+    settings: dict[str, Any]  # of the method
     cells: pd.DataFrame  # length, depth, n (items), score (between 0 and 1); a row for each cell
     heads: tuple[int, ...]  # whose scores are computed, in each layer
     saved: float  # share of the KV cache's bytes
@@ -36,6 +39,20 @@ class PasskeyRun:
     def score(self) -> float:
         """Share of all items whose key is found."""
         return float((self.cells.score * self.cells.n).sum() / self.cells.n.sum())
+
+    @property
+    def numbers(self) -> list[float]:
+        """Numbers among the settings, to order runs of a method by."""
+        return [float(value) for value in self.settings.values() if isinstance(value, (int, float))]
+
+    def differing(self, runs: Sequence[PasskeyRun]) -> list[str]:
+        """Return what the method's other runs have set differently, as ``tokens=64``; clusters are in the heads."""
+        same = [one.settings for one in runs if (one.run.method, one.task) == (self.run.method, self.task)]
+        return [
+            f"{key}={value}"
+            for key, value in self.settings.items()
+            if key != "clusters" and any(settings.get(key) != value for settings in same)
+        ]
 
     def by_length(self) -> pd.Series:
         """Return the score for each length, all depths together."""
@@ -68,14 +85,15 @@ def passkey_runs(results: Results) -> list[PasskeyRun]:
     chosen = []
     for task in sorted(groups):
         group = max(groups[task].values(), key=lambda runs: (len(runs), max(one.run.updated for one in runs)))
-        chosen += sorted(group, key=lambda one: (one.run.method != "mha", one.run.method, -sum(one.heads)))
+        chosen += sorted(group, key=lambda one: (one.run.method != "mha", one.run.method, -sum(one.heads), one.numbers))
     results.used += [one.run for one in chosen]
     return chosen
 
 
 def _load(run: Run) -> PasskeyRun | None:
     """Return a run's cells; ``None`` for another task."""
-    if read_config(run.folder)["task"].get("key") is None:
+    config = read_config(run.folder)
+    if config["task"].get("key") is None:
         return None
     metric = str(run.result["metric"])
     samples = read_table(run.folder / "samples.parquet", ("length", "depth", metric))
@@ -84,7 +102,7 @@ def _load(run: Run) -> PasskeyRun | None:
     try:
         savings = run.result["savings"]
         saved = 1 - savings["kv_bytes"] / savings["kv_bytes_mha"]
-        found = PasskeyRun(run, cells, tuple(savings["heads_kept"]), saved)
+        found = PasskeyRun(run, config["method"], cells, tuple(savings["heads_kept"]), saved)
         value = float(run.result["metrics"][metric])
     except (KeyError, TypeError, ZeroDivisionError):
         raise SkippedRun("result.json has no numeric score or savings") from None

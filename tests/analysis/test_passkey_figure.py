@@ -19,7 +19,9 @@ MHA = {(512, 0.0): 4, (512, 0.5): 4, (512, 1.0): 3, (1024, 0.0): 2, (1024, 0.5):
 CHAI = {**MHA, (512, 0.5): 0, (1024, 0.0): 0}
 
 
-def save(root, method, found, *, task="passkey", settings="s", heads=9, saved=0.0, n=4, key="digits", model="small"):
+def save(
+    root, method, found, *, task="passkey", settings="s", heads=9, saved=0.0, n=4, key="digits", model="small", **own
+):
     """A finished run in which so many items of each cell are found, in a mixed order."""
     rows = [
         {"length": length, "depth": depth, "exact_match": float(item < found[length, depth])}
@@ -27,7 +29,7 @@ def save(root, method, found, *, task="passkey", settings="s", heads=9, saved=0.
         for length, depth in found
     ]
     frame = pd.DataFrame(rows).sample(frac=1, random_state=0)
-    folder = root / "accuracy" / model / method / task / f"{settings}{heads}{method}"
+    folder = root / "accuracy" / model / method / task / f"{settings}{heads}{method}{own.get('tokens', '')}"
     folder.mkdir(parents=True)
     frame.to_parquet(folder / "samples.parquet")
     result = {
@@ -38,7 +40,7 @@ def save(root, method, found, *, task="passkey", settings="s", heads=9, saved=0.
         "versions": {"torch": "2.13.0"},
     }  # fmt: skip
     task_section = {"name": task, "key": key, "lengths": list(LENGTHS)}
-    config = {"method": {"name": method}, "model": {"name": model}, "task": task_section}
+    config = {"method": {"name": method, "clusters": heads, **own}, "model": {"name": model}, "task": task_section}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "status.json").write_text(json.dumps({"state": "done", "updated": 1_790_000_000}))
@@ -91,6 +93,13 @@ def test_only_runs_that_differ_in_the_method_are_beside_each_other(tmp_path):
     clustered = [f"passkey: CHAI, k = {heads} in all 3 layers" for heads in (8, 7)]
     assert list(panels(figure)) == ["needle: MHA", "passkey: MHA", *clustered]
     assert len(results.used) == 4 and not results.skipped and len(data) == 4 * len(MHA)
+
+
+def test_runs_of_a_method_are_told_apart_by_what_differs(tmp_path):
+    for tokens in (5, 64):
+        save(tmp_path, "chai", CHAI, heads=7, tokens=tokens, membership="kmeans")
+    figure, _ = passkey.draw(Results(tmp_path))
+    assert list(panels(figure)) == [f"CHAI, k = 7 in all 3 layers, tokens={tokens}" for tokens in (5, 64)]
 
 
 def test_a_cell_without_items_is_empty(tmp_path):

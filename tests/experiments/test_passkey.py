@@ -219,6 +219,15 @@ def test_the_table_has_all_methods_by_length(workplace, tmp_path, capsys):
     assert rows["Method"] == ["96", "128"] and rows["mha"] == ["100", "0"] and rows["chai"] == ["0", "0"]
 
 
+def test_runs_of_one_method_are_told_apart_by_what_differs(workplace, tmp_path, capsys):
+    for tokens in (5, 7):
+        more = [f"method.tokens={tokens}", "limit=2"]
+        assert run_config(compose_config(command(workplace, tmp_path, *more, method="chai"))) == 0
+    output = capsys.readouterr().out.rpartition("keys found")[2]
+    names = [line.split()[:2] for line in output.splitlines() if line.split()[:1] == ["chai"]]
+    assert names == [["chai", "tokens=5"], ["chai", "tokens=7"]]
+
+
 def test_another_task_has_no_such_table(workplace, tmp_path, capsys):
     overrides = ["method=mha", f"model.path={workplace / 'small'}", f"task.data_dir={workplace / 'data'}"]
     assert run_config(compose_config([*overrides, "task=micro_piqa", "limit=2", f"results_dir={tmp_path}"])) == 0

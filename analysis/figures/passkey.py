@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -18,6 +20,7 @@ from analysis.results.runs import Results
 TITLE = "Keys found in long texts, by length and depth"
 QUERY = PASSKEY
 COLUMNS = 3  # panels beside each other
+TITLE_WIDTH = 36  # characters
 COLOURS = colormaps["viridis"].with_extremes(bad="#e4e4e4")
 NORM = Normalize(0, 100)
 
@@ -27,7 +30,7 @@ def draw(results: Results) -> tuple[Figure, pd.DataFrame]:
     runs = passkey_runs(results)
     columns = min(COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    figure = page.new(f"{TITLE}: {label(runs[0].run.model)}", 0.8 + 2.3 * rows)
+    figure = page.new(f"{TITLE}: {label(runs[0].run.model)}", 0.8 + 2.45 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     several = len({run.task for run in runs}) > 1
     for place, axes in enumerate(grid.flat):
@@ -64,13 +67,12 @@ def draw_run(axes: Axes, one: PasskeyRun) -> None:
 
 
 def panel_title(one: PasskeyRun, runs: list[PasskeyRun], *, name_task: bool) -> str:
-    """Return the method with its clusters and settings, the share of all keys that it finds, and what it saves."""
-    words = label(one.run.method)
+    """Return the method with its settings, its clusters, the share of all keys that it finds, and what it saves."""
+    words = ", ".join([label(one.run.method), *one.differing(runs)])
+    lines = textwrap.wrap(f"{one.task}: {words}" if name_task else words, TITLE_WIDTH)
     if one.run.method != "mha":
-        words += f", {clusters(one.heads, most=1)}"
-    task = f"{one.task}: " if name_task else ""
-    words = ", ".join([words, *one.differing(runs)])
-    return f"{task}{words}\n{100 * one.score:.0f} % found, {100 * one.saved:.1f} % of KV saved"
+        lines.append(clusters(one.heads, most=1))
+    return "\n".join([*lines, f"{100 * one.score:.0f} % found, {100 * one.saved:.1f} % of KV saved"])
 
 
 def notes(runs: list[PasskeyRun]) -> str:

@@ -53,7 +53,8 @@ def texts(axes):
 
 
 def panels(figure):
-    return {axes.get_title().partition("\n")[0]: axes for axes in figure.axes if axes.get_title()}
+    """Panels by their titles without the last line, what is found and saved."""
+    return {axes.get_title().rpartition("\n")[0]: axes for axes in figure.axes if axes.get_title()}
 
 
 def test_cells_are_the_means_of_the_items(tmp_path):
@@ -61,7 +62,7 @@ def test_cells_are_the_means_of_the_items(tmp_path):
     save(tmp_path, "mha", MHA)
     figure, data = passkey.draw(Results(tmp_path))
     drawn = panels(figure)
-    assert list(drawn) == ["MHA", "CHAI, k = 7 in all 3 layers"]  # multi-head attention first
+    assert list(drawn) == ["MHA", "CHAI\nk = 7 in all 3 layers"]  # multi-head attention first
     for axes, found in zip(drawn.values(), (MHA, CHAI), strict=True):
         cells = {
             (DEPTHS.index(depth), LENGTHS.index(length)): count / 4 * 100 for (length, depth), count in found.items()
@@ -72,7 +73,7 @@ def test_cells_are_the_means_of_the_items(tmp_path):
         assert (image.norm.vmin, image.norm.vmax) == (0, 100)  # the same colours in every panel
     labels = [label.get_text() for label in drawn["MHA"].get_xticklabels()]
     assert labels == ["512\n92 %", "1,024\n58 %"]
-    assert "50 % found, 25.0 % of KV saved" in drawn["CHAI, k = 7 in all 3 layers"].get_title()
+    assert "50 % found, 25.0 % of KV saved" in drawn["CHAI\nk = 7 in all 3 layers"].get_title()
     assert [label.get_text() for label in drawn["MHA"].get_yticklabels()] == ["0", "0.5", "1"]
     footer = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "n = 4 a cell" in footer and "up to 25 points" in footer
@@ -90,7 +91,7 @@ def test_only_runs_that_differ_in_the_method_are_beside_each_other(tmp_path):
     save(tmp_path, "mha", MHA, model="another")
     results = Results(tmp_path)
     figure, data = passkey.draw(results)
-    clustered = [f"passkey: CHAI, k = {heads} in all 3 layers" for heads in (8, 7)]
+    clustered = [f"passkey: CHAI\nk = {heads} in all 3 layers" for heads in (8, 7)]
     assert list(panels(figure)) == ["needle: MHA", "passkey: MHA", *clustered]
     assert len(results.used) == 4 and not results.skipped and len(data) == 4 * len(MHA)
 
@@ -99,7 +100,21 @@ def test_runs_of_a_method_are_told_apart_by_what_differs(tmp_path):
     for tokens in (5, 64):
         save(tmp_path, "chai", CHAI, heads=7, tokens=tokens, membership="kmeans")
     figure, _ = passkey.draw(Results(tmp_path))
-    assert list(panels(figure)) == [f"CHAI, k = 7 in all 3 layers, tokens={tokens}" for tokens in (5, 64)]
+    assert list(panels(figure)) == [f"CHAI, tokens={tokens}\nk = 7 in all 3 layers" for tokens in (5, 64)]
+
+
+def test_titles_of_panels_beside_each_other_do_not_meet(tmp_path):
+    for tokens in (5, 64, 128):
+        settings = {"tokens": tokens, "profile": f"results/profile/small/none/c4/{tokens}"}
+        save(tmp_path, "chai", CHAI, task="passkey_long", heads=7, **settings)
+    save(tmp_path, "mha", MHA)
+    figure, _ = passkey.draw(Results(tmp_path))
+    figure.draw_without_rendering()
+    titles = sorted(
+        (axes.title.get_window_extent() for axes in panels(figure).values()), key=lambda box: (-box.y0, box.x0)
+    )
+    for left, right in zip(titles, titles[1:], strict=False):
+        assert left.x1 < right.x0 or right.x0 < left.x0
 
 
 def test_a_cell_without_items_is_empty(tmp_path):

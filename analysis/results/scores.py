@@ -25,6 +25,7 @@ NO_SETTING = ("path", "gguf", "package", "device_map", "architecture", "resource
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
     "model.package", "model.predictor", "model.profile", "task.data_dir", "task.include_path", "task.fewshot_file",
+    "task.text",
 )  # fmt: skip
 PREDICTOR_RECORD = "predictor.json"  # what a trained predictor's folder says about its training
 

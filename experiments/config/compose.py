@@ -20,7 +20,7 @@ HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 #: Keys with a path of the user, in which ``~`` is the home folder.
 PATHS = (
     "results_dir", "model.path", "model.gguf", "model.predictor", "model.profile", "method.predictor", "method.profile",
-    "task.data_dir", "corpus.path", "experiment.corpus",
+    "task.data_dir", "task.text", "corpus.path", "experiment.corpus",
 )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ CONF = REPOSITORY / "conf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 LOGGER_MODES = ("online", "offline", None)
+KEYS = ("digits", "word", "sentence")
+FILLERS = ("sentences", "python_docs", "python_code")
 
 
 class ConfigError(ValueError):
@@ -66,7 +68,7 @@ class TaskConfig:
     """A task of lm-evaluation-harness, or a group of tasks (``members``) with one run each.
 
     A ``registered`` task is one that lm-eval knows by its name, from its own folder or from ``include_path``; a group
-    or tag of lm-eval is one run for each of its tasks.
+    or tag of lm-eval is one run for each of its tasks. A task with a ``key`` is made here, for the model's tokenizer.
     """
 
     name: str = "???"
@@ -85,6 +87,13 @@ class TaskConfig:
     fewshot_file: str | None = None  # in data_dir, with the few-shot examples; null: NAME_train.jsonl
     fewshot_fingerprint: str | None = None  # of that file, where it is used; filled in
     apply_chat_template: bool | None = None  # prompts in the format of the tokenizer's chat template
+    key: str | None = None  # one of KEYS: what is hidden in the filler and asked for; null: not such a task
+    filler: str | None = None  # one of FILLERS
+    text: str | None = None  # text file, used instead of `filler`
+    lengths: list[int] | None = None  # of the prompts, in tokens of the model
+    depths: list[float] | None = None  # of the key: 0 is the start of the filler, 1 its end
+    items_per_cell: int | None = None  # for each length and depth
+    seed: int | None = None  # of the items
 
 
 @dataclass

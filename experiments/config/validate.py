@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups, values, variants
 from experiments.config.remedies import with_remedy
-from experiments.config.schema import DEVICE_MAPS, DTYPES, LOGGER_MODES, ConfigError, unknown_name
+from experiments.config.schema import DEVICE_MAPS, DTYPES, FILLERS, KEYS, LOGGER_MODES, ConfigError, unknown_name
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CHOICES = {"model.dtype": DTYPES, "logger.mode": LOGGER_MODES}
@@ -26,6 +26,8 @@ MINIMUM = {"task.num_fewshot": 0}
 #: Keys of a task's section that can be set for a group of tasks, and for a task that lm-eval knows by its name.
 GROUP_KEYS = ("data_dir", "num_fewshot", "apply_chat_template")
 REGISTERED_KEYS = ("name", "metric", "include_path", "overrides", "data_dir", "num_fewshot", "apply_chat_template")
+#: Those of a passkey task, and of it alone.
+PASSKEY_KEYS = ("key", "filler", "text", "lengths", "depths", "items_per_cell", "seed")
 #: Dictionaries with arbitrary keys: the model's own configuration, options of sbatch.
 OPEN = ("model.architecture", "task.overrides", "hydra.launcher.additional_parameters")
 
@@ -133,6 +135,11 @@ def _check_task_key(task: DictConfig, key: str, rest: list[str]) -> None:
         raise ConfigError(f"{key} has no effect with task=lm_eval, whose definitions set it; valid: {valid}")
     if not task.registered and rest[0] in ("include_path", "overrides", "registered"):
         raise ConfigError(f"{key} is for tasks of lm-eval: task=lm_eval task.name=NAME")
+    if task.key is None and rest[0] in PASSKEY_KEYS:
+        raise ConfigError(f"{key} is for tasks with a hidden key; valid with it: task=passkey, task=needle")
+    if task.key is not None and rest[0] not in (*PASSKEY_KEYS, "apply_chat_template"):
+        valid = ", ".join(f"task.{name}" for name in (*PASSKEY_KEYS, "apply_chat_template"))
+        raise ConfigError(f"{key} has no effect with task={task.name}, which is made here; valid: {valid}")
 
 
 def check_values(config: DictConfig) -> None:
@@ -179,10 +186,30 @@ def _check_task(task: DictConfig) -> None:
         if task.overrides is not None and not isinstance(task.overrides, DictConfig):
             raise ConfigError(f"task.overrides is {task.overrides!r}; valid: a dictionary of keys of the definition")
         return
+    if task.key is not None:
+        _check_passkey(task)
+        return
     if not task.members and not task.harness:
         raise ConfigError(f"task '{task.name}' sets neither task.harness nor task.members")
     if task.data_dir is not None and not task.members and not task.data_file:
         raise ConfigError(f"task '{task.name}' has no task.data_file to look for in task.data_dir")
+
+
+def _check_passkey(task: DictConfig) -> None:
+    """Verify the settings of a task with a hidden key, without the model's tokenizer."""
+    for name, choices_of_key in (("key", KEYS), ("filler", (*FILLERS, None) if task.text is not None else FILLERS)):
+        if task[name] not in choices_of_key:
+            raise ConfigError(f"task.{name} is {_listed([task[name]])}; valid: {_listed(choices_of_key)}")
+    for name, fits, words in (
+        ("lengths", lambda value: value >= 1, "different numbers of tokens, 1 or more ('[512,1024]')"),
+        ("depths", lambda value: 0 <= value <= 1, "different numbers from 0 to 1 ('[0,0.5,1]')"),
+    ):
+        given = list(task[name] or [])
+        if not given or len(set(given)) < len(given) or not all(map(fits, given)):
+            raise ConfigError(f"task.{name} is {given}; valid: {words}")
+    for name, least in (("items_per_cell", 1), ("seed", 0)):
+        if task[name] is None or task[name] < least:
+            raise ConfigError(f"task.{name} is {_listed([task[name]])}; valid: {least} or more")
 
 
 def _check_device_map(value: Any) -> None:

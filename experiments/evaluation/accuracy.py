@@ -21,10 +21,11 @@ from experiments.config.schema import ConfigError
 from experiments.config.validate import to_dataclass
 from experiments.evaluation.groups import group_result
 from experiments.evaluation.lm import MethodLM, score
+from experiments.evaluation.passkey import COLUMNS
 from experiments.evaluation.responses import FILE, worker_files
 from experiments.evaluation.resume import open_responses
 from experiments.evaluation.savings import count_flops
-from experiments.evaluation.tasks import build_task, refusal, shown_metric
+from experiments.evaluation.tasks import build_task, needs_tokenizer, refusal, shown_metric
 from experiments.runs import experiment
 from experiments.runs.experiment import Outcome
 from experiments.runs.files import write_atomically
@@ -35,6 +36,7 @@ from experiments.runs.model import loaded_architecture, model_source
 from experiments.system.console import log_error, log_info
 from experiments.system.distributed import DistributedError, ProcessGroup, init_distributed
 from experiments.tables.accuracy import show_results
+from experiments.tables.passkey import show_lengths
 
 
 @dataclass
@@ -67,6 +69,7 @@ def run(config: DictConfig) -> int:
     if group.is_main_process:
         paths = [folder.path for folder in folders if outcomes.get(folder) is not Outcome.LOCKED]
         show_results(paths, Path(config.results_dir), functools.partial(group_result, config.task))
+        show_lengths(paths, Path(config.results_dir))
     return max((outcome.code for outcome in outcomes.values()), default=0)
 
 
@@ -81,8 +84,8 @@ class Scorer:
         experiment.check_method(method, architecture)
         tasks = ", ".join(folder.config.task.name for folder in folders)
         log_info(f"{config.method.name} on {config.model.name}: {tasks}")
-        needs_template = any(folder.config.task.apply_chat_template for folder in folders)
-        tokenizer = group.run_on_all(lambda: load_tokenizer(source)) if needs_template else None
+        needs_one = any(needs_tokenizer(folder.config.task) for folder in folders)
+        tokenizer = group.run_on_all(lambda: load_tokenizer(source)) if needs_one else None
         reasons = [refusal(folder.config.task, architecture, tokenizer) for folder in folders]
         self.refused = {folder: why for folder, why in zip(folders, group.broadcast(reasons), strict=True) if why}
         if len(self.refused) == len(folders):
@@ -123,7 +126,7 @@ class Scorer:
         began = time.perf_counter()
         saved = open_responses(folder, self.model, group)
         with closing(saved):
-            spec = build_task(config.task)
+            spec = build_task(config.task, self.tokenizer)
             group.all_gather(None)
             if saved.discarded:
                 log_info(f"discarding saved responses: {', '.join(saved.discarded)} changed since the last attempt")
@@ -137,6 +140,7 @@ class Scorer:
                 limit=config.limit,
                 num_fewshot=shots,
                 apply_chat_template=bool(config.task.apply_chat_template),
+                columns=COLUMNS if config.task.key is not None else (),
             )
         seconds = time.perf_counter() - began + saved.seconds
         if group.is_main_process:

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -258,8 +258,12 @@ def score(
     limit: float | None,
     num_fewshot: int | None,
     apply_chat_template: bool = False,
+    columns: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples."""
+    """Score the first ``limit`` items of a task with the method of ``lm``; return fields of the result, and samples.
+
+    The samples have ``columns`` of the items as well.
+    """
     manager = RecordingManager()
     with cached_templates(), without_environment(), lm.method(lm.model):
         output = simple_evaluate(
@@ -273,7 +277,7 @@ def score(
         )
     name = spec["task"]
     task = manager.made[name]
-    samples = sample_rows(output["samples"][name], task.aggregation())
+    samples = sample_rows(output["samples"][name], task.aggregation(), columns)
     metrics, stderr = split_metrics(output["results"][name])
     output_type = task.get_config("output_type") or task.OUTPUT_TYPE
     return {"metrics": metrics, "stderr": stderr, "n": len(samples), "output_type": output_type}, samples

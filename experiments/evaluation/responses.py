@@ -171,6 +171,6 @@ def code_digest() -> str:
     total = hashlib.sha256()
     for path in sorted((REPOSITORY / "chai").rglob("*.py")):
         total.update(path.read_bytes())
-    for name in ("responses", "lm", "tasks", "samples", "perplexity"):
+    for name in ("responses", "lm", "tasks", "samples", "perplexity", "passkey"):
         total.update((REPOSITORY / "experiments" / "evaluation" / f"{name}.py").read_bytes())
     return total.hexdigest()[:16]

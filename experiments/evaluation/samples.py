@@ -25,15 +25,19 @@ def split_metrics(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, 
     return metrics, stderr
 
 
-def sample_rows(samples: Sequence[dict[str, Any]], aggregation: Aggregation) -> list[dict[str, Any]]:
+def sample_rows(
+    samples: Sequence[dict[str, Any]], aggregation: Aggregation, columns: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Return a row for each item: enough to pair it with another method's, and to score it again.
 
     lm-eval has a sample for each filter of an item; its metrics become columns of the one row. The metric of an item is
-    the task's aggregation of that item alone, as the perplexity of one document.
+    the task's aggregation of that item alone, as the perplexity of one document. ``columns`` are copied from the item.
     """
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        row = rows.setdefault(sample["doc_id"], _describe(sample))
+        row = rows.setdefault(
+            sample["doc_id"], _describe(sample) | {column: sample["doc"][column] for column in columns}
+        )
         label = sample["filter"]
         if row.get("responses") is not None:
             row[metric_key("filtered", label)] = [str(response) for response in _flat(sample["filtered_resps"])]

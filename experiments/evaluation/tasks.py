@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from experiments.config.compose import data_path, fewshot_path, split_path
 from experiments.config.schema import ConfigError
+from experiments.evaluation import passkey
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_table
 from experiments.runs.registry import SPLITS, check_definition, choose_metric, find_definition, metric_keys
@@ -28,6 +29,8 @@ MAX_NEW_TOKENS = 256
 
 def load_definition(task: DictConfig) -> dict[str, Any]:
     """Return lm-eval's definition of a task, with its functions imported."""
+    if task.key is not None:
+        return passkey.definition(task)
     if task.registered:
         try:
             spec = find_definition(task).load(resolve=True)
@@ -45,10 +48,17 @@ def load_definition(task: DictConfig) -> dict[str, Any]:
     return spec
 
 
-def build_task(task: DictConfig) -> dict[str, Any]:
-    """Return lm-eval's definition of the task, on local data where given."""
+def build_task(task: DictConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Return lm-eval's definition of the task, on local data where given.
+
+    The tokenizer is needed where :func:`needs_tokenizer` says so: a passkey task's items are made for it.
+    """
     spec = load_definition(task)
-    if data_path(task) is not None:
+    if task.key is not None:
+        assert tokenizer is not None
+        made = DatasetDict({spec["test_split"]: Dataset.from_list(passkey.make_items(task, tokenizer))})
+        spec["custom_dataset"] = lambda **_: made
+    elif data_path(task) is not None:
         _use_files(spec, {task.split: data_path(task)}, list(task.columns))
         if (examples := fewshot_path(task)) is not None:
             rows = _read_rows(examples, list(task.columns))
@@ -127,15 +137,23 @@ def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
         ) from None
 
 
+def needs_tokenizer(task: DictConfig) -> bool:
+    """Return whether the model's tokenizer is needed to check a task, or to make its items."""
+    return bool(task.apply_chat_template) or task.key is not None
+
+
 def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """Return why a task cannot be scored with a model, as far as is known before its weights and data are loaded.
 
-    The tokenizer is needed for tasks with a chat template.
+    The tokenizer is needed where :func:`needs_tokenizer` says so.
     """
     try:
         spec = load_definition(task)
         check_definition(task.name, spec, task.metric)
         _check_prompts(task, spec, architecture, tokenizer)
+        if task.key is not None:
+            assert tokenizer is not None
+            passkey.check(task, architecture, tokenizer)
     except (ConfigError, RunError) as error:
         return str(error)
     return None

@@ -22,7 +22,7 @@ from experiments.runs.files import BLOCK, content_digest, digest, read_json
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
     "model.package", "model.predictor", "model.profile", "task.data_dir", "task.include_path", "task.fewshot_file",
-    "experiment.install",
+    "task.text", "experiment.install",
     "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
@@ -30,7 +30,8 @@ BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profi
 #: Keys that earlier versions did not have: null or empty, a run is the one that it was without them.
 ADDED = (
     "method.dense_layers", "method.dense_mlp_layers", "corpus.python", "corpus.joined", "task.registered",
-    "task.overrides", "task.fewshot_fingerprint", "task.apply_chat_template",
+    "task.overrides", "task.fewshot_fingerprint", "task.apply_chat_template", "task.key", "task.filler",
+    "task.lengths", "task.depths", "task.items_per_cell", "task.seed",
 )  # fmt: skip
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
@@ -126,6 +127,11 @@ def resolve_fingerprints(config: DictConfig) -> None:
 def fingerprint_task(task: DictConfig) -> None:
     """Fill in the fingerprints of a task's local files."""
     task.apply_chat_template = task.apply_chat_template or None  # false is the default
+    if task.key is not None and task.text is not None:
+        task.filler = None
+        task.fingerprint = content_digest(Path(task.text), digits=16) if Path(task.text).is_file() else None
+    elif task.key is not None and task.filler.startswith("python_"):
+        task.fingerprint = f"python-{platform.python_version()}"
     path, examples = data_path(task), fewshot_path(task)
     if path is not None and path.is_file():
         task.fingerprint = content_digest(path, digits=16)

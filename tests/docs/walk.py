@@ -44,9 +44,18 @@ SIZES = {
 #: Settings that replace those of the command.
 FORCED = {
     "accuracy": ["limit=2", "batch_size=4"],
-    "train_dejavu": ["experiment.batch_size=2", "experiment.sequence_length=16"],
+    "train_dejavu": [
+        "experiment.batch_size=2",
+        "experiment.sequence_length=16",
+        "experiment.validation=1",
+        "experiment.bottleneck=16",
+    ],
     "pretrain_tiny": ["experiment.batch_size=2"],
 }
+
+
+#: Tasks whose items are made, not read.
+MADE = ("passkey", "needle")
 
 
 @dataclass
@@ -234,12 +243,14 @@ def small(overrides: list[str]) -> list[str]:
         size += ["model.dtype=float32", *machine.narrow(model)]
     if model != "tiny" and given.get("model.random_init") != "true":
         size.append(f"model.path={machine.model(model)}")
-    if experiment == "accuracy" and given.get("task") not in ("passkey", "needle"):  # their items are made
+    if experiment == "accuracy" and given.get("task") not in MADE:
         size.append(f"task.data_dir={machine.tasks()}")
     if given.get("corpus") in ("c4", "wikitext2"):
         size.append(f"corpus.path={machine.corpus()}")
     # One task of a table's many methods; other commands score all tasks with some methods.
     forced = [f"task={'micro_piqa' if model == 'tiny' else 'piqa'}"] if "paper" in given else []
+    if given.get("task") in MADE:
+        forced += ["task.lengths=[256]", "task.depths=[0.5]", "task.items_per_cell=2"]
     if given.get("task") == "lm_eval":
         forced.append("task.overrides={generation_kwargs:{max_gen_toks:4}}")
     return [*size, *overrides, *FORCED.get(experiment, []), *forced]

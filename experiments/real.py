@@ -24,6 +24,7 @@ from experiments.config.schema import ConfigError
 from experiments.config.validate import check_overrides
 from experiments.execute import run_config
 from experiments.runs.files import read_json, write_json
+from experiments.runs.folder import RunFolder
 from experiments.runs.resolve import run_folders
 from experiments.system.console import console, log_error, log_info
 from experiments.system.interrupts import exit_when_interrupted
@@ -37,7 +38,8 @@ PROFILE = (
 )  # fmt: skip
 PERPLEXITY = ("experiment=perplexity", "experiment.tokens=8192", "experiment.document_tokens=512", "batch_size=8")
 CORPORA = ("python_docs", "python_code")
-METHODS = ("mha", "chai", "chai_static", "random")
+BASE = "mha"  # without clusters, hence without a profile
+METHODS = (BASE, "chai", "chai_static", "random")
 TASKS = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
 HUB = "hub"
 
@@ -61,22 +63,18 @@ def run_all(settings: Sequence[str], data: str | None, limit: int) -> int:
     """Make the profile and all runs; return the worst exit code."""
     evaluations = [*perplexity_runs(), *(task_runs(data, limit) if data else ())]
     total = 1 + len(evaluations)
-    configs = [configure([*MODEL, *PROFILE, *settings])]
-    codes = [do(configs[0], f"[1/{total}] head profile of {configs[0].model.name} on {configs[0].corpus.name}")]
-    if codes[0]:
-        return codes[0]
-    (profile,) = run_folders(configs[0])
+    (profile,) = run_folders(config := configure([*MODEL, *PROFILE, *settings]))
+    if code := do(config, profile, f"1/{total}"):
+        return code
+    folders, codes = [profile], [0]
     for number, overrides in enumerate(evaluations, 2):
-        # All overrides are known to these methods; MHA has no counts.
-        counts = [] if "method=mha" in overrides else [f"method.profile='{profile.path}'"]
-        config = configure([*MODEL, *overrides, *counts, *settings])
-        on = config.task.name if config.experiment.name == "accuracy" else config.corpus.name
-        codes.append(do(config, f"[{number}/{total}] {config.method.name} on {on}"))
-        configs.append(config)
-    results_dir = Path(configs[0].results_dir)
-    runs = [folder for config in configs for folder in run_folders(config) if folder.is_done]
-    if len(runs) == total:
-        write_json(results_dir / RECORD, {"runs": [os.path.relpath(folder.path, results_dir) for folder in runs]})
+        counts = [] if f"method={BASE}" in overrides else [f"method.profile='{profile.path}'"]
+        (folder,) = run_folders(config := configure([*MODEL, *overrides, *counts, *settings]))
+        codes.append(do(config, folder, f"{number}/{total}"))
+        folders.append(folder)
+    results_dir = Path(config.results_dir)
+    if all(folder.is_done for folder in folders):
+        write_json(results_dir / RECORD, {"runs": [os.path.relpath(folder.path, results_dir) for folder in folders]})
     return max(codes)
 
 
@@ -98,9 +96,7 @@ def task_runs(data: str, limit: int) -> Iterator[list[str]]:
         else:
             log_info(f"left out: {task}, for there is no {path}")
     if not found:
-        raise ConfigError(
-            f"{data} has no data of a task; valid: a folder with files such as piqa_validation.jsonl, or hub"
-        )
+        raise ConfigError(f"{data} has no data of a task; valid: a folder with piqa_validation.jsonl ..., or hub")
     for task in found:
         for method in METHODS:
             yield [f"task={task}", *source, f"method={method}", f"limit={limit}"]
@@ -113,23 +109,23 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     return compose_config(known)
 
 
-def do(config: DictConfig, title: str) -> int:
-    """Do one run, unless it is complete, with one line of output instead of its table; return the exit code."""
-    (folder,) = run_folders(config)
+def do(config: DictConfig, folder: RunFolder, place: str) -> int:
+    """Do one run, unless it is complete, with two lines of output instead of its table; return the exit code."""
     if folder.is_done and not config.force:
         return 0
-    log_info(title)
+    method, model, on = (folder.config[section].name for section in ("method", "model", "task"))
+    log_info(f"[{place}] {f'head profile of {model}' if config.experiment.name == 'profile' else method} on {on}")
     console.quiet = True
     try:
         code = run_config(config)
     finally:
         console.quiet = False
-    result = read_json(folder.path / "result.json")
-    if code == 0 and result is None:
+    if code == 0 and not folder.is_done:
         log_error(f"another process is at work on {folder.path}")
         return 1
-    if result is not None and (metric := result.get("metric")) is not None:
-        log_info(f"      {metric} {result['metrics'][metric]:.4g}, {result['seconds']:.0f} s")
+    result = read_json(folder.path / "result.json") or {}
+    if code == 0 and "metric" in result:
+        log_info(f"      {result['metric']} {result['metrics'][result['metric']]:.4g}, {result['seconds']:.0f} s")
     return code
 
 

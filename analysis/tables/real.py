@@ -62,7 +62,8 @@ def real_table(results: Results) -> RealTable:
     model = pairs[0].run.model
     scores = [score for score in load_scores(results.of(model)) if score.run.folder in folders]
     corpora = list(dict.fromkeys(folder.parts[-2] for folder in listed))
-    tasks = list(dict.fromkeys(score.task for score in scores))
+    listed_tasks = dict.fromkeys(folder.parts[-2] for folder in folders if folder.parts[-5] == "accuracy")
+    tasks = [task for task in listed_tasks if any(score.task == task for score in scores)]
     head = ["Method"]
     for corpus in corpora:
         head += [corpus, "nats per token", "bits/byte"]

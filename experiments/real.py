@@ -36,7 +36,7 @@ PROFILE = (
     "experiment=profile", "corpus=python_packages", "profile.samples=32", "profile.tokens=128",
     "profile.history_samples=8", "profile.rule=plateau", "profile.tolerance=0.05",
 )  # fmt: skip
-PERPLEXITY = ("experiment=perplexity", "experiment.tokens=8192", "experiment.document_tokens=512", "batch_size=8")
+PERPLEXITY = ("experiment=perplexity", "experiment.tokens=4096", "experiment.document_tokens=256", "batch_size=8")
 CORPORA = ("python_docs", "python_code")
 BASE = "mha"  # without clusters, hence without a profile
 METHODS = (BASE, "chai", "chai_static", "random")

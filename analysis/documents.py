@@ -23,6 +23,7 @@ from analysis import cli
 from analysis.results.runs import MissingRun, Results
 from analysis.results.scores import Score, load_scores
 from analysis.stats import Comparison, compare, mean_over_tasks
+from analysis.tables.real import real_table
 from analysis.tables.specs import MICRO_TASKS, REPOSITORY, TABLES, task_name
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -120,7 +121,11 @@ def embedded_methods(results: Results) -> str:
 
 
 #: Name of a block -> the function that returns its text.
-BLOCKS: dict[str, Callable[[Results], str]] = {"demo table": demo_table, "embedded methods": embedded_methods}
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "demo table": demo_table,
+    "embedded methods": embedded_methods,
+    "real table": lambda results: real_table(results).markdown_table(),
+}
 
 
 def spread(changes: Sequence[Comparison]) -> str:

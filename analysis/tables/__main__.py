@@ -10,10 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis import cli
-from analysis.results.runs import Results
+from analysis.results.runs import MissingRun, Results
 from analysis.results.scores import ACCURACY, load_scores
 from analysis.tables.cells import build
 from analysis.tables.formats import FORMATS
+from analysis.tables.real import COMMAND as REAL_COMMAND
+from analysis.tables.real import NAME as REAL
+from analysis.tables.real import TITLE as REAL_TITLE
+from analysis.tables.real import real_table
 from analysis.tables.settings import sweep
 from analysis.tables.specs import EMBEDDED, REPOSITORY, TABLES, Spec, paper_rows
 
@@ -21,7 +25,7 @@ from analysis.tables.specs import EMBEDDED, REPOSITORY, TABLES, Spec, paper_rows
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = cli.Parser(prog="python -m analysis.tables", description="Tables of saved results.")
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join([*TABLES, REAL]))
     parser.add_argument("--list", action="store_true", help="name every table and the command that fills it")
     parser.add_argument("--format", choices=list(FORMATS), default="md", help="(md)")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where runs are (results)")
@@ -30,19 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for name, spec in TABLES.items():
             print(f"{name:<6}  {spec.title}\n{'':<6}  filled by: {sweep(spec, spec.model, None)}")
+        print(f"{REAL:<6}  {REAL_TITLE}\n{'':<6}  filled by: {REAL_COMMAND}")
         return 0
     names = list(dict.fromkeys(options.tables))
-    if mistake := cli.check_names("table", names, list(TABLES)):
+    if mistake := cli.check_names("table", names, [*TABLES, REAL]):
         return cli.fail(mistake)
     if not options.results.is_dir():
         return cli.fail(f"--results: there is no folder {options.results}")
     if options.format == "csv" and len(names) > 1:
         return cli.fail(f"csv takes one table at a time, got {len(names)}")
+    if REAL in names and (options.format != "md" or options.model is not None):
+        return cli.fail(f"{REAL} has no other format than md, and one model")
     known = models(options.results)
     if options.model not in (None, *known):
         return cli.fail(cli.unknown("model", options.model, known))
     results = Results(options.results)
-    codes = [show(TABLES[name], options.model or TABLES[name].model, results, options.format) for name in names]
+    codes = [
+        show_real(results)
+        if name == REAL
+        else show(TABLES[name], options.model or TABLES[name].model, results, options.format)
+        for name in names
+    ]
     cli.report_skipped(results.skipped)
     return max(codes)
 
@@ -58,6 +70,15 @@ def show(spec: Spec, model: str, results: Results, form: str) -> int:
         message = f"{spec.name}: no finished accuracy run of model '{model}' on its tasks in {results.root}"
         return cli.fail(f"{message}; make some with: {sweep(spec, model, None)}", code=1)
     print(FORMATS[form](table), flush=True)
+    return 0
+
+
+def show_real(results: Results) -> int:
+    """Print the table of ``make real``; return the exit code."""
+    try:
+        print(real_table(results).markdown(), flush=True)
+    except MissingRun as error:
+        return cli.fail(str(error), code=1)
     return 0
 
 

@@ -23,6 +23,7 @@ CONF = REPOSITORY / "conf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 LOGGER_MODES = ("online", "offline", None)
+PYTHON_TEXTS = ("docs", "code", "packages")
 KEYS = ("digits", "word", "sentence")
 FILLERS = ("sentences", "python_docs", "python_code")
 
@@ -107,7 +108,7 @@ class CorpusConfig:
     subset: str | None = None
     split: str = "train"
     column: str = "text"
-    python: str | None = None  # texts of the running Python's own installation: docs or code
+    python: str | None = None  # texts of the running Python's own installation: one of PYTHON_TEXTS
     joined: bool | None = None  # perplexity: all texts are one document; null: those of a text file, not of JSONL
     fingerprint: str | None = None  # of the file at `path`; filled in
 

@@ -18,7 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config.compose import HYDRA_GROUPS, choices, compose_config, groups, values, variants
 from experiments.config.remedies import with_remedy
-from experiments.config.schema import DEVICE_MAPS, DTYPES, FILLERS, KEYS, LOGGER_MODES, ConfigError, unknown_name
+from experiments.config.schema import (
+    DEVICE_MAPS,
+    DTYPES,
+    FILLERS,
+    KEYS,
+    LOGGER_MODES,
+    PYTHON_TEXTS,
+    ConfigError,
+    unknown_name,
+)
 
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CHOICES = {"model.dtype": DTYPES, "logger.mode": LOGGER_MODES}
@@ -161,8 +170,8 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"device is '{resolved.device}'; valid: auto, cpu, cuda, cuda:0, mps")
     _check_device_map(resolved.model.device_map)
     check_clusters(resolved)
-    if resolved.corpus is not None and resolved.corpus.python not in (None, "docs", "code"):
-        raise ConfigError(f"corpus.python is '{resolved.corpus.python}'; valid: docs, code, null")
+    if resolved.corpus is not None and resolved.corpus.python not in (*PYTHON_TEXTS, None):
+        raise ConfigError(f"corpus.python is '{resolved.corpus.python}'; valid: {_listed([*PYTHON_TEXTS, None])}")
     _check_task(resolved.task)
 
 

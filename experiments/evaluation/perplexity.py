@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,16 @@ class Options:
     window: int
     stride: int | None
     tokens: int | None
+    document_tokens: int | None
     special_tokens: bool
 
     def __post_init__(self) -> None:
         require_minimum(self, window=2)
         if self.stride is not None and not 1 <= self.stride <= self.window:
             raise ValueError(f"stride is {self.stride}; valid: 1 to {self.window} (the window), or null")
-        if self.tokens is not None:
-            require_minimum(self, tokens=2)
+        for name in ("tokens", "document_tokens"):
+            if getattr(self, name) is not None:
+                require_minimum(self, **{name: 2})
 
 
 @dataclass
@@ -122,7 +124,8 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         method.check_weights(model)
     except ValueError as error:
         raise ConfigError(f"method: {with_remedy(error)}") from None
-    documents = read_documents(config.corpus, tokenizer, options.tokens, config.limit, config.seed)
+    texts = itertools.islice(_texts(config.corpus, config.seed), config.limit)
+    documents = read_documents(texts, tokenizer, options.tokens, options.document_tokens)
     prefix = tokenizer("").input_ids if options.special_tokens else []
     windows = [
         window
@@ -157,21 +160,19 @@ def _work(run: Run[Options]) -> dict[str, Any]:
 
 
 def read_documents(
-    corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, limit: int | None, seed: int
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, document_tokens: int | None
 ) -> list[Document]:
-    """Return the documents of a corpus, up to ``max_tokens`` tokens and ``limit`` documents."""
+    """Return tokenized texts, up to ``document_tokens`` tokens of each and ``max_tokens`` of all (``None``: all)."""
     documents: list[Document] = []
     left = math.inf if max_tokens is None else max_tokens
-    for text in itertools.islice(_texts(corpus, seed), limit):
+    for text in texts:
         if left < 1:
             break
         document = tokenize(text, tokenizer)
-        if left < len(document.ids):
-            document = Document(
-                document.ids[: int(left)], None if document.byte_ends is None else document.byte_ends[: int(left)]
-            )
-        left -= len(document.ids)
-        documents.append(document)
+        size = int(min(left, len(document.ids), math.inf if document_tokens is None else document_tokens))
+        ends = document.byte_ends
+        documents.append(Document(document.ids[:size], None if ends is None else ends[:size]))
+        left -= size
     return documents
 
 

@@ -31,7 +31,7 @@ BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profi
 ADDED = (
     "method.dense_layers", "method.dense_mlp_layers", "corpus.python", "corpus.joined", "task.registered",
     "task.overrides", "task.fewshot_fingerprint", "task.apply_chat_template", "task.key", "task.filler",
-    "task.lengths", "task.depths", "task.items_per_cell", "task.seed",
+    "task.lengths", "task.depths", "task.items_per_cell", "task.seed", "experiment.document_tokens",
 )  # fmt: skip
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}

@@ -20,6 +20,7 @@ from chai.gguf_files import convert
 from experiments.cli import main
 from experiments.evaluation import perplexity
 from experiments.evaluation.perplexity import cut_windows, tokenize
+from experiments.offline.python_texts import read_python_texts
 from experiments.runs.folder import RunFolder
 from experiments.system.interrupts import Interrupted
 from experiments.tables.perplexity import paired_change
@@ -98,6 +99,12 @@ def test_documents_tokens_and_bytes_of_a_jsonl_file(folder, tmp_path):
     assert limited["n"] == frame.tokens[:2].sum()
     capped, _ = measure(folder, tmp_path, f"corpus.path={path}", "experiment.window=32", "experiment.tokens=9")
     assert capped["n"] < limited["n"]
+    begun, frame = measure(
+        folder, tmp_path, f"corpus.path={path}", "experiment.window=32", "experiment.document_tokens=7"
+    )
+    assert frame.doc_id.tolist() == scored and frame.tokens.max() == 6
+    expected = [min(6, totals[index][1]) for index in scored]
+    assert frame.tokens.tolist() == expected and begun["n"] == sum(expected)
 
 
 def test_bytes_are_those_of_the_text():
@@ -165,9 +172,10 @@ def test_mistakes_are_refused_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("")
     cases = {
         "experiment.window=999": (2, "experiment.window is 999; the model has 128 positions"),
+        "experiment.document_tokens=1": (2, "experiment: document_tokens is 1; valid: 2 or more"),
         "experiment.window=1": (2, "experiment: window is 1; valid: 2 or more"),
         "experiment.stride=0": (2, "experiment: stride is 0; valid: 1 to 64 (the window), or null"),
-        "corpus.python=books": (2, "corpus.python is 'books'; valid: docs, code, null"),
+        "corpus.python=books": (2, "corpus.python is 'books'; valid: docs, code, packages, null"),
         f"corpus.path={tmp_path}/text.txt": (1, "corpus text has no document of two tokens"),
         f"corpus.path={tmp_path}/missing.txt": (1, "missing.txt: No such file or directory"),
     }
@@ -180,9 +188,12 @@ def test_mistakes_are_refused_in_one_line(folder, tmp_path, capsys):
 
 
 def test_the_texts_of_python_are_there(folder, tmp_path):
-    for corpus in ("python_docs", "python_code"):
+    for corpus in ("python_docs", "python_code", "python_packages"):
         result, _ = measure(
             folder, tmp_path, f"corpus={corpus}", "experiment.window=32", "experiment.tokens=200", "limit=3"
         )
         assert result["task"] == corpus and result["n"] > 100 and result["corpus"].startswith("Python 3.")
+    texts = [set(read_python_texts(kind)) for kind in ("docs", "code", "packages")]
+    assert all(len(one) > 30 for one in texts)
+    assert not texts[2] & (texts[0] | texts[1])  # a head profile of it can be evaluated on the others
     assert perplexity.SEPARATOR == "\n\n"

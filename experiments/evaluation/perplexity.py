@@ -46,6 +46,8 @@ from experiments.tables.perplexity import show_perplexity
 
 #: Between the texts of a corpus that is one document, as is usual for WikiText.
 SEPARATOR = "\n\n"
+#: More than any text has in the mean.
+CHARACTERS_PER_TOKEN = 32
 #: Bytes of fp32 logits up to which windows share a forward pass.
 LOGIT_BYTES = 1 << 30
 
@@ -108,10 +110,14 @@ def _check(run: Run[Options]) -> None:
     positions = getattr(run.architecture, "max_position_embeddings", None)
     if positions is not None and run.options.window > positions:
         raise ConfigError(f"experiment.window is {run.options.window}; the model has {positions} positions")
-    corpus = run.config.corpus
+    corpus, limit = run.config.corpus, run.config.limit
     is_endless = corpus.path is corpus.python is corpus.hub_id is None
-    if is_endless and run.options.tokens is None and run.config.limit is None:
-        raise ConfigError(f"corpus {corpus.name} is endless: set experiment.tokens or limit")
+    if is_endless and limit is None and (run.options.tokens is None or is_joined(corpus)):
+        raise ConfigError(
+            f"corpus {corpus.name} is endless: set {'' if is_joined(corpus) else 'experiment.tokens or '}limit"
+        )
+    if limit is not None and is_text_file(corpus) and is_joined(corpus):
+        raise ConfigError("a text file is one document, which limit does not shorten; set experiment.tokens")
     log_info(f"{run.config.method.name} on {run.config.model.name}: perplexity of {corpus.name}")
 
 
@@ -124,9 +130,11 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         method.check_weights(model)
     except ValueError as error:
         raise ConfigError(f"method: {with_remedy(error)}") from None
-    texts = itertools.islice(_texts(config.corpus, config.seed), config.limit)
+    texts = corpus_texts(config.corpus, config.seed, config.limit, options.tokens)
     documents = read_documents(texts, tokenizer, options.tokens, options.document_tokens)
-    prefix = tokenizer("").input_ids if options.special_tokens else []
+    prefix = leading_tokens(tokenizer) if options.special_tokens else []
+    if len(prefix) >= options.window:
+        raise ConfigError(f"experiment.window is {options.window}; valid: more than the {len(prefix)} special tokens")
     windows = [
         window
         for index, document in enumerate(documents)
@@ -176,19 +184,39 @@ def read_documents(
     return documents
 
 
-def _texts(corpus: CorpusConfig, seed: int) -> Iterator[str]:
-    """Yield the text of each document."""
-    is_text_file = corpus.path is not None and Path(corpus.path).suffix != ".jsonl"
-    joined = is_text_file if corpus.joined is None else corpus.joined
-    if not joined:
-        yield from read_texts(corpus, seed)
-    elif is_text_file:
+def corpus_texts(corpus: CorpusConfig, seed: int, limit: int | None, max_tokens: int | None) -> Iterator[str]:
+    """Yield the first ``limit`` texts, or all of them as one, in their own order and enough for ``max_tokens``."""
+    if not is_joined(corpus):
+        yield from itertools.islice(read_texts(corpus, seed), limit)
+    elif is_text_file(corpus):
         try:
             yield Path(corpus.path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"cannot read {corpus.path}: {getattr(error, 'strerror', None) or error}") from None
     else:
-        yield SEPARATOR.join(read_texts(corpus, seed))
+        texts, size = [], 0
+        for text in itertools.islice(read_texts(corpus, seed=0), limit):
+            texts.append(text)
+            size += len(text)
+            if max_tokens is not None and size > CHARACTERS_PER_TOKEN * max_tokens:
+                break
+        yield SEPARATOR.join(texts)
+
+
+def is_text_file(corpus: CorpusConfig) -> bool:
+    """Whether the corpus is a local file of plain text."""
+    return corpus.path is not None and Path(corpus.path).suffix != ".jsonl"
+
+
+def is_joined(corpus: CorpusConfig) -> bool:
+    """Whether all texts are one document: those of a text file, unless ``corpus.joined`` says otherwise."""
+    return is_text_file(corpus) if corpus.joined is None else corpus.joined
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text."""
+    special = set(tokenizer.all_special_ids)
+    return list(itertools.takewhile(special.__contains__, tokenizer("a").input_ids))
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:

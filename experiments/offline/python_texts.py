@@ -35,7 +35,9 @@ def read_python_texts(kind: str) -> Iterator[str]:
 def _modules(kind: str) -> list[Path]:
     """Return the library's top-level modules, or those of its packages; installed packages are not among them."""
     folder = Path(sysconfig.get_path("stdlib"))
-    if kind == "code":
-        return sorted(folder.glob("*.py"))
+    if kind == "code":  # without what the build or the distribution wrote
+        return sorted(
+            path for path in folder.glob("*.py") if not path.name.startswith(("_sysconfigdata", "sitecustomize"))
+        )
     found = [path for path in folder.glob("*/*.py") if path.parent.name in sys.stdlib_module_names - {"pydoc_data"}]
     return sorted(found, key=lambda path: (path.name, path.parent.name))

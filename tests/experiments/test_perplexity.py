@@ -14,10 +14,12 @@ from scipy import stats
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from chai.gguf_files import convert
 from experiments.cli import main
+from experiments.config.schema import CorpusConfig
 from experiments.evaluation import perplexity
 from experiments.evaluation.perplexity import cut_windows, tokenize
 from experiments.offline.python_texts import read_python_texts
@@ -133,7 +135,7 @@ def test_a_stopped_run_goes_on_and_equals_an_unbroken_one(folder, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "progress", stop)
-        with pytest.raises((Interrupted, SystemExit, AssertionError)):
+        with pytest.raises((Interrupted, SystemExit)):
             measure(folder, tmp_path / "part", *options, method="chai")
     assert not list((tmp_path / "part").rglob("result.json"))
     resumed, again = measure(folder, tmp_path / "part", *options, method="chai")
@@ -172,6 +174,7 @@ def test_mistakes_are_refused_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("")
     cases = {
         "experiment.window=999": (2, "experiment.window is 999; the model has 128 positions"),
+        "limit=2": (2, "a text file is one document, which limit does not shorten; set experiment.tokens"),
         "experiment.document_tokens=1": (2, "experiment: document_tokens is 1; valid: 2 or more"),
         "experiment.window=1": (2, "experiment: window is 1; valid: 2 or more"),
         "experiment.stride=0": (2, "experiment: stride is 0; valid: 1 to 64 (the window), or null"),
@@ -181,10 +184,15 @@ def test_mistakes_are_refused_in_one_line(folder, tmp_path, capsys):
     }
     common = ["experiment=perplexity", "method=mha", f"model.path={folder}", "device=cpu", f"results_dir={tmp_path}/r"]
     for override, (code, message) in cases.items():
-        assert main([*common, *([] if "window" in override else ["experiment.window=64"]), override]) == code, override
+        source = [f"corpus.path={tmp_path}/text.txt"] if override == "limit=2" else []
+        assert (
+            main([*common, *source, *([] if "window" in override else ["experiment.window=64"]), override]) == code
+        ), override
         assert message in " ".join(capsys.readouterr().err.split()), override
     assert main([*common, "experiment.window=8", "corpus=micro", "experiment.tokens=null"]) == 2
     assert "corpus micro is endless: set experiment.tokens or limit" in capsys.readouterr().err
+    assert main([*common, "experiment.window=8", "corpus=micro", "corpus.joined=true"]) == 2
+    assert "corpus micro is endless: set limit" in capsys.readouterr().err
 
 
 def test_the_texts_of_python_are_there(folder, tmp_path):
@@ -196,4 +204,36 @@ def test_the_texts_of_python_are_there(folder, tmp_path):
     texts = [set(read_python_texts(kind)) for kind in ("docs", "code", "packages")]
     assert all(len(one) > 30 for one in texts)
     assert not texts[2] & (texts[0] | texts[1])  # a head profile of it can be evaluated on the others
-    assert perplexity.SEPARATOR == "\n\n"
+
+
+def test_joined_texts_are_one_document_in_their_own_order(folder, tmp_path):
+    (tmp_path / "whole.txt").write_text("\n\n".join(TEXTS[:4]))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    options = ("experiment.window=16", "experiment.stride=8")
+    whole, frame = measure(folder, tmp_path, f"corpus.path={tmp_path}/whole.txt", *options)
+    joined = (f"corpus.path={tmp_path}/texts.jsonl", "corpus.joined=true", "limit=4", "seed=3")
+    result, again = measure(folder, tmp_path, *joined, *options)
+    assert result["metrics"] == whole["metrics"] and result["n"] == whole["n"]
+    pd.testing.assert_frame_equal(frame, again)
+
+
+def test_a_joined_corpus_is_read_as_far_as_its_tokens_need():
+    read = []
+
+    def texts(corpus, seed):
+        for number in range(9):
+            read.append(number)
+            yield "x" * 40
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perplexity, "read_texts", texts)
+        (text,) = perplexity.corpus_texts(CorpusConfig(name="own", hub_id="own/own", joined=True), 0, None, 3)
+    assert read == [0, 1, 2] and text == "\n\n".join(["x" * 40] * 3)
+
+
+def test_special_tokens_before_a_text_alone_are_its_prefix(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = f"{tokenizer.bos_token} $A {tokenizer.eos_token}"
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ends)
+    assert perplexity.leading_tokens(tokenizer) == [tokenizer.bos_token_id]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.runs.registry import metric_key
+from experiments.runs.definitions import metric_key
 
 Aggregation = dict[str, Callable[[list[Any]], Any]]
 
 
 def split_metrics(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of a task and their standard errors, by :func:`experiments.runs.registry.metric_key`."""
+    """Return the metrics of a task and their standard errors, by :func:`experiments.runs.definitions.metric_key`."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for full, value in results.items():

@@ -30,6 +30,7 @@ from experiments.runs.definitions import (
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_table
 from experiments.runs.registry import find_definition
+from experiments.system.console import log_info
 
 #: Columns that say which choice is right.
 LABELS = frozenset({"label", "answerKey"})
@@ -182,8 +183,21 @@ def _check_prompts(
 
 
 def shown_metric(task: DictConfig, spec: dict[str, Any], measured: list[str]) -> str:
-    """Return the key of the metric to show; ``measured`` are those of a task whose code defines them."""
-    return choose_metric(task.name, measured if "class" in spec else metric_keys(spec), task.metric)
+    """Return the key of the metric to show, one of those ``measured``; a RunError if there are none.
+
+    Code of a task may define its metrics, so that a wrong name is known only now: the first is shown, with a note.
+    """
+    if not measured:
+        raise RunError(f"task '{task.name}' has no metric that is a number")
+    try:
+        chosen = choose_metric(task.name, measured if "class" in spec else metric_keys(spec), task.metric)
+    except ConfigError as error:
+        log_info(f"{error}; shown: {measured[0]}")
+        return measured[0]
+    if chosen not in measured:
+        log_info(f"task '{task.name}' did not measure {chosen}; shown: {measured[0]}")
+        return measured[0]
+    return chosen
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from chai.folders import cache_folder
 from experiments.config.schema import ConfigError
 from experiments.runs.definitions import (
     GROUP_ONLY,
@@ -174,9 +174,8 @@ def built_in() -> dict[str, Entry]:
     import lm_eval
 
     folder = Path(lm_eval.__file__).parent / "tasks"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "chai-attention" / "lm_eval"
-    cache /= f"{_version()}-{digest({'folder': str(folder), 'changed': folder.stat().st_mtime_ns})}.json"
+    key = digest({"folder": str(folder), "changed": folder.stat().st_mtime_ns})
+    cache = cache_folder("lm_eval") / f"{_version()}-{key}.json"
     saved = read_json(cache)
     if saved is None:
         entries = _scan(str(folder))

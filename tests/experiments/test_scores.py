@@ -66,8 +66,8 @@ def shown(*scores):
 def test_fractions_are_shown_in_percent_and_other_scores_as_they_are():
     title, (scores, changes) = shown(
         ("piqa", "acc_norm", 0.75, 0.5), ("squad", "f1", 42.5, 0.5), ("mrpc", "f1", 0.8, 0.7),
-        ("qa", "bleu_max", 20.0, 0.5), ("qa", "bleu_acc", 0.2, 0.1), ("wiki", "bits_per_byte", 0.9, 1.1), ("cola", "mcc", -0.1, 0.2),
-        ("gsm", "exact_match,first", 0.5, 0.25),
+        ("qa", "bleu_max", 20.0, 0.5), ("qa", "bleu_acc", 0.2, 0.1), ("wiki", "bits_per_byte", 0.9, 1.1),
+        ("cola", "mcc", -0.1, 0.2), ("gsm", "exact_match,first", 0.5, 0.25),
     )  # fmt: skip
     assert title == "Scores of m; fractions in %"
     assert [score.split(" ")[0] for score in scores] == [

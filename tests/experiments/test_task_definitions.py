@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -181,3 +183,9 @@ def test_code_in_any_subfolder_counts(folder):
     (folder / "code" / "more.py").write_text("x = 2\n")
     (after,) = members(folder)
     assert run_id(before) != run_id(after)
+
+
+def test_names_of_tasks_are_found_without_torch():
+    """Mistakes on the command line are reported before anything heavy is imported."""
+    program = "import sys, experiments.runs.registry; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

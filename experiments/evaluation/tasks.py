@@ -21,6 +21,7 @@ from experiments.runs.definitions import (
     FILE_FORMATS,
     SPLITS,
     check_definition,
+    check_filters,
     choose_metric,
     data_files,
     metric_keys,
@@ -147,6 +148,8 @@ def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrai
     try:
         spec = load_definition(task)
         check_definition(task, spec)
+        if "class" not in spec:
+            check_filters(task.name, spec)
         _check_files(task, spec)
         _check_prompts(task, spec, architecture, tokenizer)
     except (ConfigError, RunError) as error:

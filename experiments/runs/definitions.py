@@ -58,7 +58,9 @@ def _check_shapes(name: str, spec: dict[str, Any]) -> None:
         if key not in valid:
             raise ConfigError(unknown_name(f"key in the definition of task '{name}':", key, valid))
     metrics, filters, kwargs = (spec.get(key) for key in ("metric_list", "filter_list", "generation_kwargs"))
-    if metrics is not None and not _are_dictionaries(metrics, "metric"):
+    if metrics is not None and not (
+        _are_dictionaries(metrics, "metric") and not any(isinstance(one["metric"], (int, float)) for one in metrics)
+    ):
         raise ConfigError(f"task '{name}': metric_list is {metrics!r}; valid: a list like [{{metric: acc}}], or null")
     if filters is not None and not (
         _are_dictionaries(filters, "name", "filter")
@@ -81,6 +83,19 @@ def _are_dictionaries(value: Any, *keys: str) -> bool:
         and bool(value)
         and all(isinstance(one, dict) and one.keys() >= {*keys} for one in value)
     )
+
+
+def check_filters(name: str, spec: dict[str, Any]) -> None:
+    """Raise a ConfigError for a filter that is unknown once the functions of the definition are imported.
+
+    Their code may register filters of its own.
+    """
+    import lm_eval.filters  # registers lm-eval's
+
+    valid = list(lm_eval.filters.filter_registry)
+    for function in (step["function"] for one in spec.get("filter_list") or () for step in one["filter"]):
+        if isinstance(function, str) and function not in valid:
+            raise ConfigError(unknown_name(f"filter of task '{name}':", function, valid))
 
 
 def _check_generation_key(name: str, key: Any) -> None:

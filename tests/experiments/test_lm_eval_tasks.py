@@ -270,6 +270,8 @@ def test_a_tag_is_its_tasks_and_a_user_overrides_parts_of_a_definition(workplace
     [
         (["task.name=own_gms"], 2, "unknown task 'own_gms' (did you mean own_gsm"),
         (["task.name=own_choice", "task.metric=f1"], 2, "task 'own_choice' has no metric 'f1'; valid: acc, acc_norm"),
+        (["task.name=own_gsm", "task.overrides={oops:3}"], 2, "key in the definition of task 'own_gsm': 'oops'; valid"),
+        (["task.name=own_gsm", "task.overrides={generation_kwargs:{oops:3}}"], 2, "kwargs has the key 'oops'; valid"),
         (["task.name=odd"], 2, "task 'odd' has output_type 'sung'; valid: loglikelihood, loglikelihood_rolling"),
         (["task.name=own_choice", "task.apply_chat_template=true"], 1, "tokenizer has no chat template"),
         (["task.name=own_gsm", "task.overrides={generation_kwargs:{max_gen_toks:256}}"], 1, "the model has 256 pos"),

@@ -92,6 +92,7 @@ def test_a_part_of_a_dictionary_with_a_function_cannot_be_overridden(folder):
         ("{metric_list:[]}", "task 'one': metric_list is .*; valid: a list like"),
         ("{filter_list:[{filter:[{function:take_first}]}]}", "task 'one': filter_list is .*; valid: a list like"),
         ("{filter_list:[{name:a,filter:take_first}]}", "task 'one': filter_list is .*; valid: a list like"),
+        ("{metric_list:[{metric:3}]}", "task 'one': metric_list is .*; valid: a list like"),
         ("{oops:3}", "unknown key in the definition of task 'one': 'oops'; valid: custom_dataset, dataset_kwargs"),
         ("{generation_kwargs:3}", "task 'one': generation_kwargs is 3; valid: a dictionary"),
         ("{generation_kwargs:{max_gen_tok:1}}", r"key 'max_gen_tok' \(did you mean 'max_gen_toks'\?\); valid: until"),
@@ -102,6 +103,19 @@ def test_mistakes_in_a_definition_are_one_line(folder, overrides, said):
     with pytest.raises(ConfigError, match=said) as error:
         members(folder, "one", f"task.overrides={overrides}")
     assert "\n" not in str(error.value)
+
+
+def test_a_filter_is_lm_evals_or_one_that_the_code_of_the_task_registers(folder):
+    def refused(name):
+        steps = f"task.overrides={{filter_list:[{{name:a,filter:[{{function:{name}}}]}}]}}"
+        (single,) = members(folder, "coded", steps)
+        return refusal(single.task, None, None)
+
+    register = "from lm_eval.api.registry import register_filter\n@register_filter('of_the_task')\nclass Own: pass\n"
+    (folder / "utils.py").write_text(f"{register}def prompt(doc): return ''\n")
+    write(folder, "coded", "include: one.yaml\ntask: coded\ndoc_to_text: !function utils.prompt\n")
+    assert refused("take_first") is refused("of_the_task") is None
+    assert "filter of task 'coded': 'take_frst' (did you mean 'take_first'?)" in refused("take_frst")
 
 
 def test_keys_of_lm_eval_and_of_generate_are_accepted(folder):

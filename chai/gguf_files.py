@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chai.errors import ChaiError
+from chai.folders import cache_folder
 
 WEIGHTS, RECORD = "model.safetensors", "source.json"
 MAGIC = b"GGUF"
@@ -32,12 +32,6 @@ HEADROOM = 1.05  # of the disk space that the weights take, for the tokenizer an
 
 class GgufError(ChaiError):
     """Raised when a GGUF file cannot be converted; the message is one line."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: below ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "chai-attention" / "gguf"
 
 
 def convert(file: Path) -> Path:
@@ -52,7 +46,7 @@ def convert(file: Path) -> Path:
     """
     check_file(file)
     digest = file_digest(file)
-    target = cache_folder() / f"{digest[:20]}-{VERSION}"
+    target = cache_folder("gguf") / f"{digest[:20]}-{VERSION}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):

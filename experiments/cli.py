@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.config.aliases import ALIASES
-from experiments.config.compose import choices, compose_config, groups
+from experiments.config.compose import choices, compose_config, groups, mark_given
 from experiments.config.schema import CONF, ConfigError, register
 from experiments.config.validate import check_overrides
 from experiments.execute import run_config
@@ -43,11 +43,12 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   force=true      rerun even if the run is complete
   results_dir=D   folder of all run folders (results)
   method.K=V      a hyper-parameter, e.g. method.clusters=8 or method.clusters='[8,6,4,4]'
-  model.K=V       path, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
+  model.K=V       path, gguf, hub_id, revision, dtype, device_map, random_init, architecture.num_hidden_layers ...
   task.K=V        data_dir, num_fewshot, apply_chat_template; of task=lm_eval: name, metric, include_path, overrides
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
-  corpus.K=V      of experiment=profile: path (.jsonl, or one text per line), hub_id, subset, split, column
+  corpus.K=V      of experiment=profile and perplexity: path (.jsonl, or one text per line), hub_id, subset, split,
+                  column, python (docs or code); of perplexity alone: joined
   hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
   Aliases: {aliases}
 
@@ -115,6 +116,7 @@ def run_in_hydra(arguments: list[str]) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> None:
+        mark_given(config, arguments)
         codes.append(run_config(config))
 
     register()

@@ -20,12 +20,12 @@ ACCURACY = RunQuery(
     small_command="python run.py -m paper=micro model=tiny",
 )
 #: Keys of the model's section that do not affect results, follow from its name and fingerprint, or are the method's.
-NO_SETTING = ("path", "gguf", "package", "device_map", "architecture", "resources", "predictor", "profile")
+NO_SETTING = ("path", "gguf", "package", "given", "device_map", "architecture", "resources", "predictor", "profile")
 #: Keys of a run's configuration that do not affect results: where it ran, and where its files were.
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
-    "model.package", "model.predictor", "model.profile", "task.data_dir", "task.include_path", "task.fewshot_file",
-    "task.text",
+    "model.package", "model.given", "model.predictor", "model.profile", "task.data_dir", "task.include_path",
+    "task.fewshot_file", "task.text",
 )  # fmt: skip
 PREDICTOR_RECORD = "predictor.json"  # what a trained predictor's folder says about its training
 

@@ -30,10 +30,10 @@ def replace_aliases(overrides: list[str]) -> list[str]:
     return replaced
 
 
-#: A home folder at the start of a value, or of a value in a list: Hydra's grammar has no unquoted ``~``.
-HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)[^,]*")
+#: What is quoted, or a home folder at the start of a value, alone or in a list: Hydra's grammar has no unquoted ``~``.
+HOME = re.compile(r"""(['"]).*?(?<!\\)\1|(?<=[=,\[{:])~(?=[/,\]}]|$)[^,\]}]*""")
 
 
 def quote_home(overrides: list[str]) -> list[str]:
     """Quote unquoted values that begin with ``~/``; :func:`compose.expand_home` makes them paths."""
-    return [HOME.sub(lambda found: f"'{found[0]}'", override) for override in overrides]
+    return [HOME.sub(lambda found: found[0] if found[1] else f"'{found[0]}'", override) for override in overrides]

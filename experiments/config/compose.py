@@ -20,7 +20,7 @@ HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
 #: Keys with a path of the user, in which ``~`` is the home folder.
 PATHS = (
     "results_dir", "model.path", "model.gguf", "model.predictor", "model.profile", "method.predictor", "method.profile",
-    "task.data_dir", "task.text", "corpus.path", "experiment.corpus",
+    "task.data_dir", "task.include_path", "task.fewshot_file", "task.text", "corpus.path", "experiment.corpus",
 )  # fmt: skip
 
 
@@ -40,7 +40,15 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return expand_home(compose("config", overrides, return_hydra_config=with_hydra))
+        config = expand_home(compose("config", overrides, return_hydra_config=with_hydra))
+    mark_given(config, overrides)
+    return config
+
+
+def mark_given(config: DictConfig, overrides: list[str]) -> None:
+    """Fill in ``model.given``: a value of the user is kept where a default belongs to other weights."""
+    keys = [override.partition("=")[0].lstrip("+~").split(".") for override in overrides]
+    config.model.given = sorted({rest[0] for section, *rest in keys if section == "model" and rest})
 
 
 def expand_home(config: DictConfig) -> DictConfig:

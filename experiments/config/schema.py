@@ -62,6 +62,7 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)  # used by random_init
     resources: Resources = field(default_factory=Resources)
     fingerprint: str | None = None  # of the weights at `path`; filled in
+    given: list[str] = field(default_factory=list)  # keys of this section that the command line sets; filled in
 
 
 @dataclass

@@ -9,7 +9,8 @@ from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr,
 from lm_eval.config.group import AggMetricConfig
 from omegaconf import DictConfig
 
-from experiments.runs.registry import group_metrics, metric_key
+from experiments.runs.definitions import metric_key
+from experiments.runs.registry import group_metrics
 
 
 def group_result(task: DictConfig, results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -25,6 +26,8 @@ def group_result(task: DictConfig, results: Sequence[dict[str, Any]]) -> dict[st
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for entry in group_metrics(task):
+        if entry.get("aggregation", "mean") != "mean":  # a function of the group's own
+            continue
         rule = AggMetricConfig(**entry)
         if rule.filter_list is None:
             measured = dict.fromkeys(key for result in results for key in result["metrics"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.runs.registry import metric_key
+from lm_eval.api.metrics import mean
+
+from experiments.runs.definitions import metric_key
 
 Aggregation = dict[str, Callable[[list[Any]], Any]]
 
 
 def split_metrics(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of a task and their standard errors, by :func:`experiments.runs.registry.metric_key`."""
+    """Return the metrics of a task and their standard errors, by :func:`experiments.runs.definitions.metric_key`."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for full, value in results.items():
@@ -73,9 +75,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 def _item_metric(value: Any, aggregate: Callable[[list[Any]], Any] | None) -> float:
     """Return a number for an item; NaN where the aggregation is not defined for a single one."""
-    if isinstance(value, (bool, int, float)) or aggregate is None:
-        return float(value)
     try:
-        return float(aggregate([value]))
-    except (TypeError, ValueError, ZeroDivisionError, ArithmeticError):
+        return float(value if aggregate in (None, mean) else aggregate([value]))
+    except Exception:  # the code of a task may raise anything, and the task is already scored
         return float("nan")

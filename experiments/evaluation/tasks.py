@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks._yaml_loader import load_yaml
 from omegaconf import DictConfig
@@ -17,9 +18,21 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from experiments.config.compose import data_path, fewshot_path, split_path
 from experiments.config.schema import ConfigError
 from experiments.evaluation import passkey
+from experiments.runs.definitions import (
+    FILE_FORMATS,
+    SPLITS,
+    check_definition,
+    check_filters,
+    choose_metric,
+    data_files,
+    metric_keys,
+    scored_split,
+    split_files,
+)
 from experiments.runs.folder import RunError
 from experiments.runs.jsonl import read_table
-from experiments.runs.registry import SPLITS, check_definition, choose_metric, find_definition, metric_keys
+from experiments.runs.registry import find_definition
+from experiments.system.console import log_info
 
 #: Columns that say which choice is right.
 LABELS = frozenset({"label", "answerKey"})
@@ -74,10 +87,8 @@ def build_task(task: DictConfig, tokenizer: PreTrainedTokenizerBase | None = Non
 
 def _use_splits(spec: dict[str, Any], task: DictConfig) -> None:
     """Read a registered task's splits from ``NAME_SPLIT.jsonl`` in ``task.data_dir``."""
-    needed = spec.get("test_split") or spec.get("validation_split") or "test"
-    splits = {str(spec[key]) for key in SPLITS if spec.get(key)} | {str(needed)}
-    files = {split: path for split in sorted(splits) if (path := split_path(task, split)).is_file()}
-    files[needed] = split_path(task, needed)
+    needed = scored_split(spec)
+    files = dict(sorted(split_files(task, spec))) | {needed: split_path(task, needed)}
     kept = {key: spec[key] for key in SPLITS if spec.get(key) in files}
     shots = spec.get("num_fewshot") if task.num_fewshot is None else task.num_fewshot
     if shots and not kept.keys() - {"test_split"}:
@@ -129,11 +140,13 @@ def load_from_hub(spec: dict[str, Any], task: DictConfig) -> Any:
     try:
         return load_dataset(spec["dataset_path"], spec.get("dataset_name"), **kwargs)
     except Exception as error:  # the hub, the network and the file formats fail in many unrelated types
-        split = spec.get("test_split") or spec.get("validation_split") or "test"
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        source, reason = spec.get("dataset_path"), f"{type(cause).__name__}: {_first_line(cause)}"
+        if source in FILE_FORMATS:
+            raise RunError(f"cannot read the data of task '{task.name}' ({source}): {reason}") from None
         raise RunError(
-            f"cannot load the data of task '{task.name}' ({spec.get('dataset_path')}) from the hub: {reason} "
-            f"(offline: task.data_dir=FOLDER with {task.data_file or f'{task.name}_{split}.jsonl'})"
+            f"cannot load the data of task '{task.name}' ({source}) from the hub: {reason} "
+            f"(offline: task.data_dir=FOLDER with {task.data_file or f'{task.name}_{scored_split(spec)}.jsonl'})"
         ) from None
 
 
@@ -149,7 +162,10 @@ def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrai
     """
     try:
         spec = load_definition(task)
-        check_definition(task.name, spec, task.metric)
+        check_definition(task, spec)
+        if "class" not in spec:
+            check_filters(task.name, spec)
+        _check_files(task, spec)
         _check_prompts(task, spec, architecture, tokenizer)
         if task.key is not None:
             assert tokenizer is not None
@@ -157,6 +173,14 @@ def refusal(task: DictConfig, architecture: PreTrainedConfig, tokenizer: PreTrai
     except (ConfigError, RunError) as error:
         return str(error)
     return None
+
+
+def _check_files(task: DictConfig, spec: dict[str, Any]) -> None:
+    """Raise a RunError for a file that the definition takes its data from and that is missing."""
+    if task.data_dir is None and spec.get("custom_dataset") is None and spec.get("dataset_path") in FILE_FORMATS:
+        for file in data_files(spec):
+            if not file.is_file():
+                raise RunError(f"task '{task.name}': data file {file} of its definition does not exist")
 
 
 def _check_prompts(
@@ -180,9 +204,22 @@ def _check_prompts(
 
 
 def shown_metric(task: DictConfig, spec: dict[str, Any], measured: list[str]) -> str:
-    """Return the key of the metric to show; ``measured`` are those of a task whose code defines them."""
-    return choose_metric(task.name, measured if "class" in spec else metric_keys(spec), task.metric)
+    """Return the key of the metric to show, one of those ``measured``; a RunError if there are none.
+
+    Code of a task may define its metrics, so that a wrong name is known only now: the first is shown, with a note.
+    """
+    if not measured:
+        raise RunError(f"task '{task.name}' has no metric that is a number")
+    try:
+        chosen = choose_metric(task.name, measured if "class" in spec else metric_keys(spec), task.metric)
+    except ConfigError as error:
+        log_info(f"{error}; shown: {measured[0]}")
+        return measured[0]
+    if chosen not in measured:
+        log_info(f"task '{task.name}' did not measure {chosen}; shown: {measured[0]}")
+        return measured[0]
+    return chosen
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]

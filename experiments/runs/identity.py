@@ -21,9 +21,8 @@ from experiments.runs.files import BLOCK, content_digest, digest, read_json
 #: Keys that a run's result does not depend on: where it ran and where its files were.
 MACHINE_ONLY = (
     "device", "results_dir", "force", "logger", "model.device_map", "model.resources", "model.path", "model.gguf",
-    "model.package", "model.predictor", "model.profile", "task.data_dir", "task.include_path", "task.fewshot_file",
-    "task.text", "experiment.install",
-    "experiment.checkpoint_every", "corpus.path",
+    "model.package", "model.given", "model.predictor", "model.profile", "task.data_dir", "task.include_path",
+    "task.fewshot_file", "task.text", "experiment.install", "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
 BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
@@ -37,6 +36,7 @@ ADDED = (
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 #: Keys of a model that belong to its weights.
 MODEL_FILES = ("clusters", "predictor", "profile")
+HUB = ("hub_id", "revision")
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 BLOCKS = 64  # blocks that represent a large weight file
 
@@ -56,6 +56,9 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
         if section.get(name) is not None:
             path = _file_beside(section[name], file) if file else Path(section[name])
             section[name] = content_digest(path) or section[name]
+    if identity["experiment"].get("stride") is not None:
+        window, stride = (identity["experiment"].get(key) for key in ("window", "stride"))
+        identity["experiment"]["stride"] = None if stride == window else stride  # the default is the window
     if "pruning" in (identity["method"] or {}):
         identity["method"] = _as_before_pruning(identity["method"])
     # Sections that the experiment does not have at all are left out.
@@ -140,8 +143,12 @@ def fingerprint_task(task: DictConfig) -> None:
 
 
 def gguf_file(model: DictConfig) -> str | None:
-    """Return the GGUF file to load: the given one, or that of the model's package if this is installed."""
-    if model.gguf is not None or model.path is not None or model.package is None:
+    """Return the GGUF file to load: the given one, or that of the model's package if this is installed.
+
+    The package has the weights that the configuration in ``conf/`` names: others are asked for by ``model.hub_id`` or
+    ``model.revision``, and come from the hub.
+    """
+    if model.gguf is not None or model.path is not None or model.package is None or _names_other_weights(model):
         return model.gguf
     found = importlib.util.find_spec(model.package)  # does not import it
     for location in (found.submodule_search_locations or ()) if found else ():
@@ -153,18 +160,23 @@ def gguf_file(model: DictConfig) -> str | None:
 def name_after_files(model: DictConfig, name: str) -> None:
     """Rename a model, and drop what belongs to the chosen one; values set on the command line stay."""
     if model.name in choices("model"):
-        chosen = model_files(model.name)
         for key in MODEL_FILES:
-            if model[key] == chosen[key]:
+            if key not in model.given:
                 model[key] = None
         model.name = name
 
 
+def _names_other_weights(model: DictConfig) -> bool:
+    """Return whether the command line sets a repository of the hub, or a revision, other than the model's own."""
+    chosen = _hub_source(model.name) if model.name in choices("model") else {}
+    return any(key in model.given and model[key] != chosen.get(key) for key in HUB)
+
+
 @functools.cache
-def model_files(name: str) -> dict[str, Any]:
-    """Return what the configuration of a model in ``conf/`` says of its cluster counts, predictor and profile."""
+def _hub_source(name: str) -> dict[str, Any]:
+    """Return the repository and the revision of a model in ``conf/``."""
     chosen = compose_config([f"model={name}"]).model
-    return {key: chosen[key] for key in MODEL_FILES}
+    return {key: chosen[key] for key in HUB}
 
 
 def check_profile(config: DictConfig) -> None:

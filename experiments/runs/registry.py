@@ -9,7 +9,6 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,18 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config.compose import split_path
+from chai.folders import cache_folder
 from experiments.config.schema import ConfigError
+from experiments.runs.definitions import (
+    GROUP_ONLY,
+    check_definition,
+    data_files,
+    function_keys,
+    refuse_functions,
+    split_files,
+)
 from experiments.runs.files import content_digest, digest, read_json, write_json
 from experiments.runs.identity import resolve_fingerprints
-
-#: How lm-eval asks a model; it has no others for text.
-OUTPUT_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until")
-SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-#: Keys of a group's definition that are its own; others are set in each of its tasks.
-GROUP_ONLY = ("group", "group_alias", "task", "aggregate_metric", "aggregate_metric_list", "metadata", "tag", "include")
 
 
 @dataclass
@@ -66,12 +67,17 @@ def registered_members(config: DictConfig) -> list[DictConfig]:
         spec = definition.load(resolve=False)
         for key, value in chosen.items():  # the parts that are set, of a dictionary
             is_part = isinstance(value, dict) and isinstance(spec.get(key), dict)
+            if is_part and definition.path is not None and key in function_keys(definition.path):
+                raise ConfigError(
+                    f"task.overrides sets a part of '{key}', in which task '{definition.name}' has a !function; "
+                    "valid: a definition of your own (task.include_path)"
+                )
             definition.overrides = definition.overrides | {key: spec[key] | value if is_part else value}
         overrides = definition.overrides
         spec |= overrides
-        check_definition(definition.name, spec, task.metric)
         single = config.copy()
         single.task.name = definition.name
+        check_definition(single.task, spec)
         single.task.overrides = _plain(overrides, definition.name) or None
         resolve_fingerprints(single)
         single.task.fingerprint = _fingerprint(single.task, spec, definition.path)
@@ -110,7 +116,10 @@ def _expand(name: str, overrides: dict[str, Any], index: Index, parents: tuple[s
     if entry.members is None:
         yield Definition(name, Path(entry.path) if entry.path else None, overrides)
         return
-    spec = Definition(name, Path(entry.path)).load(resolve=False) if entry.path else {}
+    spec = {}
+    if entry.path:
+        refuse_functions(name, Path(entry.path))
+        spec = Definition(name, Path(entry.path)).load(resolve=False)
     yield from _expand_members(name, spec | {"task": entry.members}, overrides, index, parents)
 
 
@@ -143,7 +152,7 @@ class Index:
         if include_path is not None and not Path(include_path).is_dir():
             raise ConfigError(f"task.include_path={include_path} is not a folder")
         self.include_path = include_path
-        self.own = _scan(include_path) if include_path is not None else {}
+        self.own = _scan(str(Path(include_path).resolve())) if include_path is not None else {}
 
     def get(self, name: str) -> Entry | None:
         """Return an entry, or ``None``; lm-eval's own are read only where the user's folder lacks the name."""
@@ -159,52 +168,14 @@ class Index:
         raise ConfigError(f"unknown task '{name}'{member}{hint}; not in {places} (`lm-eval ls tasks` lists all)")
 
 
-def check_definition(name: str, spec: dict[str, Any], metric: str | None) -> None:
-    """Raise a ConfigError for a task that cannot be scored, as far as its definition alone tells."""
-    if spec.get("doc_to_image") or spec.get("doc_to_audio"):
-        raise ConfigError(f"task '{name}' needs images or audio; valid: tasks of text")
-    if spec.get("unsafe_code"):
-        raise ConfigError(f"task '{name}' runs code that the model writes, which is not done here")
-    if "class" in spec:  # its code defines the rest
-        return
-    output_type = spec.get("output_type", "generate_until")
-    if output_type not in OUTPUT_TYPES:
-        raise ConfigError(f"task '{name}' has output_type '{output_type}'; valid: {', '.join(OUTPUT_TYPES)}")
-    choose_metric(name, metric_keys(spec), metric)
-
-
-def metric_keys(spec: dict[str, Any]) -> list[str]:
-    """Return the names of a definition's metrics, with their filter where it has a name."""
-    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
-
-    listed = spec.get("metric_list") or DEFAULT_METRIC_REGISTRY[spec.get("output_type", "generate_until")]
-    names = [metric if isinstance(metric, str) else metric.get("metric") for metric in listed]
-    filters = [one["name"] for one in spec.get("filter_list") or () if isinstance(one, dict)] or ["none"]
-    return [metric_key(getattr(name, "__name__", str(name)), label) for label in filters for name in names]
-
-
-def metric_key(name: str, label: str) -> str:
-    """Return the key of a metric in the results: as in lm-eval, but for the filter's name ``none``."""
-    return name if label == "none" else f"{name},{label}"
-
-
-def choose_metric(task: str, keys: list[str], metric: str | None) -> str:
-    """Return the key of the metric to show: the first, or that of the first filter; a ConfigError if there is none."""
-    chosen = [key for key in keys if metric in (None, key, key.partition(",")[0])]
-    if not chosen:
-        raise ConfigError(f"task '{task}' has no metric '{metric}'; valid: {', '.join(keys)}")
-    return chosen[0]
-
-
 @functools.cache
 def built_in() -> dict[str, Entry]:
     """Return the names of the installed lm-eval; its thousands of files are read once, then a cache of the user."""
     import lm_eval
 
     folder = Path(lm_eval.__file__).parent / "tasks"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "chai-attention" / "lm_eval"
-    cache /= f"{_version()}-{digest({'folder': str(folder), 'changed': folder.stat().st_mtime_ns})}.json"
+    key = digest({"folder": str(folder), "changed": folder.stat().st_mtime_ns})
+    cache = cache_folder("lm_eval") / f"{_version()}-{key}.json"
     saved = read_json(cache)
     if saved is None:
         entries = _scan(str(folder))
@@ -265,19 +236,13 @@ def _plain(overrides: dict[str, Any], name: str) -> dict[str, Any]:
 def _fingerprint(task: DictConfig, spec: dict[str, Any], path: Path | None) -> str | None:
     """Return a digest of a definition of the user, and of the task's local data; ``None`` for lm-eval's own."""
     contents = []
-    own = path is not None and task.include_path is not None and path.is_relative_to(task.include_path)
-    if own:
-        contents.append(json.dumps(spec, sort_keys=True, default=str).replace(str(task.include_path), ""))
-        contents += [str(content_digest(code)) for code in sorted(path.parent.glob("*.py"))]  # type: ignore[union-attr]
-    files = _data_files((spec.get("dataset_kwargs") or {}).get("data_files"))
-    if task.data_dir is not None:
-        files = [split_path(task, str(spec[split])) for split in SPLITS if spec.get(split)]
+    if task.include_path is not None and path is not None:
+        folder = Path(task.include_path).resolve()
+        if path.is_relative_to(folder):
+            text = json.dumps(spec, sort_keys=True, default=str)
+            for place in (folder, Path(task.include_path).absolute()):  # the same definition in another folder
+                text = text.replace(str(place), "")
+            contents = [text, *(str(content_digest(code)) for code in sorted(folder.rglob("*.py")))]
+    files = data_files(spec) if task.data_dir is None else [file for _, file in split_files(task, spec)]
     contents += [str(content_digest(file)) for file in files if file.is_file()]
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16] if contents else None
-
-
-def _data_files(value: Any) -> list[Path]:
-    """Return the files that a definition names: one, a list, or either for each split."""
-    if isinstance(value, dict):
-        return [file for part in value.values() for file in _data_files(part)]
-    return [Path(part) for part in ([value] if isinstance(value, str) else value or [])]

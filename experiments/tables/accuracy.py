@@ -15,10 +15,9 @@ from experiments.tables.layout import make_table, print_table
 
 Result = dict[str, Any]
 
-#: Metrics of lm-eval that are no fractions, hence are shown as they are.
-PLAIN = frozenset(
-    ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "likelihood_diff")
-)
+#: Metrics of lm-eval that are fractions, hence are shown in %, besides those named ``acc_...`` and ``..._acc``. Some
+#: tasks have the same names on a scale of 0 to 100 (the f1 of squadv2): only values up to 1 count as fractions.
+FRACTIONS = frozenset(("acc", "exact_match", "quasi_exact_match", "em", "f1", "mcc", "contains", "pass@1"))
 
 LEGEND = (
     "Change: points against the MHA run of the same settings. KV saved: of the cache's live bytes; real: less is\n"
@@ -87,10 +86,11 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
     if len(metrics) == 1:
         caption = rows[0][0]["metric"]
     caption = "; ".join([caption, *dict.fromkeys(text for result, _ in rows for text in predictor_recall(result))])
+    in_percent, model = fractions([result for result, _ in rows]), rows[0][0]["model"]
     table = make_table(
-        f"Accuracy of {rows[0][0]['model']}, % ± standard error; perplexities as they are"
-        if any(metric.partition(",")[0] in PLAIN for metric in metrics)
-        else f"Accuracy of {rows[0][0]['model']}, % ± standard error",
+        f"Accuracy of {model}, % ± standard error"
+        if all((result["task"], result["metric"]) in in_percent for result, _ in rows)
+        else f"Scores of {model}; fractions in %",
         ["Task", "Method"],
         ["Score", "Change", "KV saved", "Heads", "n", "Seconds"],
         caption=caption,
@@ -99,11 +99,30 @@ def results_table(rows: list[tuple[Result, Result | None]]) -> Table:
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for index, (result, baseline) in enumerate(rows):
         is_last = index + 1 == len(rows) or rows[index + 1][0]["task"] != result["task"]
-        metrics = shown_metrics(result)
-        for metric in metrics:
-            cells = result_cells(result, baseline, metric, name_filter=len(metrics) > 1)
-            table.add_row(*cells, end_section=is_last and metric == metrics[-1])
+        keys = shown_metrics(result)
+        for key in keys:
+            percent = (result["task"], key) in in_percent
+            cells = result_cells(result, baseline, key, percent=percent, name_filter=len(keys) > 1)
+            table.add_row(*cells, end_section=is_last and key == keys[-1])
     return table
+
+
+def fractions(results: list[Result]) -> set[tuple[str, str]]:
+    """Return the tasks and metrics whose scores are shown in %: known fractions, under every method at most 1."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        for key in shown_metrics(result):
+            scores.setdefault((result["task"], key), []).append(result["metrics"][key])
+    return {
+        (task, key)
+        for (task, key), values in scores.items()
+        if is_fraction(key.partition(",")[0]) and not any(abs(value) > 1 for value in values)
+    }
+
+
+def is_fraction(metric: str) -> bool:
+    """Return whether a metric of that name is a fraction in most tasks."""
+    return metric in FRACTIONS or metric.startswith("acc_") or metric.endswith("_acc")
 
 
 def predictor_recall(result: Result) -> list[str]:
@@ -122,12 +141,14 @@ def shown_metrics(result: Result) -> list[str]:
     return [own, *same]
 
 
-def result_cells(result: Result, baseline: Result | None, metric: str, *, name_filter: bool = False) -> list[str]:
+def result_cells(
+    result: Result, baseline: Result | None, metric: str, *, percent: bool, name_filter: bool = False
+) -> list[str]:
     """Return one row of the table as text."""
     savings, heads = result["savings"], result["savings"]["heads_kept"]
     score, error = result["metrics"][metric], result["stderr"].get(metric)
-    name, _, label = metric.partition(",")
-    scale, digits = (1, 3) if name in PLAIN else (100, 1)
+    label = metric.partition(",")[2]
+    scale, digits = (100, 1) if percent else (1, 3)
     change = ""
     if result["method"] != "mha":
         change = f"{scale * (score - baseline['metrics'][metric]):+.{digits}f}" if baseline else "no MHA run"

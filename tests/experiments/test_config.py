@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from chai.loading import load_config
 from chai.methods import load_method, method_names
-from experiments.cli import main
+from experiments.cli import help_text, main
 from experiments.config.compose import choices, combinations, compose_config, task_members
 from experiments.config.remedies import REMEDIES
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
@@ -161,6 +161,12 @@ def test_a_mistake_in_a_sweep_does_so_too(arguments, tmp_path, monkeypatch, caps
     told = capsys.readouterr().err
     assert told.startswith("error: ") and len(told.splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_help_names_the_sources_of_models_and_corpora():
+    lines = {line.split("=V")[0].strip(): line for line in help_text().splitlines() if "=V" in line}
+    assert "gguf" in lines["model.K"] and "perplexity" in lines["corpus.K"]
+    assert "python (docs or code)" in help_text() and "joined" in help_text()
 
 
 def test_help_needs_no_heavy_imports():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 
 import lm_eval
 import pandas as pd
@@ -14,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config.compose import compose_config
 from experiments.evaluation.groups import group_result
+from experiments.evaluation.lm import auto_batch_size
 from experiments.evaluation.responses import SavedResponses
 from experiments.execute import run_config
 from experiments.microworld import world
+from experiments.runs.definitions import metric_key
 
 BATCH = 3
 KINDS = ("own_gsm", "own_rolling", "own_choice", "own_loglikelihood")
@@ -126,13 +130,11 @@ def test_each_kind_of_task_is_that_of_plain_lm_eval(workplace, tasks, plain, tmp
     ((result, items),) = outcomes(tmp_path).values()
     theirs = plain[name]["results"][name]
     numbers = {key: value for key, value in theirs.items() if "," in key and isinstance(value, (int, float))}
-    keys = {"none": lambda metric, label: metric}
     renamed = {}
     for key, value in numbers.items():
         metric, label = key.split(",")
         part = "stderr" if metric.endswith("_stderr") else "metrics"
-        metric = metric.removesuffix("_stderr")
-        renamed[part, keys.get(label, lambda metric, label: f"{metric},{label}")(metric, label)] = value
+        renamed[part, metric_key(metric.removesuffix("_stderr"), label)] = value
     ours = {(part, key): value for part in ("metrics", "stderr") for key, value in result[part].items()}
     assert ours == renamed
     assert result["n"] == len(items) == len({sample["doc_id"] for sample in plain[name]["samples"][name]})
@@ -228,12 +230,31 @@ def test_a_rolling_item_has_its_own_perplexity(workplace, tasks, tmp_path):
         assert item["bits_per_byte"] == pytest.approx(-item["loglikelihoods"][0] / size / 0.6931471805599453)
 
 
-def test_an_automatic_batch_size_gives_the_same_answers(workplace, tasks, tmp_path):
-    for size in ("auto", "64"):
+def test_an_automatic_batch_fits_in_half_of_the_free_memory(workplace, monkeypatch):
+    """A row of a token: its logits in three forms, the cache and activations, by hand; half of the machine's memory."""
+    model, length = AutoModelForCausalLM.from_pretrained(workplace / "small"), 50
+    weights = sum(weight.numel() * 4 for weight in model.parameters())
+    config = model.config
+    cache = 2 * 2 * config.num_hidden_layers * config.hidden_size * 4
+    activations = 4 * (config.hidden_size + config.intermediate_size) * 4
+    row = length * (config.vocab_size * (4 + 8) + cache + activations)
+    free = {"SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", free.__getitem__)
+    for rows, size in ((0.5, 1), (1, 1), (3.9, 2), (4, 4), (63, 32), (64, 64), (1000, 64)):
+        free["SC_PHYS_PAGES"] = 2 * (weights + math.ceil(2 * rows * row))
+        assert auto_batch_size(model, length) == size
+    assert auto_batch_size(model, 20 * length) == 32  # of 50 that fit
+
+
+def test_an_automatic_batch_size_is_that_of_the_longest_row(workplace, tasks, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("experiments.evaluation.lm.auto_batch_size", lambda model, length: asked.append(length) or 2)
+    for size in ("auto", "2"):
         command = overrides_of(workplace, tasks, tmp_path / size, "own_choice")
-        assert run_config(compose_config([*command, f"batch_size={size}"])) == 0
-    auto, fixed = (outcomes(tmp_path / size)["own_choice"][0]["metrics"] for size in ("auto", "64"))
-    assert auto == fixed
+        assert run_config(compose_config([*command, f"batch_size={size}", "limit=3"])) == 0
+    auto, fixed = (outcomes(tmp_path / size)["own_choice"] for size in ("auto", "2"))
+    assert auto[0]["metrics"] == fixed[0]["metrics"] and len(asked) == 1
+    assert list(map(list, auto[1].loglikelihoods)) == list(map(list, fixed[1].loglikelihoods))
 
 
 def test_a_tag_is_its_tasks_and_a_user_overrides_parts_of_a_definition(workplace, tasks, tmp_path):
@@ -251,6 +272,8 @@ def test_a_tag_is_its_tasks_and_a_user_overrides_parts_of_a_definition(workplace
     [
         (["task.name=own_gms"], 2, "unknown task 'own_gms' (did you mean own_gsm"),
         (["task.name=own_choice", "task.metric=f1"], 2, "task 'own_choice' has no metric 'f1'; valid: acc, acc_norm"),
+        (["task.name=own_gsm", "task.overrides={oops:3}"], 2, "key in the definition of task 'own_gsm': 'oops'; valid"),
+        (["task.name=own_gsm", "task.overrides={generation_kwargs:{oops:3}}"], 2, "kwargs has the key 'oops'; valid"),
         (["task.name=odd"], 2, "task 'odd' has output_type 'sung'; valid: loglikelihood, loglikelihood_rolling"),
         (["task.name=own_choice", "task.apply_chat_template=true"], 1, "tokenizer has no chat template"),
         (["task.name=own_gsm", "task.overrides={generation_kwargs:{max_gen_toks:256}}"], 1, "the model has 256 pos"),

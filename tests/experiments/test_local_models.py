@@ -11,6 +11,7 @@ from experiments.cli import main
 from experiments.config.compose import compose_config
 from experiments.runs.identity import gguf_file, run_id
 from experiments.runs.resolve import resolve_runs
+from experiments.sweeps.plan import plan_jobs
 from tests.chai.gguf_models import small_model, write_gguf
 
 ITEM = {"goal": "a", "sol1": "b c", "sol2": "d", "label": 0}
@@ -58,6 +59,36 @@ def test_the_package_is_used_where_it_is_installed(gguf, tmp_path, monkeypatch):
     assert config.model.name == "smollm2_135m" and config.model.fingerprint and config.model.clusters == 7
     with_path = compose_config(["model=smollm2_135m", "model.package=some_weights", f"model.path={tmp_path}"])
     assert gguf_file(with_path.model) is None
+
+
+def test_the_package_is_not_used_for_other_weights(gguf, tmp_path, monkeypatch):
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights" / "weights.gguf").write_bytes(gguf.read_bytes())
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    common = ["method=mha", "model=smollm2_135m", "model.package=some_weights"]
+    for other in (
+        ["model.hub_id=other/model"],
+        ["model.revision=abc"],
+        ["model.name=mine", "model.hub_id=other/model"],
+    ):
+        config = resolved(*common, *other)
+        assert gguf_file(config.model) is None and config.model.fingerprint is None
+    same = resolved(*common, "model.hub_id=HuggingFaceTB/SmolLM2-135M-Instruct", "model.revision=main")
+    assert gguf_file(same.model) and run_id(same) == run_id(resolved(*common))
+
+
+def test_a_value_that_equals_the_chosen_models_own_is_kept(gguf, monkeypatch):
+    """The default of smollm2_135m is 7, too; what was not given belongs to the chosen model alone."""
+    common = ["model=smollm2_135m", f"model.gguf={gguf}"]
+    config = resolved(*common, "model.clusters=7")
+    assert config.model.clusters == config.method.clusters == 7
+    assert resolved(*common, "method=mha").model.clusters is None
+    planned = plan_jobs([["task=piqa", *common, "model.clusters=7,6"]])
+    assert [one.folders[0].config.method.clusters for one in planned] == [7, 6]
+    seen = []
+    monkeypatch.setattr("experiments.cli.run_config", lambda config: seen.append(config.model.given) or 0)
+    assert main(["task=piqa", *common, "model.clusters=7", "hydra.verbose=false"]) == 0  # composed by Hydra's own main
+    assert seen == [["clusters", "gguf"]]
 
 
 def test_path_and_gguf_together_are_refused(gguf, capsys):

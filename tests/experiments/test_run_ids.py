@@ -10,6 +10,7 @@ import pytest
 from experiments.config.compose import choices, compose_config
 from experiments.execute import run_config
 from experiments.runs.files import write_json
+from experiments.runs.identity import run_id
 from experiments.runs.resolve import run_folders
 
 #: Folders of the runs of each command line, as the first version named them. The ids of the embedded model's runs
@@ -44,6 +45,12 @@ def test_pruning_for_the_whole_sequence_has_ids_of_its_own():
         # Numbers that were the defaults may be written out.
         same = ["method.pruning=per_row", "method.preset=linear", "method.heads=0.75"]
         assert run_folders(compose_config([*words, *same]))[0].path == earlier.path
+
+
+def test_a_stride_of_the_window_is_the_default():
+    command = ["experiment=perplexity", "method=mha", "experiment.window=256"]
+    ids = {stride: run_id(compose_config([*command, f"experiment.stride={stride}"])) for stride in ("null", 256, 128)}
+    assert ids["null"] == ids[256] != ids[128]
 
 
 def test_a_result_of_an_earlier_version_is_shown_and_not_redone(tmp_path, capsys):

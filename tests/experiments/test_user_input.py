@@ -181,6 +181,12 @@ def test_a_home_folder_is_expanded_quoted_or_not():
         config = compose_config(overrides)
         assert config.model.path == config.results_dir == str(home / "x")
     assert quote_home(["model.path=~/x,~/y", "limit=3"]) == ["model.path='~/x','~/y'", "limit=3"]
+    assert quote_home(["x=[~/a,~/b]", "x={a:~/a,b:~}", "x=~/a]", "x='[~/a,~/b]'"]) == [
+        "x=['~/a','~/b']", "x={a:'~/a',b:'~'}", "x='~/a']", "x='[~/a,~/b]'",
+    ]  # fmt: skip
+    task = compose_config(quote_home(["task=lm_eval", "task.name=x", "task.include_path=~/x"])).task
+    assert task.include_path == str(home / "x")
+    assert compose_config(["task=piqa", "task.fewshot_file='~/x'"]).task.fewshot_file == str(home / "x")
     assert quote_home(["~method", "model.path=/a~/b", "task.data_dir=a~b"]) == [
         "~method", "model.path=/a~/b", "task.data_dir=a~b",
     ]  # fmt: skip

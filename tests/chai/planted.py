@@ -17,8 +17,12 @@ PLANTED = Random(clusters=HEADS - 1).cluster_heads(
 
 
 def planted_model(family: str, *, values: bool) -> PreTrainedModel:
-    """A small model whose planted heads have equal queries and keys, and equal values if ``values``."""
-    model = make_model(family)
+    """A small model of a family with planted heads."""
+    return plant(make_model(family), values=values)
+
+
+def plant(model: PreTrainedModel, *, values: bool) -> PreTrainedModel:
+    """Give the planted heads of a model equal queries and keys, and equal values if ``values``; returns the model."""
     for block, clusters in zip(find_blocks(model), PLANTED, strict=True):
         sources = clusters.representatives[0][clusters.assignment[0]].tolist()
         for kind in "qkv" if values else "qk":

@@ -95,11 +95,15 @@ class Block:
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers (UncountedError: they are not where transformers' models have them)."""
-    decoder = model.get_decoder()
+    return list_layers(model.get_decoder())
+
+
+def list_layers(decoder: nn.Module) -> nn.ModuleList:
+    """Return the layers of a decoder (UncountedError: they are not where those of transformers are)."""
     lists = [decoder.get_submodule(name) for name in LAYERS if hasattr(decoder, name)] + list(decoder.children())
     layers = next((part for part in lists if isinstance(part, nn.ModuleList) and len(part)), None)
     if layers is None:
-        raise UncountedError(f"the layers of a {type(model).__name__} were not found")
+        raise UncountedError(f"the layers of a {type(decoder).__name__} were not found")
     return layers
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
@@ -84,6 +88,25 @@ FAMILIES = {
     "falcon_multi_query": lambda: FalconForCausalLM(FalconConfig(**OPT, ffn_hidden_size=96)),
     "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**SHAPE, num_key_value_heads=4, qk_layernorm=True)),
 }
+
+
+def make_nested_model() -> PreTrainedModel:
+    """A random model of text and images: its configuration holds that of the text model inside."""
+    text = {**GROUPED, **LOCAL, "query_pre_attn_scalar": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **TOKENS)
+    ).eval()
+
+
+def make_latent_model() -> PreTrainedModel:
+    """A random model with latent attention (DeepSeek): keys and values of a layer differ in width."""
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    config = DeepseekV3Config(**SHAPE, **sizes, num_key_value_heads=HEADS, first_k_dense_replace=LAYERS)
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:

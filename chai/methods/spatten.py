@@ -171,7 +171,7 @@ class Spatten(Method):
         projected = config.num_attention_heads
         return [replace(layer, projected=projected, seen=share, read=values) for layer, share in layers]
 
-    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
+    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> float:
         """Count each layer's share of the context, all later tokens, and the KV heads that are left."""
         if self._prunes_nothing(model.config):
             return super().expected_cache_bytes(model, cache)

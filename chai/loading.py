@@ -68,8 +68,8 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             return AutoConfig.for_model(kind, **shape)
         except Exception as error:  # families raise many types
             raise ModelError(f"model '{source.name}': cannot build its architecture: {_one_line(error)}") from None
-    where = _locate(source)
     try:
+        where = _locate(source)
         return AutoConfig.from_pretrained(where, revision=source.revision, trust_remote_code=False)
     except Exception as error:
         raise _explain(source, error) from None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
@@ -86,6 +90,25 @@ FAMILIES = {
 }
 
 
+def make_nested_model() -> PreTrainedModel:
+    """A random model of text and images: its configuration holds that of the text model inside."""
+    text = {**GROUPED, **LOCAL, "query_pre_attn_scalar": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **TOKENS)
+    ).eval()
+
+
+def make_latent_model() -> PreTrainedModel:
+    """A random model with latent attention (DeepSeek): keys and values of a layer differ in width."""
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    config = DeepseekV3Config(**SHAPE, **sizes, num_key_value_heads=HEADS, first_k_dense_replace=LAYERS)
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model in evaluation mode, its weights large enough that heads differ visibly."""
     torch.manual_seed(seed)
@@ -95,6 +118,8 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             parameter.data.mul_(4.0)
+        elif "layernorm.norms" in name:  # of each head (StableLM): all ones, and no mistake of heads would show
+            parameter.data.uniform_(0.5, 1.5)
     return model.eval()
 
 

@@ -17,7 +17,14 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai.cache import vector_bytes
 from chai.flops import LayerFlops, LayerShape, prompt_flops
-from chai.patching.model_info import UncountedError, layer_shape, logit_weights, num_kv_heads, sliding_windows
+from chai.patching.model_info import (
+    UncountedError,
+    is_latent,
+    layer_shape,
+    logit_weights,
+    num_kv_heads,
+    sliding_windows,
+)
 
 #: ``real``: less is stored and computed. ``simulated``: masked, nothing is saved. ``none``: nothing is claimed.
 Saving = Literal["real", "simulated", "none"]
@@ -87,12 +94,18 @@ class Method(ABC):
         """Count the bytes that limit the time to next token: weights, and the KV cache of a batch; NaN if not known."""
         return math.nan
 
-    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
-        """Count the bytes that a filled cache must hold by arithmetic: all keys and values, unless overridden."""
-        kv_len, windows = cache.get_seq_length(), sliding_windows(model.config)
+    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> float:
+        """Count the bytes that a filled cache must hold by arithmetic: all keys and values, unless overridden.
+
+        NaN for latent attention, whose keys and values differ in width.
+        """
+        config = model.config.get_text_config()
+        if is_latent(config):
+            return math.nan
+        kv_len, windows = cache.get_seq_length(), sliding_windows(config)
         # A layer with a sliding window keeps the tokens that the next one still sees.
         tokens = sum(kv_len if window is None else min(kv_len, window - 1) for window in windows)
-        return vector_bytes(cache) * 2 * num_kv_heads(model.config) * tokens
+        return vector_bytes(cache) * 2 * num_kv_heads(config) * tokens
 
     # Used by scoring and benchmarks.
 
@@ -117,7 +130,7 @@ class Method(ABC):
 
     def benchmark_counts(self, config: PreTrainedConfig, requested: list[int] | None) -> list[int]:
         """Return the numbers of clusters at which attention and a layer are timed alone."""
-        return [config.num_attention_heads]
+        return [config.get_text_config().num_attention_heads]
 
     def attention_timer(
         self, query: Tensor, key: Tensor, value: Tensor, k: int, scaling: float

@@ -26,7 +26,7 @@ class Mha(Method):
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a model without attention (ValueError)."""
-        if not getattr(config, "num_attention_heads", None):
+        if not getattr(config.get_text_config(), "num_attention_heads", None):
             raise ValueError(f"a model of the family '{config.model_type}' has no attention heads; valid: one that has")
 
     def decode_bytes(self, model: PreTrainedModel, kv_len: int, batch_size: int) -> float:
@@ -40,4 +40,5 @@ class Mha(Method):
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return all heads."""
+        config = config.get_text_config()
         return [config.num_attention_heads] * config.num_hidden_layers

@@ -20,7 +20,7 @@ from chai.flops import LayerFlops
 from chai.methods.base import Method, Saving
 from chai.patching.apply import Decoder, adopt_cache, patched, running
 from chai.patching.cascade import GlobalPass, PerRowPass
-from chai.patching.generation import CONTEXT_LENGTHS, generation_contexts
+from chai.patching.generation import generation_contexts, take_context_lengths
 from chai.patching.model_info import check_family, num_kv_heads, sliding_windows
 
 #: Shares that the authors' release keeps, from a depth of the 24-layer model on: GPT-2-medium on WikiText-2, the only
@@ -127,7 +127,7 @@ class Spatten(Method):
         new_pass = GlobalPass if rule.pruning == "global" else PerRowPass
 
         def forward(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
-            contexts = kwargs.pop(CONTEXT_LENGTHS, None)
+            contexts = take_context_lengths(model)
             call = decoder.parse(args, kwargs)
             call.kwargs["past_key_values"], cache = adopt_cache(
                 call.kwargs.get("past_key_values"),
@@ -171,7 +171,7 @@ class Spatten(Method):
         projected = config.num_attention_heads
         return [replace(layer, projected=projected, seen=share, read=values) for layer, share in layers]
 
-    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> int:
+    def expected_cache_bytes(self, model: PreTrainedModel, cache: Cache) -> float:
         """Count each layer's share of the context, all later tokens, and the KV heads that are left."""
         if self._prunes_nothing(model.config):
             return super().expected_cache_bytes(model, cache)

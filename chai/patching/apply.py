@@ -33,7 +33,7 @@ from chai.attention import mha_attention
 from chai.cache import PrunedCache, PrunedLayer
 from chai.patching.devices import replaced_forward
 from chai.patching.falcon import dispatched_falcon
-from chai.patching.model_info import check_family
+from chai.patching.model_info import check_family, list_layers
 
 ATTENTION = "chai"  # the name registered with transformers; it must not contain "flash" or "sdpa"
 
@@ -182,7 +182,9 @@ class Decoder:
             ValueError: The attention mask is not a tensor, the call is not causal, or a row holds several sequences
                 (:meth:`DecoderCall.check_causal`); gradient checkpointing, which runs each layer twice.
         """
-        if self.module.training and any(getattr(part, "gradient_checkpointing", False) for part in self.layers):
+        if self.module.training and any(
+            getattr(part, "gradient_checkpointing", False) for part in list_layers(self.module)
+        ):
             raise ValueError(
                 "gradient checkpointing runs each layer twice and without a KV cache, which this method needs; "
                 "valid: model.gradient_checkpointing_disable(), or model.eval()"
@@ -205,11 +207,6 @@ class Decoder:
     def config(self) -> PreTrainedConfig:
         """Configuration of the decoder."""
         return cast(PreTrainedConfig, self.module.config)
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder's layers."""
-        return cast(nn.ModuleList, self.module.layers)
 
 
 @contextmanager

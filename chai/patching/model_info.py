@@ -65,6 +65,11 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Whether keys and values are projected from a latent vector (DeepSeek), each to a width of its own."""
+    return bool(getattr(config, "kv_lora_rank", None))
+
+
 def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     """Return the sliding window of each layer, ``None`` without one."""
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
@@ -95,11 +100,15 @@ class Block:
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers (UncountedError: they are not where transformers' models have them)."""
-    decoder = model.get_decoder()
+    return list_layers(model.get_decoder())
+
+
+def list_layers(decoder: nn.Module) -> nn.ModuleList:
+    """Return the layers of a decoder (UncountedError: they are not where those of transformers are)."""
     lists = [decoder.get_submodule(name) for name in LAYERS if hasattr(decoder, name)] + list(decoder.children())
     layers = next((part for part in lists if isinstance(part, nn.ModuleList) and len(part)), None)
     if layers is None:
-        raise UncountedError(f"the layers of a {type(model).__name__} were not found")
+        raise UncountedError(f"the layers of a {type(decoder).__name__} were not found")
     return layers
 
 
@@ -129,8 +138,8 @@ def layer_shape(model: PreTrainedModel, shares_values: bool = False) -> LayerSha
     Raises:
         UncountedError: The layers are not known well enough.
     """
-    config = model.config
-    if getattr(config, "kv_lora_rank", None):
+    config = model.config.get_text_config()
+    if is_latent(config):
         raise UncountedError("latent attention (kv_lora_rank) has no keys and values of each head to count")
     layers = find_layers(model)
     attention = _first_of(layers[0], *ATTENTION)

@@ -49,7 +49,7 @@ def model_baselines(model: PreTrainedModel, phase: str, length: int) -> dict[str
     makers: dict[str, Callable[[], Cache]] = {
         "": DynamicCache,
         "growing": GrowingCache,
-        "static": partial(static_cache, model.config.num_hidden_layers, length),
+        "static": partial(static_cache, model.config.get_text_config().num_hidden_layers, length),
     }
     runnable = harness.stock_attentions(model)
     runnable += [PRODUCTS] if "sdpa" in runnable else []  # on the same interface

@@ -81,7 +81,7 @@ def run_benchmark(
 
     def check(run: Run[OptionsT]) -> None:
         check_method(run.method, run.architecture)
-        run.options.check(run.architecture.num_attention_heads)
+        run.options.check(run.architecture.get_text_config().num_attention_heads)
         lengths = pick_lengths(run)
         log_info(f"{run.config.method.name} on {run.config.model.name}: {', '.join(map(str, lengths))} tokens")
 
@@ -92,10 +92,11 @@ def run_benchmark(
         with torch.cuda.device(model.device if model.device.type == "cuda" else -1):  # of CUDA events and graphs
             rows, fields = measure(BenchmarkContext(model, run.config.method.name, run.method, lengths, run.options))
         write_atomically(run.folder.path / "measurements.parquet", lambda path: rows.to_parquet(path, index=False))
+        sizes = model.config.get_text_config()
         return {
-            "layers": model.config.num_hidden_layers,
-            "heads": model.config.num_attention_heads,
-            "key_heads": num_kv_heads(model.config),
+            "layers": sizes.num_hidden_layers,
+            "heads": sizes.num_attention_heads,
+            "key_heads": num_kv_heads(sizes),
             "heads_kept": run.method.heads_kept(model.config),
             "architecture": loaded_architecture(model.config, run.config),
             "savings": {"kind": run.method.saving},
@@ -110,7 +111,8 @@ def run_benchmark(
 
 def pick_lengths(run: Run[OptionsT]) -> list[int]:
     """Return the requested sequence lengths, or powers of two up to 2,048; a trained model limits both."""
-    requested, positions = run.options.lengths, getattr(run.architecture, "max_position_embeddings", None)
+    sizes, requested = run.architecture.get_text_config(), run.options.lengths
+    positions = getattr(sizes, "max_position_embeddings", None)
     limit = None if run.source.random_init else positions  # None: such as relative positions, for any length
     if requested is None:
         return [length for length in (128, 256, 512, 1024, 2048) if limit is None or length <= limit] or [positions]
@@ -203,7 +205,7 @@ def stock_attentions(model: PreTrainedModel) -> list[str]:
 def random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     """Return random token ids ``[batch_size, length]``, never 0 (often padding or an unknown token)."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, model.config.vocab_size, (batch_size, length), generator=generator)
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch_size, length), generator=generator)
     return ids.to(input_device(model))
 
 

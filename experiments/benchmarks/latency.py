@@ -18,12 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from chai.methods import baseline
+from chai.patching.model_info import UncountedError
 from experiments.benchmarks import harness
 from experiments.benchmarks.baselines import Implementation, attention_baselines, forget_last_token, model_baselines
 from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Times
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
 from experiments.runs.experiment import require_minimum
+from experiments.runs.folder import RunError
+from experiments.system.console import log_info
 from experiments.tables.benchmarks import CONTROL, show_latency
 
 Part = Literal["attention", "layer", "model"]
@@ -65,7 +68,8 @@ def run(config: DictConfig) -> int:
 def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Measure all parts, phases and lengths."""
     model, method, options = context.model, context.method, context.options
-    peak, num_heads = harness.machine_peak(model.device, model.dtype), model.config.num_attention_heads
+    peak = harness.machine_peak(model.device, model.dtype)
+    num_heads = model.config.get_text_config().num_attention_heads
     counts = method.benchmark_counts(model.config, options.clusters)
     single = one_layer(model) if "layer" in options.parts else None
     # Of each part: cluster counts, and the function that times it.
@@ -74,6 +78,14 @@ def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
         "layer": (counts, partial(model_times, context, single)),
         "model": ([None], partial(model_times, context, model)),
     }
+    if "attention" in options.parts:
+        try:
+            method.layer_shape(model)
+        except UncountedError as error:
+            if options.parts == ["attention"]:
+                raise RunError(f"{error}; valid: experiment.parts=[layer,model]") from None
+            log_info(f"attention alone is not measured: {error}")
+            del parts["attention"]
     rows: list[dict[str, Any]] = []
     for phase, length, part in itertools.product(options.phases, context.lengths, parts):
         if part in options.parts:
@@ -89,10 +101,12 @@ def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
 def one_layer(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same shape with a single layer of random weights: its decoder is that layer."""
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = 1
-    config.vocab_size = min(config.vocab_size, 1024)  # the embeddings are not measured
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    sizes = config.get_text_config()
+    sizes.num_hidden_layers = 1
+    sizes.vocab_size = min(sizes.vocab_size, 1024)  # the embeddings are not measured
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(sizes, name, None):
+            setattr(sizes, name, getattr(sizes, name)[:1])
     with torch.device(model.device):
         return AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
 
@@ -110,7 +124,7 @@ def implementations(
     if method is None or method == baseline():
         return entries
     methods = {context.name: method}
-    num_heads = model.config.num_attention_heads
+    num_heads = model.config.get_text_config().num_attention_heads
     control = context.method.with_num_clusters(num_heads)
     if control is not None and set(method.heads_kept(model.config)) != {num_heads}:
         methods[CONTROL] = control

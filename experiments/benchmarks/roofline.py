@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
@@ -11,20 +12,24 @@ from transformers import PreTrainedModel
 
 from chai.methods import baseline
 from chai.methods.base import Method
+from chai.patching.model_info import UncountedError
 from experiments.tables.benchmarks import CONTROL
 
 
 def required_work(
     method: Method, model: PreTrainedModel, batch_size: int, part: str, phase: str, kv_len: int, k: int | None
 ) -> float:
-    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters in each layer."""
+    """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters a layer; NaN if not known."""
     if part == "model":
         # None counts the method itself, and any k multi-head attention.
         counted = method if k is None else baseline()
         if phase == "prefill":
             return batch_size * counted.prefill_flops(model, kv_len)
         return counted.decode_bytes(model, kv_len, batch_size)
-    shape = method.layer_shape(model)
+    try:
+        shape = method.layer_shape(model)
+    except UncountedError:
+        return math.nan
     if phase == "prefill":
         return batch_size * (shape.attention_flops if part == "attention" else shape.prefill_flops)(kv_len, k)
     # Weights are read once for all sequences.

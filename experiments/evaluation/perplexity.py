@@ -107,7 +107,7 @@ def run(config: DictConfig) -> int:
 def _check(run: Run[Options]) -> None:
     """Refuse windows longer than the model's positions, and an endless corpus without a limit."""
     check_method(run.method, run.architecture)
-    positions = getattr(run.architecture, "max_position_embeddings", None)
+    positions = getattr(run.architecture.get_text_config(), "max_position_embeddings", None)
     if positions is not None and run.options.window > positions:
         raise ConfigError(f"experiment.window is {run.options.window}; the model has {positions} positions")
     corpus, limit = run.config.corpus, run.config.limit
@@ -142,7 +142,8 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     ]
     if not windows:
         raise RunError(f"corpus {config.corpus.name} has no document of two tokens")
-    batch_size = min(config.batch_size, max(1, LOGIT_BYTES // (4 * options.window * model.config.vocab_size)))
+    vocabulary = model.config.get_text_config().vocab_size
+    batch_size = min(config.batch_size, max(1, LOGIT_BYTES // (4 * options.window * vocabulary)))
     saved = open_responses(run.folder, model, ProcessGroup())
     with closing(saved):
         nats, stats = score_windows(model, method, windows, batch_size, saved, run.folder.progress)

@@ -193,7 +193,7 @@ def _check_prompts(
         raise ConfigError(
             f"task '{task.name}' is defined with num_fewshot 0, which lm-eval keeps; valid: task.num_fewshot=0"
         )
-    positions = getattr(architecture, "max_position_embeddings", None)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if spec.get("output_type", "generate_until") == "generate_until" and "class" not in spec and positions:
         kwargs = normalize_gen_kwargs(spec.get("generation_kwargs") or {}, MAX_NEW_TOKENS)
         if kwargs["max_gen_toks"] >= positions:

@@ -40,7 +40,8 @@ def loaded_architecture(loaded: PreTrainedConfig, config: DictConfig) -> dict[st
 
     The configuration says what was asked for; a folder or the hub may hold another model.
     """
-    return {str(key): getattr(loaded, str(key), None) for key in config.model.architecture}
+    sizes = loaded.get_text_config()
+    return {str(key): getattr(loaded, str(key), getattr(sizes, str(key), None)) for key in config.model.architecture}
 
 
 def process_device(device: str, device_map: Any) -> str:

@@ -184,7 +184,8 @@ def show_memory(folder: Path) -> None:
             table.add_row(
                 row.method,
                 f"{length}",
-                *(f"{value / 1e6:.2f}" for value in (row.cache_bytes, row.formula_bytes)),
+                f"{row.cache_bytes / 1e6:.2f}",
+                "" if pd.isna(row.formula_bytes) else f"{row.formula_bytes / 1e6:.2f}",
                 f"{100 * (1 - row.cache_bytes / full):.1f} %",
                 *(f"{value / 1e6:.2f}" for value in (row.allocated_bytes, row.peak_bytes)),
                 f"{row.peak_bytes / row.cache_bytes:.2f}",

@@ -17,8 +17,12 @@ PLANTED = Random(clusters=HEADS - 1).cluster_heads(
 
 
 def planted_model(family: str, *, values: bool) -> PreTrainedModel:
-    """A small model whose planted heads have equal queries and keys, and equal values if ``values``."""
-    model = make_model(family)
+    """A small model of a family with planted heads."""
+    return plant(make_model(family), values=values)
+
+
+def plant(model: PreTrainedModel, *, values: bool) -> PreTrainedModel:
+    """Give the planted heads of a model equal queries and keys, and equal values if ``values``; returns the model."""
     for block, clusters in zip(find_blocks(model), PLANTED, strict=True):
         sources = clusters.representatives[0][clusters.assignment[0]].tolist()
         for kind in "qkv" if values else "qk":
@@ -31,7 +35,7 @@ def planted_model(family: str, *, values: bool) -> PreTrainedModel:
 
 
 def rows(attention: nn.Module, config, kind: str, head: int) -> list[Tensor]:
-    """Views of the weights (and biases) that project ``kind`` (q, k or v) for one query head, ``[D, ...]`` each."""
+    """Views of the weights that make ``kind`` (q, k or v) of one query head, ``[D, ...]`` each: matrix, bias, norm."""
     size = config.hidden_size // HEADS
     kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or HEADS
     group, place = HEADS // kv_heads, "qkv".index(kind)
@@ -51,4 +55,6 @@ def rows(attention: nn.Module, config, kind: str, head: int) -> list[Tensor]:
     else:  # Falcon with one KV head
         block, fused = {"q": head, "k": HEADS, "v": HEADS + 1}[kind], attention.query_key_value
     parameters = [parameter for parameter in (fused.weight, fused.bias) if parameter is not None]
-    return [parameter.unflatten(0, (-1, size))[block] for parameter in parameters]
+    views = [parameter.unflatten(0, (-1, size))[block] for parameter in parameters]
+    norm = getattr(attention, f"{kind}_layernorm", None)
+    return views if norm is None else [*views, norm.norms[block].weight]  # StableLM: a norm of each head

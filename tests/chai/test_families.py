@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from chai.methods import Chai, ChaiQkv, ChaiStatic, Random
 from chai.methods.base import Method
 from chai.offline.head_profile import FORMAT, HeadProfile, model_shape
+from chai.patching.model_info import find_blocks
 from tests.chai.planted import PLANTED, planted_model
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, relative_error
 
@@ -135,4 +136,17 @@ def test_other_clusters_change_something(family):
     """The oracle can fail: with the planted heads apart and two others joined, the logits are visibly others."""
     model, expected = stock(family, False, torch.float32)
     with Random(clusters=HEADS - 1, seed=1)(model):
+        assert relative_error(forward(model, "batch"), expected["batch"]) > 1e-3
+
+
+@torch.no_grad()
+def test_norms_of_other_heads_change_something():
+    """The oracle sees a norm that is applied to the wrong head (StableLM has one of each head)."""
+    model, expected = planted_model("stablelm", values=False), stock("stablelm", False, torch.float32)[1]
+    with Random(clusters=HEADS - 1)(model):
+        assert relative_error(forward(model, "batch"), expected["batch"]) < 1e-5
+        for block in find_blocks(model):
+            for kind in "qk":
+                norm = getattr(block.attention, f"{kind}_layernorm")
+                norm.norms = torch.nn.ModuleList([*norm.norms[1:], norm.norms[0]])
         assert relative_error(forward(model, "batch"), expected["batch"]) > 1e-3

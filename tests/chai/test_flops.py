@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
+    Gemma3ForCausalLM,
     GPTJConfig,
     MambaConfig,
     MptConfig,
@@ -26,7 +27,7 @@ from chai.methods import Chai, Dejavu, Mha, Random, Spatten
 from chai.methods.dejavu import num_kept
 from chai.offline.predictor import Predictor, model_shape
 from chai.patching.model_info import layer_shape, logit_weights
-from tests.models import HEADS, LAYERS, make_batch, make_model
+from tests.models import HEADS, LAYERS, make_batch, make_model, make_nested_model
 
 TOKENS = 12
 
@@ -82,6 +83,22 @@ def test_multi_head_attention_is_counted_in_other_families(config):
             model(ids[:, place : place + 1], past_key_values=cache)
     assert counter.get_total_flops() == method.prompt_flops(model, 8) + 7 * 2 * logit_weights(model)
     assert method.expected_cache_bytes(model, cache) == cache_bytes(cache)
+
+
+def test_a_text_model_inside_of_another_counts_as_it_does_alone():
+    whole, method = make_nested_model(), Mha()
+    text = Gemma3ForCausalLM(whole.config.get_text_config())
+    method.check(whole.config)
+    assert method.heads_kept(whole.config) == [HEADS] * LAYERS
+    assert method.prompt_flops(whole, 8) == method.prompt_flops(text, 8)
+    assert method.decode_bytes(whole, 8, 2) == method.decode_bytes(text, 8, 2)
+    cache = method.new_cache(whole)
+    with torch.no_grad(), method(whole):
+        for token in range(12):  # more than the window
+            whole(torch.tensor([[token]]), past_key_values=cache)
+    assert method.expected_cache_bytes(whole, cache) == cache_bytes(cache)
+    with pytest.raises(ValueError, match="model family 'gemma3' is not supported"):
+        Chai(clusters=2).check(whole.config)
 
 
 def test_latent_attention_and_models_without_attention():

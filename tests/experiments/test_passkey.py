@@ -7,6 +7,7 @@ import re
 
 import pandas as pd
 import pytest
+from lm_eval.models.huggingface import HFLM
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -14,6 +15,7 @@ from experiments.cli import main
 from experiments.config.compose import compose_config
 from experiments.evaluation.lm import MethodLM
 from experiments.evaluation.passkey import COLUMNS, KINDS, SENTENCES, make_items
+from experiments.evaluation.responses import SavedResponses
 from experiments.execute import run_config
 from experiments.microworld.tokenizer import build_tokenizer
 from experiments.runs.resolve import run_folders
@@ -161,10 +163,10 @@ ANSWERS = {
 @pytest.mark.parametrize("key", KINDS)
 def test_answers_are_scored_by_exact_match_of_the_key(workplace, tmp_path, monkeypatch, key):
     keys = {whole(item): item["key"] for item in make_items(task_of(f"task.key={key}"), words())}
-    expected, generate = {}, MethodLM._generate
+    expected, generate = {}, HFLM.generate_until
 
-    def planted(self, name, requests):
-        generate(self, name, requests)
+    def planted(self, requests, disable_tqdm=False):
+        generate(self, requests, disable_tqdm)
         said = []
         for request in requests:
             answer, right = ANSWERS[key][len(expected) % len(ANSWERS[key])]
@@ -172,7 +174,7 @@ def test_answers_are_scored_by_exact_match_of_the_key(workplace, tmp_path, monke
             expected[said[-1]] = right
         return said
 
-    monkeypatch.setattr(MethodLM, "_generate", planted)
+    monkeypatch.setattr(HFLM, "generate_until", planted)
     assert run_config(compose_config([*command(workplace, tmp_path), f"task.key={key}"])) == 0
     result, samples = outcome(tmp_path)
     assert samples.exact_match.tolist() == [expected[response] for (response,) in samples.responses]
@@ -181,14 +183,15 @@ def test_answers_are_scored_by_exact_match_of_the_key(workplace, tmp_path, monke
 
 @pytest.mark.parametrize("method", ["mha", "chai"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(workplace, tmp_path, monkeypatch, method):
-    respond, done = MethodLM._respond, []
+    add, done = SavedResponses.add, []
 
-    def stopping(self, key, work):
+    def stopping(self, key, batch):
         if stop and len(done) == stop:
             raise KeyboardInterrupt
-        return respond(self, key, lambda: done.append(1) or work())
+        done.append(1)
+        add(self, key, batch)
 
-    monkeypatch.setattr(MethodLM, "_respond", stopping)
+    monkeypatch.setattr(SavedResponses, "add", stopping)
     stop = 0
     assert run_config(compose_config(command(workplace, tmp_path / "whole", method=method))) == 0
     total, stop = len(done), 2

@@ -22,6 +22,19 @@ SHARED = REPOSITORY.parent / "shared"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads on top would wait for each other
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+#: Files whose tests take a minute or more, in two shares: they start first, so that no process waits for the last one.
+LONG = (("test_commands.py",), ("test_examples.py", "test_demo.py"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long tests first in each half of the tests: of two processes, each begins with one half."""
+    first, second = ([item for item in items if item.path.name in names] for names in LONG)
+    rest = [item for item in items if item not in first and item not in second]
+    half = len(rest) // 2
+    items[:] = [*first, *rest[:half], *second, *rest[half:]]
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def show_perplexity(folders: list[Path], results_dir: Path) -> None:
     table = make_table(
         f"Perplexity of {first['model']}",
         ["Corpus", "Method"],
-        ["Perplexity", "Change", "Bits/byte", "KV saved", "Heads", "Tokens", "Seconds"],
+        ["Perplexity", "Change", "Bits/byte", "KV saved", "Heads", "Tokens"],
     )
     for folder, result in rows.items():
         metrics, savings = result["metrics"], result["savings"]
@@ -49,7 +49,6 @@ def show_perplexity(folders: list[Path], results_dir: Path) -> None:
             f"{100 * (1 - savings['kv_bytes'] / savings['kv_bytes_mha']):.1f} % {savings['kind']}",
             f"{sum(savings['heads_kept']) / len(savings['heads_kept']):.1f}",
             f"{result['n']:,}",
-            f"{result['seconds']:.1f}",
         )
     print_table(table, LEGEND)
 
@@ -90,4 +89,4 @@ def _change(folder: Path, result: Result, results_dir: Path) -> str:
         mean, low, high = paired_change(*frames)
     except (OSError, ValueError):
         return "not comparable"
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -154,7 +154,7 @@ def test_every_method_is_scored_and_compared_with_mha(folder, tmp_path, capsys):
         mean, low, high = paired_change(base_frame, frame)
         assert mean == pytest.approx(result["metrics"]["nats_per_token"] - base["metrics"]["nats_per_token"])
         assert low <= mean <= high
-        assert f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" in capsys.readouterr().out
+        assert f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" in capsys.readouterr().out
     equal, _ = measure(folder, tmp_path, *options, "method.clusters=4", method="chai")
     assert equal["metrics"]["nats_per_token"] == pytest.approx(base["metrics"]["nats_per_token"], abs=1e-6)
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from transformers import PreTrainedConfig
 
 from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
@@ -109,7 +110,7 @@ def test_a_filter_is_lm_evals_or_one_that_the_code_of_the_task_registers(folder)
     def refused(name):
         steps = f"task.overrides={{filter_list:[{{name:a,filter:[{{function:{name}}}]}}]}}"
         (single,) = members(folder, "coded", steps)
-        return refusal(single.task, None, None)
+        return refusal(single.task, PreTrainedConfig(), None)
 
     register = "from lm_eval.api.registry import register_filter\n@register_filter('of_the_task')\nclass Own: pass\n"
     (folder / "utils.py").write_text(f"{register}def prompt(doc): return ''\n")
@@ -159,9 +160,12 @@ def test_a_missing_file_of_a_definition_is_named_before_a_model_is_loaded(folder
     missing = folder / "gone.jsonl"
     write(folder, "one", SPEC | {"dataset_kwargs": {"data_files": {"test": str(missing)}}})
     (single,) = members(folder)
-    assert refusal(single.task, None, None) == f"task 'one': data file {missing} of its definition does not exist"
+    assert (
+        refusal(single.task, PreTrainedConfig(), None)
+        == f"task 'one': data file {missing} of its definition does not exist"
+    )
     rows(missing, "b")
-    assert refusal(single.task, None, None) is None
+    assert refusal(single.task, PreTrainedConfig(), None) is None
 
 
 def test_a_damaged_file_of_a_definition_is_one_line_with_its_cause(folder, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_the_demo_ends_with_what_comes_next():
     """The target that its last line names is there, and runs the methods and the table."""
 
     def recipe(target):
-        command = ["make", "-n", "-o", ".venv/.installed", "-o", ".venv/.real", target]
+        command = ["make", "--no-print-directory", "-n", "-o", ".venv/.installed", "-o", ".venv/.real", target]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
         return done.stdout.splitlines()
 

@@ -22,7 +22,7 @@ CHAI = {**MHA, (512, 0.5): 0, (1024, 0.0): 0}
 def save(
     root, method, found, *, task="passkey", settings="s", heads=9, saved=0.0, n=4, key="digits", model="small", **own
 ):
-    """A finished run in which so many items of each cell are found, in a mixed order."""
+    """Save a finished run: ``found[length, depth]`` of the ``n`` items of each cell are right; rows are shuffled."""
     rows = [
         {"length": length, "depth": depth, "exact_match": float(item < found[length, depth])}
         for item in range(n)

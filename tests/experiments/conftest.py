@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.evaluation.responses import SavedResponses
 from experiments.microworld.items import write_tasks
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
+
+
+@dataclass
+class Saves:
+    """Batches that were saved; after ``limit`` of them (``None``: never) the next one is interrupted."""
+
+    count: int = 0
+    limit: int | None = None
+
+
+@pytest.fixture
+def saves(monkeypatch) -> Saves:
+    """Count the batches that a scoring saves."""
+    add, saves = SavedResponses.add, Saves()
+
+    def counting(self, key, batch):
+        if saves.count == saves.limit:
+            raise KeyboardInterrupt
+        saves.count += 1
+        add(self, key, batch)
+
+    monkeypatch.setattr(SavedResponses, "add", counting)
+    return saves
 
 
 @pytest.fixture(scope="session")

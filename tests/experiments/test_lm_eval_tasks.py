@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.config.compose import compose_config
 from experiments.evaluation.groups import group_result
 from experiments.evaluation.lm import auto_batch_size
-from experiments.evaluation.responses import SavedResponses
 from experiments.execute import run_config
 from experiments.microworld import world
 from experiments.runs.definitions import metric_key
@@ -156,26 +155,16 @@ def test_generated_texts_differ_and_end_before_a_stop_sequence(plain):
 
 
 @pytest.mark.parametrize("name", ["own_gsm", "own_rolling", "own_group"])
-def test_a_killed_run_under_chai_goes_on_and_ends_with_the_same_numbers(workplace, tasks, tmp_path, monkeypatch, name):
-    add, done = SavedResponses.add, []
-
-    def stopping(self, key, batch):
-        if stop and len(done) == stop:
-            raise KeyboardInterrupt
-        done.append(1)
-        add(self, key, batch)
-
-    monkeypatch.setattr(SavedResponses, "add", stopping)
-    stop = 0
+def test_an_interrupted_run_under_chai_goes_on_and_ends_with_the_same_numbers(workplace, tasks, tmp_path, saves, name):
     assert run_config(compose_config(overrides_of(workplace, tasks, tmp_path / "whole", name, "chai"))) == 0
-    whole, stop = len(done), 2
-    done.clear()
+    whole, saves.limit = saves.count, 2
+    saves.count = 0
     cut = compose_config(overrides_of(workplace, tasks, tmp_path / "cut", name, "chai"))
     with pytest.raises(SystemExit):
         run_config(cut)
-    stop = 0
+    saves.limit = None
     assert run_config(cut) == 0
-    assert len(done) == whole  # no batch twice
+    assert saves.count == whole  # no batch twice
     expected, found = outcomes(tmp_path / "whole"), outcomes(tmp_path / "cut")
     assert found.keys() == expected.keys() == ({"own_gsm", "own_choice"} if name == "own_group" else {name})
     for task, (result, items) in expected.items():

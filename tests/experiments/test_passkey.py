@@ -15,7 +15,6 @@ from experiments.cli import main
 from experiments.config.compose import compose_config
 from experiments.evaluation.lm import MethodLM
 from experiments.evaluation.passkey import COLUMNS, KINDS, SENTENCES, make_items
-from experiments.evaluation.responses import SavedResponses
 from experiments.execute import run_config
 from experiments.microworld.tokenizer import build_tokenizer
 from experiments.runs.resolve import run_folders
@@ -182,26 +181,16 @@ def test_answers_are_scored_by_exact_match_of_the_key(workplace, tmp_path, monke
 
 
 @pytest.mark.parametrize("method", ["mha", "chai"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(workplace, tmp_path, monkeypatch, method):
-    add, done = SavedResponses.add, []
-
-    def stopping(self, key, batch):
-        if stop and len(done) == stop:
-            raise KeyboardInterrupt
-        done.append(1)
-        add(self, key, batch)
-
-    monkeypatch.setattr(SavedResponses, "add", stopping)
-    stop = 0
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(workplace, tmp_path, saves, method):
     assert run_config(compose_config(command(workplace, tmp_path / "whole", method=method))) == 0
-    total, stop = len(done), 2
-    done.clear()
+    total, saves.limit = saves.count, 2
+    saves.count = 0
     cut = compose_config(command(workplace, tmp_path / "cut", method=method))
     with pytest.raises(SystemExit):
         run_config(cut)
-    stop = 0
+    saves.limit = None
     assert run_config(cut) == 0
-    assert len(done) == total == 4  # no batch twice
+    assert saves.count == total == 4  # no batch twice
     expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
     assert found[0] == expected[0]
     pd.testing.assert_frame_equal(found[1], expected[1], check_exact=True)

@@ -7,9 +7,10 @@ import torch
 
 import chai.attention.dispatch
 from chai import cpu
-from chai.methods import Chai, ChaiQkv, Random, Spatten
-from tests.chai.planted import planted_model
-from tests.models import HEADS, make_batch, relative_error
+from chai.methods import Chai, ChaiQkv, Dejavu, Random, Spatten
+from chai.patching.model_info import find_blocks
+from tests.chai.planted import planted_model, rows
+from tests.models import HEADS, make_batch, make_model, relative_error
 
 #: Exact with a planted pair of heads, so that no choice of clusters or tokens hides behind rounding.
 EXACT = {
@@ -68,3 +69,21 @@ def test_half_precision_decodes_as_fp32(dtype):
             cache = method.new_cache(half)
             parts = [half(part, past_key_values=cache).logits for part in ids.split([12, *[1] * 18], 1)]
         assert relative_error(torch.cat(parts, 1), expected) < 1.5 * rounding, name
+
+
+@pytest.mark.usefixtures("_instructions")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_masking_a_head_without_output_is_within_the_rounding_of_the_model_alone(family, dtype):
+    model, batch = make_model(family), make_batch([40, 3, 21])
+    for block in find_blocks(model):
+        for values in rows(block.attention, model.config, "v", 2):
+            values.zero_()
+    real, expected = batch["attention_mask"].bool(), model(**batch).logits
+    half = model.to(dtype)
+    rounding = relative_error(half(**batch).logits[real], expected[real])
+    with Dejavu("oracle", sparsity=1 / HEADS)(half):
+        logits = half(**batch).logits
+    assert logits.dtype == dtype
+    assert relative_error(logits[real], expected[real]) < 1.5 * rounding

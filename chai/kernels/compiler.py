@@ -1,0 +1,34 @@
+"""Triton, if it is installed, and where its kernels can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels are then never called, but their modules can be imported
+
+    def _jit(function: Callable | None = None, **options: Any) -> Any:
+        return function if function is not None else _jit
+
+    triton, tl = SimpleNamespace(jit=_jit), None
+
+#: Whether Triton is installed.
+INSTALLED = tl is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU (``TRITON_INTERPRET=1``, read when they are imported)."""
+    return INSTALLED and bool(triton.knobs.runtime.interpret)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of ``device``: on a CUDA device, or anywhere if they are interpreted."""
+    return INSTALLED and (device.type == "cuda" or is_interpreted())

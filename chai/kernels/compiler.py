@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
@@ -18,7 +16,7 @@ except ImportError:  # the kernels are then never called, but their modules can 
     def _jit(function: Callable | None = None, **options: Any) -> Any:
         return function if function is not None else _jit
 
-    triton, tl = SimpleNamespace(jit=_jit), None
+    triton, tl = cast("Any", SimpleNamespace(jit=_jit)), cast("Any", None)
 
 #: Whether Triton is installed.
 INSTALLED = tl is not None

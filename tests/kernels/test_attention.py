@@ -1,0 +1,202 @@
+"""The attention kernels under Triton's interpreter, against the equation in fp64 over random shapes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chai.attention.gpu import decode_candidates, prefill_candidates
+from chai.heads import repeat_kv, take_heads
+from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
+from chai.kernels.prefill import PrefillConfig, candidates, default_config, prefill_attention
+from chai.kernels.tasks import build_tasks, empty_tasks, fill_tasks
+from tests.kernels.shapes import Problem, random_problem, relative_error, solve
+
+PER_TEST, TESTS = 13, 8  # 104 shapes of each kernel
+
+
+def stock_error(problem: Problem, wanted: torch.Tensor, rows: torch.Tensor) -> float:
+    """Return the error of torch's own attention with repeated queries and keys, or of plain products with a soft cap."""
+    assignment = problem.assignment
+    query = take_heads(problem.query, assignment)
+    key = take_heads(problem.key, problem.head_map.kv_heads.gather(1, assignment))
+    value = repeat_kv(problem.value, assignment.shape[1])
+    (_, _, q_len, _), size = query.shape, key.shape[2]
+    visible = torch.ones(q_len, size, dtype=torch.bool).tril(size - q_len)[None, None]
+    if problem.kv_len is not None:
+        visible = visible & (torch.arange(size) < problem.kv_len)
+    if problem.starts is not None:
+        visible = visible & (torch.arange(size) >= problem.starts[:, None, None, None])
+    if problem.mask is None or problem.mask.dtype == torch.bool:
+        added = torch.zeros(visible.shape)
+        visible = visible if problem.mask is None else visible & problem.mask
+    else:
+        added = problem.mask.float()
+    added = added.masked_fill(~visible, torch.finfo(torch.float32).min).clamp(min=torch.finfo(torch.float32).min)
+    if problem.softcap is None:
+        mask = added.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=problem.scaling
+        )
+    else:
+        scores = problem.softcap * torch.tanh(problem.scaling * (query @ key.transpose(2, 3)).float() / problem.softcap)
+        out = (scores + added).softmax(-1).to(value.dtype) @ value
+    return relative_error(out, wanted, rows)
+
+
+def check(problem: Problem, result: torch.Tensor) -> None:
+    wanted, rows = solve(problem)
+    assert result.isfinite().all()
+    # As exact as stock attention, whose error also depends on chance in such small shapes.
+    floor = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[result.dtype]
+    assert relative_error(result, wanted, rows) < max(floor, 1.5 * stock_error(problem, wanted, rows))
+
+
+@pytest.mark.parametrize("part", range(TESTS))
+def test_decode(part: int, record_property) -> None:
+    for seed in range(part * PER_TEST, (part + 1) * PER_TEST):
+        problem, draw = random_problem(seed, one_token=True), random.Random(seed)
+        config = DecodeConfig(draw.choice([1, 2, 4]), draw.choice([16, 32, 64]), draw.choice([1, 2, 4]))
+        tasks = build_tasks(problem.assignment, problem.head_map.kv_heads, problem.value.shape[1], config.members)
+        check(
+            problem,
+            decode_attention(
+                problem.query, problem.key, problem.value, tasks, problem.scaling, kv_len=problem.kv_len,
+                starts=problem.starts, mask=problem.mask, softcap=problem.softcap, config=config,
+            ),
+        )  # fmt: skip
+    record_property("kernel shapes", PER_TEST)
+
+
+@pytest.mark.parametrize("part", range(TESTS))
+def test_prefill(part: int, record_property) -> None:
+    for seed in range(part * PER_TEST, (part + 1) * PER_TEST):
+        problem, draw = random_problem(seed, one_token=False), random.Random(seed)
+        config = PrefillConfig(draw.choice([1, 2]), draw.choice([16, 32, 64]), draw.choice([16, 32]))
+        tasks = build_tasks(problem.assignment, problem.head_map.kv_heads, problem.value.shape[1], config.members)
+        check(
+            problem,
+            prefill_attention(
+                problem.query, problem.key, problem.value, tasks, problem.scaling, starts=problem.starts,
+                mask=problem.mask, softcap=problem.softcap, config=config,
+            ),
+        )  # fmt: skip
+    record_property("kernel shapes", PER_TEST)
+
+
+@pytest.mark.parametrize("one_token", [True, False])
+def test_all_candidates_of_the_gpu_agree(one_token: bool, monkeypatch) -> None:
+    # Torch has none of the GPU's fused kernels on a CPU: what is limited to one of them runs on what torch has.
+    monkeypatch.setattr("chai.attention.gpu.on_backend", lambda name, run: run)
+    found: set[str] = set()
+    for seed in (3, 6, 7, 20, 28, 33):
+        problem = random_problem(seed, one_token)
+        if problem.starts is not None or problem.kv_len is not None:
+            continue
+        inputs = (problem.query, problem.key, problem.value, problem.head_map, problem.scaling, problem.mask)
+        runs = (decode_candidates if one_token else prefill_candidates)(*inputs, problem.softcap)
+        for name, run in runs.items():
+            check(problem, run())
+        found |= runs.keys()
+    expected = {str(config) for config in CONFIGS}
+    if not one_token:
+        expected = {str(config) for config in candidates(64, True, False)} | {"wide values, cudnn", "repeated, flash"}
+    assert expected <= found
+
+
+def test_prefill_without_descriptors(monkeypatch) -> None:
+    monkeypatch.setattr("chai.kernels.prefill.has_descriptors", lambda *tensors: False)
+    for seed in range(200, 212):
+        problem = random_problem(seed, one_token=False)
+        config = default_config(problem.value.shape[3], False, problem.mask is not None)
+        tasks = problem.head_map.tasks(problem.value.shape[1], config.members)
+        check(
+            problem,
+            prefill_attention(
+                problem.query, problem.key, problem.value, tasks, problem.scaling, starts=problem.starts,
+                mask=problem.mask, softcap=problem.softcap,
+            ),
+        )  # fmt: skip
+
+
+def test_shape_of_llama_7b() -> None:
+    torch.manual_seed(0)
+    assignment = (torch.arange(32) % 18)[None]
+    query, key = torch.randn(1, 18, 70, 128).half(), torch.randn(1, 18, 70, 128).half()
+    value = torch.randn(1, 32, 70, 128).half()
+    config = default_config(128, True, False)
+    tasks = build_tasks(assignment, torch.arange(18)[None], 32, config.members)
+    result = prefill_attention(query, key, value, tasks, 128**-0.5)
+    scores = (query.double() @ key.double().transpose(2, 3)) * 128**-0.5
+    weights = scores.masked_fill(torch.ones(70, 70).triu(1).bool(), -torch.inf).softmax(-1)
+    wanted = weights[:, assignment[0]] @ value.double()
+    assert relative_error(result, wanted, torch.ones(1, 70, dtype=torch.bool)) < 1e-3
+    last = decode_attention(
+        query[:, :, -1:], key, value, build_tasks(assignment, torch.arange(18)[None], 32, 2), 128**-0.5
+    )
+    assert relative_error(last, wanted[:, :, -1:], torch.ones(1, 1, dtype=torch.bool)) < 1e-3
+
+
+def random_assignments() -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
+    for seed in range(40):
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        num_heads = draw.choice([1, 4, 6, 12, 32, 40])
+        group = draw.choice([size for size in (1, 2, 4) if num_heads % size == 0])
+        k, rows = draw.randint(1, num_heads), draw.randint(1, 3)
+        labels = [torch.cat([torch.arange(k), torch.randint(k, (num_heads - k,))]) for _ in range(rows)]
+        assignment = torch.stack([label[torch.randperm(num_heads)] for label in labels])
+        yield assignment, torch.randint(5, (rows, k)), group, draw.choice([1, 2, 4, 8])
+
+
+def test_tasks_cover_every_head_once() -> None:
+    for assignment, kv_heads, group, members in random_assignments():
+        num_heads = assignment.shape[1]
+        tasks = build_tasks(assignment, kv_heads, num_heads // group, members)
+        for row, labels in enumerate(assignment.tolist()):
+            covered = []
+            for entry in tasks.table[row].tolist():
+                for slot in range(entry[2]):
+                    value_head, bits = entry[3 + slot], entry[3 + members + slot]
+                    heads = [value_head * group + i for i in range(group) if bits >> i & 1]
+                    assert heads and {labels[head] for head in heads} == {entry[0]}
+                    covered += heads
+                assert entry[2] == 0 or entry[1] == kv_heads[row, entry[0]]
+            assert sorted(covered) == list(range(num_heads))
+            for head, leader in enumerate(tasks.leaders[row].tolist()):
+                same = [h for h in range(num_heads) if labels[h] == labels[head] and h // group == head // group]
+                assert leader == same[0]
+
+
+def test_tasks_are_written_anew() -> None:
+    tasks = empty_tasks(1, 4, 1, 4, 2, torch.device("cpu"))
+    for labels in ([0, 0, 0, 0], [0, 0, 0, 0]):
+        fill_tasks(tasks, torch.tensor([labels]), torch.tensor([[0]]))
+        assert tasks.table[0, :2, 2].tolist() == [2, 2] and not tasks.table[0, 2:, 2].any()
+    tasks = empty_tasks(1, 4, 2, 4, 2, torch.device("cpu"))
+    for labels, counts in (([0, 0, 0, 1], [2, 1, 1]), ([0, 0, 1, 1], [2, 2, 0])):
+        fill_tasks(tasks, torch.tensor([labels]), torch.tensor([[0, 1]]))
+        assert tasks.table[0, :, 2].tolist() == counts
+
+
+def test_no_value_is_read_on_the_host() -> None:
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.overloadpacket._qualified_op_name not in (
+                "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::item",
+            ), f"{function} reads a tensor on the host"  # fmt: skip
+            return function(*args, **(kwargs or {}))
+
+    problem = random_problem(5, one_token=True)
+    with Refuse(), pytest.raises(AssertionError, match="reads a tensor"):
+        bool(problem.query.sum() > 0)
+    for one_token in (True, False):
+        problem = random_problem(6, one_token)
+        inputs = (problem.query, problem.key, problem.value, problem.head_map, problem.scaling, problem.mask)
+        runs = (decode_candidates if one_token else prefill_candidates)(*inputs, problem.softcap)
+        with Refuse():
+            next(iter(runs.values()))()

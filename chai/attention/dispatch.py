@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chai.attention import reference
 from chai.attention.dense import dense_attention
-from chai.attention.gpu import clustered_attention_on_gpu, fused_mha, has_kernels
+from chai.attention.gpu import GpuInputs, attention_on_gpu, fused_mha, has_kernels
 from chai.attention.grouped import grouped_attention
 from chai.attention.sdpa import sdpa_attention
 from chai.heads import HeadClusters, KVHeadMap, take_heads
@@ -60,7 +60,7 @@ def clustered_attention(
     if _needs_grad(query, key, value) or device not in FAST_DEVICES:
         return reference.clustered_attention(query, key, value, clusters, scaling, mask, softcap)
     if device == "cuda" and has_kernels(query, value):
-        return clustered_attention_on_gpu(query, key, value, clusters, scaling, mask, softcap)
+        return attention_on_gpu(GpuInputs(query, key, value, scaling, clusters, mask, softcap))
     if q_len <= (DENSE_ON_CPU if device == "cpu" else DENSE_ON_GPU):
         return dense_attention(query, key, value, clusters, scaling, mask, softcap)
     if device == "cpu":

@@ -40,31 +40,30 @@ class FastestChoice:
     ) -> None:
         self.folder = folder
         self.measure = measure or measure_on_gpu
-        self.choices: dict[str, dict[str, str]] = {}  # by device and key
+        self.names: dict[Hashable, str] = {}  # by device and key, of this process
+        self.choices: dict[str, dict[str, str]] = {}  # by machine and key, as in the files
 
-    def name(self, key: Hashable, candidates: Candidates, device: torch.device) -> str:
+    def name(self, key: Hashable, candidates: Callable[[], Candidates], device: torch.device) -> str:
         """Return the name of the fastest candidate; the first one while a CUDA graph is captured and none is known.
 
-        A remembered name that is no longer among the candidates is measured anew.
+        ``candidates`` is called where a measurement is needed. A name from an earlier process that is no longer among
+        them is measured anew.
         """
-        machine, text = describe_device(device), repr(key)
+        place = device, key
+        if place in self.names:
+            return self.names[place]
+        machine, text, runs = describe_device(device), repr(key), candidates()
         known = self._load(machine)
-        if known.get(text) in candidates:
-            return known[text]
-        if len(candidates) == 1:
-            return next(iter(candidates))
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return next(iter(candidates))
-        times = self.measure(candidates, device)
-        if not times:
-            raise RuntimeError(f"no implementation of the attention works for {text}: {', '.join(candidates)}")
-        known[text] = min(times, key=lambda name: times[name])
-        self._save(machine)
+        if known.get(text) not in runs:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return next(iter(runs))
+            times = self.measure(runs, device) if len(runs) > 1 else dict.fromkeys(runs, 0.0)
+            if not times:
+                raise RuntimeError(f"no implementation of the attention works for {text}: {', '.join(runs)}")
+            known[text] = min(times, key=lambda name: times[name])
+            self._save(machine)
+        self.names[place] = known[text]
         return known[text]
-
-    def run(self, key: Hashable, candidates: Candidates, device: torch.device) -> Any:
-        """Return the result of the fastest candidate."""
-        return candidates[self.name(key, candidates, device)]()
 
     def _path(self, machine: str) -> Path:
         return (self.folder or cache_folder("kernels")) / f"{machine}.json"

@@ -9,6 +9,7 @@ combined. Limit: 2 H / (H + k) of multi-head attention.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class DecodeConfig:
     waves: int = 2  # programs for each multiprocessor
     num_warps: int = 4
     num_stages: int = 3
+
+    @cached_property
+    def label(self) -> str:
+        """Short name: members, tokens at a time, waves, warps and stages."""
+        return f"{self.members} x {self.block}, {self.waves}/{self.num_warps}/{self.num_stages}"
 
 
 #: Worth measuring: few members for short contexts (more programs), many for long ones (fewer reads of keys).

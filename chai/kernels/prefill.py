@@ -12,6 +12,7 @@ Keys and values are loaded by tensor descriptors (TMA where the GPU has it).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class PrefillConfig:
     keys: int = 64  # at a time
     num_warps: int = 8
     num_stages: int = 3
+
+    @cached_property
+    def label(self) -> str:
+        """Short name: members, queries and keys at a time, warps and stages."""
+        return f"{self.members} x {self.queries} x {self.keys}, {self.num_warps}/{self.num_stages}"
 
 
 def default_config(dim: int, tma: bool, masked: bool) -> PrefillConfig:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from chai.heads import HeadClusters, KVHeadMap
+from chai.attention.gpu import GpuInputs
+from chai.heads import HeadClusters, KVHeadMap, repeat_kv, take_heads
+
+#: Errors that are due to chance in small shapes.
+LEAST_ERRORS = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass
 class Problem:
+    """An attention to be computed in more than one way."""
+
     query: Tensor  # [B, k, T, D]
     key: Tensor  # [B, n, S, D]
     value: Tensor  # [B, H_kv, S, D_value]
@@ -23,8 +30,23 @@ class Problem:
     kv_len: Tensor | None  # int32 [1]
     softcap: float | None
 
+    def to(self, device: torch.device) -> Problem:
+        """Move to a device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, part in moved.items():
+            if isinstance(part, (Tensor, KVHeadMap)):
+                moved[name] = part.to(device)
+        return Problem(**moved)
+
+    @property
+    def inputs(self) -> GpuInputs:
+        """The same for the implementations on a GPU."""
+        tensors = self.query, self.key, self.value, self.scaling
+        return GpuInputs(*tensors, self.head_map, self.mask, self.softcap, self.starts, self.kv_len)
+
     @property
     def assignment(self) -> Tensor:
+        """Long ``[B, H]``."""
         return self.head_map.clusters.assignment
 
 
@@ -82,17 +104,19 @@ def solve(problem: Problem) -> tuple[Tensor, Tensor]:
     query, key, value = (tensor.double() for tensor in (problem.query, problem.key, problem.value))
     (batch_size, _, q_len, _), size = query.shape, key.shape[2]
     num_heads = problem.assignment.shape[1]
-    visible = torch.ones(q_len, size, dtype=torch.bool).tril(size - q_len).expand(batch_size, -1, -1).clone()
-    added = torch.zeros(batch_size, q_len, size, dtype=torch.float64)
+    device = query.device
+    visible = torch.ones(batch_size, q_len, size, dtype=torch.bool, device=device).tril(size - q_len)
+    added = torch.zeros(batch_size, q_len, size, dtype=torch.float64, device=device)
+    places = torch.arange(size, device=device)
     if problem.kv_len is not None:
-        visible &= torch.arange(size) < problem.kv_len
+        visible &= places < problem.kv_len
     if problem.starts is not None:
-        visible &= torch.arange(size) >= problem.starts[:, None, None]
+        visible &= places >= problem.starts[:, None, None]
     if problem.mask is not None and problem.mask.dtype == torch.bool:
         visible &= problem.mask[:, 0]
     elif problem.mask is not None:
         added += problem.mask[:, 0].double()
-    out = torch.empty(batch_size, num_heads, q_len, value.shape[3], dtype=torch.float64)
+    out = value.new_empty(batch_size, num_heads, q_len, value.shape[3])
     for b in range(batch_size):
         for h in range(num_heads):
             c = problem.assignment[b, h]
@@ -108,3 +132,40 @@ def relative_error(result: Tensor, wanted: Tensor, rows: Tensor) -> float:
     """Return the error over all queries that see anything (bool ``[B, T]``), relative to the size of the result."""
     chosen = rows[:, None].expand(wanted.shape[:3])
     return float((result.double() - wanted)[chosen].norm() / wanted[chosen].norm())
+
+
+def stock_error(problem: Problem, wanted: Tensor, rows: Tensor) -> float:
+    """Return the error of torch's attention with repeated queries and keys; of plain products with a soft cap."""
+    assignment = problem.assignment
+    query = take_heads(problem.query, assignment)
+    key = take_heads(problem.key, problem.head_map.kv_heads.gather(1, assignment))
+    value = repeat_kv(problem.value, assignment.shape[1])
+    (_, _, q_len, _), size = query.shape, key.shape[2]
+    visible = torch.ones(q_len, size, dtype=torch.bool, device=key.device).tril(size - q_len)[None, None]
+    places = torch.arange(size, device=key.device)
+    if problem.kv_len is not None:
+        visible = visible & (places < problem.kv_len)
+    if problem.starts is not None:
+        visible = visible & (places >= problem.starts[:, None, None, None])
+    added = torch.zeros(visible.shape, device=key.device)
+    if problem.mask is not None and problem.mask.dtype == torch.bool:
+        visible = visible & problem.mask
+    elif problem.mask is not None:
+        added = problem.mask.float()
+    least = torch.finfo(query.dtype).min
+    added = added.masked_fill(~visible, least).clamp(min=least)
+    if problem.softcap is None:
+        mask = added.to(query.dtype)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=problem.scaling)
+    else:
+        scores = problem.scaling * (query @ key.transpose(2, 3)).float()
+        weights = (problem.softcap * torch.tanh(scores / problem.softcap) + added).softmax(-1)
+        out = weights.to(value.dtype) @ value
+    return relative_error(out, wanted, rows)
+
+
+def is_exact(problem: Problem, result: Tensor) -> bool:
+    """Whether a result is finite, and as exact as stock attention."""
+    wanted, rows = solve(problem)
+    limit = max(LEAST_ERRORS[result.dtype], 1.5 * stock_error(problem, wanted, rows))
+    return bool(result.isfinite().all()) and relative_error(result, wanted, rows) < limit

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -31,10 +34,12 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, method: Method, batch_size: int, capacity: int, kernels: bool) -> None:
         self.shape, self.kernels, self.batch_size, self.capacity = read_shape(model), kernels, batch_size, capacity
-        self.operations = kernel_operations if kernels else plain
-        decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.embedding, self.norm = model.get_input_embeddings().weight, decoder.norm.weight
-        self.device = device = self.embedding.device
+        self.operations: ModuleType = kernel_operations if kernels else plain
+        decoder: Any = model.get_decoder()
+        self.head = cast(nn.Linear, model.get_output_embeddings())
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings()).weight.detach()
+        self.norm: Tensor = decoder.norm.weight
+        device = self.device = self.embedding.device
         places = torch.arange(capacity, device=device)[None]
         half = self.shape.head_dim // 2
         cos, sin = decoder.rotary_emb(self.embedding[:1, None], places)  # [1, S, D], both halves the same
@@ -68,9 +73,10 @@ class Decoder:
         """Look up the embeddings of token ids."""
         return functional.embedding(ids, self.embedding)
 
-    def norm_and_head(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the last norm of ``x + y``."""
-        return self.operations.rms_norm(x, self.norm, self.shape.eps, y)[1]
+    def last_norm(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Return the norm of the last hidden states ``x + y``."""
+        normal: Tensor = self.operations.rms_norm(x, self.norm, self.shape.eps, y)[1]
+        return normal
 
     def write_logits(self, hidden: Tensor) -> None:
         """Compute the logits of the last tokens' normalised hidden states ``[B, width]``."""
@@ -78,7 +84,8 @@ class Decoder:
 
     def enter(self, layer: Layer, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Begin a layer with the hidden states ``x + y``: these, and their norm."""
-        return self.operations.rms_norm(x, layer.weights.input_norm, self.shape.eps, y)
+        entered: tuple[Tensor, Tensor] = self.operations.rms_norm(x, layer.weights.input_norm, self.shape.eps, y)
+        return entered
 
     def leave(self, layer: Layer, x: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Finish a layer from the outputs of all heads ``[B, T, H, D]``: hidden states as two summands."""
@@ -98,14 +105,15 @@ class Decoder:
         position: Tensor,
         starts: Tensor | None,
         skip: int = 0,
-        **heads: Tensor | None,
+        **heads: Any,
     ) -> Tensor:
         """Rotate and store what was projected; returns the queries ``[B, k, T, D]``."""
         weights = layer.weights
         norms = {"query_norm": weights.query_norm, "key_norm": weights.key_norm, "eps": self.shape.eps}
-        return self.operations.rotate_and_store(
+        query: Tensor = self.operations.rotate_and_store(
             *projected, keys, values, self.cos, self.sin, position, starts, **norms, skip=skip, **heads
         )
+        return query
 
     def prompt_layer(
         self, layer: Layer, x: Tensor, y: Tensor | None, visible: Visible, skip: int, last: bool
@@ -135,10 +143,10 @@ class Decoder:
         torch.add(self.position, 1, out=self.kv_len)
         starts = self.starts if padded else None
         visible = Visible(span, 1, starts, None if exact else self.kv_len, self.device, self.kernels)
-        x, y = self.embed(self.token)[:, None], None
+        x, y = self.embed(self.token)[:, None], cast("Tensor | None", None)
         for layer in self.layers:
             x, hidden = self.enter(layer, x, y)
-            heads: dict[str, Tensor | None] = {}
+            heads: dict[str, Any] = {}  # to pick from all
             if layer.clusters is not None and layer.shared:
                 projected = layer.weights.project_gathered(hidden)
             else:
@@ -149,6 +157,5 @@ class Decoder:
                     heads["value_heads"] = stored if layer.shares_values else None
             query = self.rotate_and_store(layer, projected, layer.keys, layer.values, self.position, starts, **heads)
             x, y = self.leave(layer, x, attention.decode_attention(query, layer, visible))
-        assert y is not None
-        self.write_logits(self.norm_and_head(x, y)[:, 0])
+        self.write_logits(self.last_norm(x, y)[:, 0])
         self.position.copy_(self.kv_len)

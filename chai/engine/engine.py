@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from chai.kernels import available
 from chai.methods import baseline
 from chai.methods.base import Method
 from chai.methods.clustering import ClusteringMethod
+from chai.patching.devices import input_device
 
 #: Capacities are multiples of this number of tokens.
 STEP = 64
@@ -80,8 +81,9 @@ class Engine:
         self.max_length = -(-max_length // STEP) * STEP
         check_method(self.method)
         check_model(model, max_length)
+        self.method.check(model.config)
         self.method.check_weights(model)
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         if kernels and not available(device):
             raise ValueError(
                 f"kernels=True needs Triton and a CUDA device; the model is on {device}; valid: None, False"
@@ -95,7 +97,8 @@ class Engine:
         self._warm_up: WarmUp | None = None
         self._decoder: Decoder | None = Decoder(model, self.method, batch_size, self.max_length, kernels)
         try:
-            if isinstance(self.method, ClusteringMethod):
+            clustered = any(layer.clusters is not None for layer in self._decoder.layers)
+            if clustered and isinstance(self.method, ClusteringMethod):
                 if self.method.warmup_tokens:
                     self._warm_up = WarmUp(self._decoder, self.method)
                 else:
@@ -166,7 +169,7 @@ class Engine:
                 next step. An exception ends the generation and is raised.
 
         Returns:
-            Long ``[B, T + new]``: prompts, and generated tokens. Rows that have ended are filled with the padding token.
+            Long ``[B, T + new]``: prompts, and generated tokens. Ended rows are filled with the padding token.
 
         Raises:
             ValueError: An argument outside what is valid.
@@ -256,20 +259,21 @@ class Engine:
         decoder, request, warm_up = self.decoder, self._request, self._warm_up
         assert request is not None
         length, tokens = request.length, request.warmup_tokens
-        whole = tokens == 0 or request.longest > tokens  # some token comes after the warm-up
+        whole = request.longest > tokens  # some token comes after the warm-up
+        ends_early = request.shortest <= tokens  # some row's last token belongs to it
         visible = Visible(
             length, length, decoder.starts if request.padded else None, None, decoder.device, decoder.kernels
         )
         if warm_up is not None:
             warm_up.begin()
-        x, y = decoder.embed(decoder.sequence[:length].t()), None
+        x, y, last = decoder.embed(decoder.sequence[:length].t()), cast("Tensor | None", None), decoder.layers[-1]
         for layer in decoder.layers:
             if warm_up is not None:
-                warm_up.advance(layer, request.shared)
+                warm_up.advance(layer, request.shared, leave=ends_early or layer is not last)
             if whole:
-                x, y = decoder.prompt_layer(layer, x, y, visible, tokens, last=layer is decoder.layers[-1])
-        hidden = decoder.norm_and_head(x, y)[:, 0] if whole and y is not None else None
-        if warm_up is not None and request.shortest <= tokens:
+                x, y = decoder.prompt_layer(layer, x, y, visible, tokens, layer is last)
+        hidden = decoder.last_norm(x, y)[:, 0] if whole else None
+        if warm_up is not None and ends_early:
             warm_up.finish()
             first = warm_up.last_hidden(length)
             complete = length - decoder.starts > tokens  # rows whose last token comes after their warm-up
@@ -288,29 +292,24 @@ class Engine:
             self._run_prompt()
             return
         length = request.length
-        exact = not decoder.kernels and (decoder.device.type != "cpu" or decoder.embedding.dtype.itemsize > 2)
-        if exact:
-            span = length
-        elif decoder.kernels:
+        if decoder.kernels:
             span = min(bucket(length), self.max_length)
-        else:  # half precision on a CPU, for which oneDNN compiles each length anew
+        elif decoder.device.type == "cpu" and decoder.logits.dtype.itemsize == 2:  # oneDNN compiles each length anew
             span = -(-length // STEP) * STEP
-        key = ("step", span, request.shared, request.padded)
-        if exact:
-            decoder.step(span, exact, request.padded)
         else:
-            self._graphs.run(key, lambda: decoder.step(span, exact, request.padded))
+            decoder.step(length, True, request.padded)
+            return
+        key = ("step", span, request.shared, request.padded)
+        self._graphs.run(key, lambda: decoder.step(span, False, request.padded))
 
     def _choose(self, sampling: Sampling, stops: tuple[int, ...], pad: int) -> None:
         """Choose the next tokens by the logits, and append them to the sequence."""
         decoder = self.decoder
-        if stops not in self._stops:
-            self._stops[stops] = torch.tensor(stops, dtype=torch.long, device=decoder.device)
 
         def choose() -> None:
             tokens = next_tokens(decoder.logits, sampling, self._generator)
             if stops:
-                tokens = torch.where(self._finished, pad, tokens)
+                tokens = tokens.masked_fill(self._finished, pad)
                 self._finished.logical_or_((tokens[:, None] == self._stops[stops]).any(1))
             decoder.token.copy_(tokens)
             decoder.sequence.index_copy_(0, decoder.position.long(), tokens[None])
@@ -323,6 +322,8 @@ class Engine:
         if stop_tokens is None:
             stop_tokens = config.eos_token_id if config is not None and config.eos_token_id is not None else ()
         stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(int(token) for token in stop_tokens)
+        if stops not in self._stops:
+            self._stops[stops] = torch.tensor(stops, dtype=torch.long, device=self.decoder.device)
         pad = None if config is None else config.pad_token_id
         return stops, pad if pad is not None else stops[0] if stops else 0
 

@@ -28,7 +28,7 @@ class Graphs:
         if key not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self._generator)
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function()
             self._graphs[key] = graph
         self._graphs[key].replay()

@@ -17,7 +17,8 @@ class TokenReader:
     """
 
     def __init__(self, sequence: Tensor) -> None:
-        self._sequence, self._events, self._stream = sequence, {}, None
+        self._sequence, self._events = sequence, dict[int, torch.cuda.Event]()
+        self._stream: torch.cuda.Stream | None = None
         #: Steps that are launched before the tokens of a step are read.
         self.lag = 0
         if sequence.is_cuda:

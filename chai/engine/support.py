@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,7 +89,8 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
 
 def read_shape(model: PreTrainedModel) -> Shape:
     """Read the shape of a model that :func:`check_model` accepts."""
-    config, attention = model.config, find_layers(model)[0].self_attn
+    config = model.config
+    attention = cast(Any, find_layers(model)[0].self_attn)
     return Shape(
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads(config),

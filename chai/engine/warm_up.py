@@ -25,13 +25,14 @@ class WarmUp:
     def __init__(self, decoder: Decoder, method: ClusteringMethod) -> None:
         self._decoder, self._method, self.tokens = decoder, method, method.warmup_tokens
         shape, rows = decoder.shape, decoder.batch_size
-        like, size = decoder.embedding.detach(), (self.tokens, shape.head_dim)
+        like, size = decoder.embedding, (self.tokens, shape.head_dim)
         self._keys = like.new_empty(rows, shape.num_kv_heads, *size)
         self._values = torch.empty_like(self._keys)
         #: Normalised hidden states after the last layer, ``[B, tokens, width]``.
         self.hidden = like.new_empty(rows, self.tokens, like.shape[1])
-        self._x, self._y = self.hidden, None
-        self._stream = None
+        self._x: Tensor = self.hidden
+        self._y: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
         if decoder.device.type == "cuda":
             self._stream = torch.cuda.Stream(decoder.device)
             self._events = [torch.cuda.Event() for _ in decoder.layers]
@@ -55,13 +56,15 @@ class WarmUp:
             ids = decoder.sequence.t().gather(1, places.clamp(max=decoder.capacity))
             self._x, self._y = decoder.embed(ids), None
 
-    def advance(self, layer: Layer, shared: bool) -> None:
+    def advance(self, layer: Layer, shared: bool, leave: bool) -> None:
         """Run one layer: cluster its heads, and write the warm-up tokens' keys and values into its cache.
+
+        Its outputs are computed if ``leave``: a later layer needs them, or :meth:`finish`.
 
         What is launched afterwards on the current stream runs behind it.
         """
         with self._aside():
-            self._run(layer, shared)
+            self._run(layer, shared, leave)
             if self._stream is not None:
                 self._events[layer.index].record(self._stream)
         if self._stream is not None:
@@ -69,9 +72,8 @@ class WarmUp:
 
     def finish(self) -> None:
         """Compute :attr:`hidden`."""
-        assert self._y is not None
         with self._aside():
-            self.hidden.copy_(self._decoder.norm_and_head(self._x, self._y))
+            self.hidden.copy_(self._decoder.last_norm(self._x, self._y))
             if self._stream is not None:
                 self._done.record(self._stream)
         if self._stream is not None:
@@ -82,7 +84,7 @@ class WarmUp:
         last = (length - 1 - self._decoder.starts.long()).clamp(max=self.tokens - 1)
         return self.hidden.gather(1, last[:, None, None].expand(-1, 1, self.hidden.shape[2]))[:, 0]
 
-    def _run(self, layer: Layer, shared: bool) -> None:
+    def _run(self, layer: Layer, shared: bool, leave: bool) -> None:
         decoder, clusters, scaling = self._decoder, layer.clusters, self._decoder.shape.scaling
         x, hidden = decoder.enter(layer, self._x, self._y)
         projected = layer.weights.project_all(hidden)
@@ -104,8 +106,9 @@ class WarmUp:
             stored,
             stored if layer.shares_values else None,
         )
-        heads = attention.warm_up_attention(query, self._keys, self._values, scaling)
-        self._x, self._y = decoder.leave(layer, x, heads)
+        if leave:
+            heads = attention.warm_up_attention(query, self._keys, self._values, scaling)
+            self._x, self._y = decoder.leave(layer, x, heads)
 
 
 def cluster_without_tokens(decoder: Decoder, method: ClusteringMethod) -> None:

@@ -1,15 +1,17 @@
 """Triton kernels of a decoder layer apart from its attention: normalisation, rotary embedding, cache, activation.
 
-Each computes what the plain function of the same name in :mod:`chai.engine.plain` computes, in one launch, and rounds to
+Each computes in one launch what the plain function of the same name in :mod:`chai.engine.plain` computes, and rounds to
 the dtype of the model where transformers' modules do.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from chai.kernels.compiler import tl, triton
+from chai.kernels.compiler import INSTALLED, tl, triton
 
 #: Tokens of one head that a program rotates and stores.
 TOKENS = 16
@@ -18,9 +20,7 @@ NEURONS = 1024
 
 
 @triton.jit
-def rms_norm_kernel(  # noqa: D417
-    x, y, weight, total, out, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr
-):
+def rms_norm_kernel(x, y, weight, total, out, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
     """One program: a token's ``x + y`` and its norm; ``x``, ``y``, ``total`` and ``out`` are ``[tokens, width]``."""
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, WIDTH)
@@ -142,9 +142,13 @@ def rotate_and_store_kernel(
         first = ((wide * c).to(kind).to(tl.float32) - (wide_second * s).to(kind).to(tl.float32)).to(kind)
         second = ((wide_second * c).to(kind).to(tl.float32) + (wide * s).to(kind).to(tl.float32)).to(kind)
         if is_query:
-            end = query_out + ((row * num_queries + own) * q_len + token.to(tl.int64)[:, None]) * (2 * HALF)
-            tl.store(end + half[None, :], first, mask=inside)
-            tl.store(end + HALF + half[None, :], second, mask=inside)
+            end = (
+                query_out
+                + ((row * num_queries + own) * q_len + token.to(tl.int64)[:, None]) * (2 * HALF)
+                + half[None, :]
+            )
+            tl.store(end, first, mask=inside)
+            tl.store(end + HALF, second, mask=inside)
         else:
             end = keys + row * keys_b + own * keys_h + place.to(tl.int64)[:, None] * (2 * HALF) + half[None, :]
             tl.store(end, first, mask=cell)
@@ -347,3 +351,47 @@ def gated_activation(product: Tensor, kind: str) -> Tensor:
     grid = (product.numel() // (2 * neurons), triton.cdiv(neurons, NEURONS))
     gated_activation_kernel[grid](product, out, neurons, TANH=kind == "gelu_tanh", BLOCK=NEURONS, num_warps=4)
     return out
+
+
+def _rotate_case(size: int, q_len: int, picked: bool, normed: bool, kind: str) -> tuple[str, Any, dict, dict, int]:
+    """Return the case of heads of a size, one token or many."""
+    states = ("query", "key", "value", "query_out", "keys", "values", "cos", "sin", "query_norm", "key_norm")
+    numbers = ("q_len", "num_queries", "num_keys", "num_values", "skip")
+    strides = [f"{name}_{axis}" for name in ("query", "key", "value") for axis in "bth"]
+    strides += [f"{name}_{axis}" for name in ("keys", "values") for axis in "bh"]
+    types = dict.fromkeys(states, f"*{kind}") | dict.fromkeys((*numbers, *strides), "i32") | {"eps": "fp32"}
+    types |= {"position": "*i32", "starts": "*i32"}
+    types |= dict.fromkeys(("query_heads", "key_heads", "value_heads"), "*i64")
+    block = 1 if q_len == 1 else TOKENS
+    constants = {"HALF": size // 2, "HALF_BLOCK": triton.next_power_of_2(size // 2), "TOKENS_BLOCK": block}
+    constants |= {"PADDED": True, "PICK_QUERY": picked, "PICK_KEY": picked, "PICK_VALUE": picked, "NORM": normed}
+    name = f"rotate_and_store_{kind}_{size}_{q_len}"
+    return name, rotate_and_store_kernel, types, constants, 1 if block == 1 else 4
+
+
+def _store_case(size: int) -> tuple[str, Any, dict, dict, int]:
+    numbers = ("tokens", "num_keys", "num_values", "key_source_heads", "value_source_heads", "capacity")
+    types = dict.fromkeys(("key", "value", "keys", "values"), "*bf16")
+    types |= {"starts": "*i32", "key_heads": "*i64", "value_heads": "*i64"}
+    types |= dict.fromkeys((*numbers, "keys_b", "keys_h", "values_b", "values_h"), "i32")
+    constants = {"SIZE": size, "SIZE_BLOCK": triton.next_power_of_2(size), "TOKENS_BLOCK": 8}
+    return f"store_tokens_{size}", store_tokens_kernel, types, constants | {"PICK_KEY": True, "PICK_VALUE": True}, 4
+
+
+def _compiled() -> list[tuple[str, Any, dict, dict, int]]:
+    norm = {**dict.fromkeys(("x", "y", "weight", "total", "out"), "*bf16"), "width": "i32", "eps": "fp32"}
+    gate = {"product": "*bf16", "out": "*bf16", "neurons": "i32"}
+    return [
+        *((f"rms_norm_{width}", rms_norm_kernel, norm, {"ADD": True, "WIDTH": width}, 8) for width in (4096, 8192)),
+        *(_rotate_case(size, q_len, True, True, "bf16") for size in (64, 80, 96, 128) for q_len in (1, TOKENS)),
+        _rotate_case(128, TOKENS, False, False, "fp16"),
+        *(_store_case(size) for size in (80, 128)),
+        *(
+            (f"gated_{tanh}", gated_activation_kernel, gate, {"TANH": tanh, "BLOCK": NEURONS}, 4)
+            for tanh in (False, True)
+        ),
+    ]
+
+
+#: Cases for compilation without a GPU: name, kernel, types of the arguments, constants, warps.
+COMPILED = _compiled() if INSTALLED else []

@@ -46,11 +46,17 @@ def test_prompts_of_a_few_tokens(length):
 
 @pytest.mark.parametrize(
     ("family", "method", "batch"),
-    [("qwen3", "chai", "padded"), ("qwen2", "chai_qkv", "mixed"), ("llama", "random", "same start")],
+    [
+        ("qwen3", "chai", make_batch([9, 7])),
+        ("qwen2", "chai_qkv", make_batch([4, 6])),
+        ("llama", "random", make_batch([6])),
+        ("mistral", "group_aware", same_start([6, 7], 5)),
+    ],
+    ids=["qwen3", "qwen2", "llama", "mistral"],
 )
 def test_kernels_generate_the_same_tokens(family, method, batch):
-    model, method, batch = make_model(family), METHODS[method], BATCHES[batch]
-    assert torch.equal(generated(model, method, batch, 4, kernels=True), expected(model, method, batch, 4))
+    model, method = make_model(family), METHODS[method]
+    assert torch.equal(generated(model, method, batch, 2, kernels=True), expected(model, method, batch, 2))
 
 
 def test_static_clusters_of_a_head_profile(tmp_path):
@@ -113,9 +119,10 @@ def test_half_precision_rounds_where_transformers_does(dtype):
     exact = own()
     model.to(dtype)
     stock = (own() - exact).norm()
-    for kernels in (False, True):
-        with chai.Engine(model, batch_size=3, max_length=64, kernels=kernels) as engine:
-            assert (engine.prefill(ids, mask).float() - exact).norm() < 1.5 * stock
+    with chai.Engine(model, batch_size=3, max_length=64) as engine:
+        assert (engine.prefill(ids, mask).float() - exact).norm() < 1.5 * stock
+    with chai.Engine(model, max_length=64, kernels=True) as engine:
+        assert (engine.prefill(ids[1:2]).float() - exact[1]).norm() < 1.5 * stock
     with chai.Engine(model, Chai(clusters=COUNTS), batch_size=3, max_length=64) as engine:
         tokens = engine.generate(ids, 40, attention_mask=mask)  # the padded length grows past 64
         assert tokens.shape == (3, 52)

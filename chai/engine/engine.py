@@ -1,0 +1,351 @@
+"""Generate text over a cache of reserved length, without a host read from the first token to the last."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai.engine.attention import Visible
+from chai.engine.decoder import Decoder
+from chai.engine.graphs import Graphs
+from chai.engine.request import Request
+from chai.engine.sampling import Sampling, next_tokens
+from chai.engine.streaming import TokenReader
+from chai.engine.support import check_method, check_model
+from chai.engine.warm_up import WarmUp, cluster_without_tokens
+from chai.kernels import available
+from chai.methods import baseline
+from chai.methods.base import Method
+from chai.methods.clustering import ClusteringMethod
+from chai.patching.devices import input_device
+
+#: Capacities are multiples of this number of tokens.
+STEP = 64
+#: Lengths of a decode step's attention in a CUDA graph are multiples of this, or of an eighth of the length.
+BUCKET = 256
+
+#: Called with the tokens of each step, long ``[B]`` on the CPU.
+OnToken = Callable[[Tensor], object]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _without_grad(function: F) -> F:
+    """Run without gradients, and outside of inference mode: the buffers outlive the call."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+class Engine:
+    """A model and a method with a cache of reserved length, for one request after the other.
+
+    While it is open, the weights of the projections lie side by side in buffers, and the model's parameters are views
+    of them: nothing is stored twice, and the model itself works as before. :meth:`close`, or the end of a ``with``
+    block, gives the parameters storage of their own again. Cache, buffers and CUDA graphs stay for later requests.
+
+    Args:
+        model: A causal language model of transformers, of one of :data:`chai.engine.support.FAMILIES`.
+        method: Multi-head attention (the default) or a method that clusters heads.
+        batch_size: Rows of each request.
+        max_length: Tokens of prompt and generation together, rounded up to a multiple of 64.
+        kernels: Whether Triton kernels run; ``None``: on a CUDA device.
+
+    Raises:
+        ValueError: The engine does not run this model or this method; the message names what is valid.
+    """
+
+    @_without_grad
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method | None = None,
+        batch_size: int = 1,
+        max_length: int = 4096,
+        *,
+        kernels: bool | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; valid: 1 or more")
+        self.model, self.method = model, baseline() if method is None else method
+        self.max_length = -(-max_length // STEP) * STEP
+        check_method(self.method)
+        check_model(model, max_length)
+        self.method.check(model.config)
+        self.method.check_weights(model)
+        device = input_device(model)
+        if kernels and not available(device):
+            raise ValueError(
+                f"kernels=True needs Triton and a CUDA device; the model is on {device}; valid: None, False"
+            )
+        kernels = device.type == "cuda" and available(device) if kernels is None else kernels
+        self._generator = torch.Generator(device)
+        self._graphs = Graphs(device, self._generator)
+        self._finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self._stops: dict[tuple[int, ...], Tensor] = {}
+        self._request: Request | None = None
+        self._warm_up: WarmUp | None = None
+        self._decoder: Decoder | None = Decoder(model, self.method, batch_size, self.max_length, kernels)
+        try:
+            clustered = any(layer.clusters is not None for layer in self._decoder.layers)
+            if clustered and isinstance(self.method, ClusteringMethod):
+                if self.method.warmup_tokens:
+                    self._warm_up = WarmUp(self._decoder, self.method)
+                else:
+                    cluster_without_tokens(self._decoder, self.method)
+        except BaseException:
+            self.close()
+            raise
+
+    # Life.
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @_without_grad
+    def close(self) -> None:
+        """Give the model's parameters storage of their own again, and free cache, buffers and graphs."""
+        if self._decoder is not None:
+            self._decoder.restore()
+        self._decoder = self._warm_up = self._request = None
+        self._graphs = Graphs(torch.device("cpu"), self._generator)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The layers with their cache (ValueError: the engine is closed)."""
+        if self._decoder is None:
+            raise ValueError("this engine is closed; valid: a new one")
+        return self._decoder
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the reserved cache."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.decoder.layers)
+
+    # Requests.
+
+    @_without_grad
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 20,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_tokens: int | Iterable[int] | None = None,
+        on_token: OnToken | None = None,
+    ) -> Tensor:
+        """Generate up to ``max_new_tokens`` tokens for each row.
+
+        Args:
+            ids: long ``[B, T]``, the prompts.
+            max_new_tokens: Fewer are generated if all rows have ended with a stop token.
+            attention_mask: ``[B, T]``, 0 for padding, which is on the left; ``None``: no padding.
+            temperature: See :class:`chai.engine.sampling.Sampling`; 0 is greedy.
+            top_k: See :class:`chai.engine.sampling.Sampling`.
+            top_p: See :class:`chai.engine.sampling.Sampling`.
+            seed: Of the sampling.
+            stop_tokens: A row ends with any of these; ``None``: the ``eos_token_id`` of the model's generation
+                configuration; ``()``: none.
+            on_token: Called in order with the tokens of each step, long ``[B]`` on the CPU, while the device runs the
+                next step. An exception ends the generation and is raised.
+
+        Returns:
+            Long ``[B, T + new]``: prompts, and generated tokens. Ended rows are filled with the padding token.
+
+        Raises:
+            ValueError: An argument outside what is valid.
+        """
+        decoder, sampling = self.decoder, Sampling(temperature, top_k, top_p)
+        stops, pad = self._read_stop_tokens(stop_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; valid: 1 or more")
+        request = self._begin(ids, attention_mask, max_new_tokens)
+        self._generator.manual_seed(seed)
+        self._finished.zero_()
+        self._run_prompt()
+        first, count = request.length, 0
+        reader = TokenReader(decoder.sequence) if on_token is not None or stops else None
+        ended = torch.zeros(decoder.batch_size, dtype=torch.bool)
+
+        def deliver() -> bool:
+            """Read the next step's tokens; whether all rows have ended."""
+            nonlocal count
+            assert reader is not None
+            tokens = reader.read(first + count)
+            count += 1
+            if on_token is not None:
+                on_token(tokens)
+            ended.logical_or_(torch.isin(tokens, torch.tensor(stops)))
+            return bool(ended.all())
+
+        for step in range(max_new_tokens):
+            if step:
+                self._advance()
+            self._choose(sampling, stops, pad)
+            if reader is not None:
+                reader.mark(first + step)
+                if step >= reader.lag and deliver():
+                    break
+        else:
+            while reader is not None and count < max_new_tokens and not deliver():
+                pass
+        new = count if reader is not None else max_new_tokens
+        return decoder.sequence[: first + new].t().contiguous()
+
+    @_without_grad
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Start a request: run the prompts ``[B, T]`` and return the logits of the next tokens, ``[B, V]``."""
+        self._begin(ids, attention_mask, 0)
+        self._run_prompt()
+        return self.decoder.logits.clone()
+
+    @_without_grad
+    def decode_step(self, tokens: Tensor | None = None) -> Tensor:
+        """Go on with one token of each row, long ``[B]``, and return the logits of the next ones, ``[B, V]``.
+
+        ``None`` takes the most probable tokens.
+        """
+        decoder = self.decoder
+        if self._request is None:
+            raise ValueError("no request has been started; valid: prefill() first")
+        if self._request.length >= self.max_length:
+            raise ValueError(
+                f"the cache is full ({self.max_length} tokens); valid: an engine with a greater max_length"
+            )
+        if tokens is None:
+            self._choose(Sampling(), (), 0)
+        else:
+            if tokens.shape != decoder.token.shape:
+                raise ValueError(f"tokens are {tuple(tokens.shape)}; valid: {tuple(decoder.token.shape)}")
+            decoder.token.copy_(tokens)
+            decoder.sequence[self._request.length].copy_(tokens)
+        self._advance()
+        return decoder.logits.clone()
+
+    # Steps.
+
+    def _begin(self, ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Request:
+        """Read a request on the host, and copy it to the device."""
+        decoder = self.decoder
+        warmup_tokens = 0 if self._warm_up is None else self._warm_up.tokens
+        request = Request.read(ids, attention_mask, warmup_tokens)
+        request.check(decoder.batch_size, self.max_length - new_tokens, self.model.config.vocab_size)
+        decoder.sequence[: request.length].copy_(ids.t())
+        decoder.starts.copy_(torch.tensor(request.starts, dtype=torch.int32))
+        self._request = request
+        return request
+
+    def _run_prompt(self) -> None:
+        """Run all tokens so far; writes the logits."""
+        decoder, request, warm_up = self.decoder, self._request, self._warm_up
+        assert request is not None
+        length, tokens = request.length, request.warmup_tokens
+        whole = request.longest > tokens  # some token comes after the warm-up
+        ends_early = request.shortest <= tokens  # some row's last token belongs to it
+        visible = Visible(
+            length, length, decoder.starts if request.padded else None, None, decoder.device, decoder.kernels
+        )
+        if warm_up is not None:
+            warm_up.begin()
+        x, y, last = decoder.embed(decoder.sequence[:length].t()), cast("Tensor | None", None), decoder.layers[-1]
+        for layer in decoder.layers:
+            if warm_up is not None:
+                warm_up.advance(layer, request.shared, leave=ends_early or layer is not last)
+            if whole:
+                x, y = decoder.prompt_layer(layer, x, y, visible, tokens, layer is last)
+        hidden = decoder.last_norm(x, y)[:, 0] if whole else None
+        if warm_up is not None and ends_early:
+            warm_up.finish()
+            first = warm_up.last_hidden(length)
+            complete = length - decoder.starts > tokens  # rows whose last token comes after their warm-up
+            hidden = first if hidden is None else torch.where(complete[:, None], hidden, first)
+        assert hidden is not None
+        decoder.write_logits(hidden)
+        decoder.position.fill_(length)
+
+    def _advance(self) -> None:
+        """Run the chosen tokens; writes the logits."""
+        decoder, request = self.decoder, self._request
+        assert request is not None
+        repeat = request.shortest < request.warmup_tokens  # some row has no clusters yet
+        request.append()
+        if repeat:
+            self._run_prompt()
+            return
+        length = request.length
+        if decoder.kernels:
+            span = min(bucket(length), self.max_length)
+        elif decoder.device.type == "cpu" and decoder.logits.dtype.itemsize == 2:  # oneDNN compiles each length anew
+            span = -(-length // STEP) * STEP
+        else:
+            decoder.step(length, True, request.padded)
+            return
+        key = ("step", span, request.shared, request.padded)
+        self._graphs.run(key, lambda: decoder.step(span, False, request.padded))
+
+    def _choose(self, sampling: Sampling, stops: tuple[int, ...], pad: int) -> None:
+        """Choose the next tokens by the logits, and append them to the sequence."""
+        decoder = self.decoder
+
+        def choose() -> None:
+            tokens = next_tokens(decoder.logits, sampling, self._generator)
+            if stops:
+                tokens = tokens.masked_fill(self._finished, pad)
+                self._finished.logical_or_((tokens[:, None] == self._stops[stops]).any(1))
+            decoder.token.copy_(tokens)
+            decoder.sequence.index_copy_(0, decoder.position.long(), tokens[None])
+
+        self._graphs.run(("choose", sampling, stops, pad), choose)
+
+    def _read_stop_tokens(self, stop_tokens: int | Iterable[int] | None) -> tuple[tuple[int, ...], int]:
+        """Return stop tokens and the padding token, of the generation configuration where they are not given."""
+        config = self.model.generation_config
+        if stop_tokens is None:
+            stop_tokens = config.eos_token_id if config is not None and config.eos_token_id is not None else ()
+        stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(int(token) for token in stop_tokens)
+        if stops not in self._stops:
+            self._stops[stops] = torch.tensor(stops, dtype=torch.long, device=self.decoder.device)
+        pad = None if config is None else config.pad_token_id
+        return stops, pad if pad is not None else stops[0] if stops else 0
+
+
+def bucket(length: int) -> int:
+    """Round a length up to a multiple of 256, or of about an eighth of it: few graphs, little masked work."""
+    step = max(BUCKET, length // 8 // BUCKET * BUCKET)
+    return -(-length // step) * step
+
+
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    method: Method | None = None,
+    max_new_tokens: int = 20,
+    *,
+    kernels: bool | None = None,
+    **options: Any,
+) -> Tensor:
+    """Generate text in an :class:`Engine` of its own; arguments as of :class:`Engine` and :meth:`Engine.generate`."""
+    if ids.ndim != 2:
+        raise ValueError(f"ids are {tuple(ids.shape)}; valid: [batch_size, tokens]")
+    max_length = ids.shape[1] + max(1, max_new_tokens)
+    with Engine(model, method, max(1, len(ids)), max_length, kernels=kernels) as engine:
+        return engine.generate(ids, max_new_tokens, **options)

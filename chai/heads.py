@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from chai.kernels.tasks import Tasks, build_tasks
+
 
 def take_heads(tensor: Tensor, heads: Tensor) -> Tensor:
     """Select heads row by row: ``[B, N, X, Y]`` and long ``[B, n]`` to ``[B, n, X, Y]``."""
@@ -173,6 +175,17 @@ class KVHeadMap:
         slots = self.slots.gather(1, self.clusters.assignment)  # [B, H]
         first = torch.arange(len(slots), device=slots.device)[:, None] * (self.num_stored * self.max_readers)
         return (slots + first).flatten()
+
+    def tasks(self, num_value_heads: int, members: int) -> Tasks:
+        """Return the tasks of the GPU kernels, with up to ``members`` value heads each; built at the first use."""
+        key = num_value_heads, members
+        if key not in self._tasks:
+            self._tasks[key] = build_tasks(self.clusters.assignment, self.kv_heads, num_value_heads, members)
+        return self._tasks[key]
+
+    @cached_property
+    def _tasks(self) -> dict[tuple[int, int], Tasks]:
+        return {}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> KVHeadMap:
         """Apply a selection of rows, or a move to another device, to all tensors."""

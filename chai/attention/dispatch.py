@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as functional
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from chai.attention import reference
 from chai.attention.dense import dense_attention
+from chai.attention.gpu import GpuInputs, attention_on_gpu, fused_mha, has_kernels
 from chai.attention.grouped import grouped_attention
 from chai.attention.sdpa import sdpa_attention
 from chai.heads import HeadClusters, KVHeadMap, take_heads
@@ -57,6 +59,8 @@ def clustered_attention(
     device, q_len = query.device.type, query.shape[2]
     if _needs_grad(query, key, value) or device not in FAST_DEVICES:
         return reference.clustered_attention(query, key, value, clusters, scaling, mask, softcap)
+    if device == "cuda" and has_kernels(query, value):
+        return attention_on_gpu(GpuInputs(query, key, value, scaling, clusters, mask, softcap))
     if q_len <= (DENSE_ON_CPU if device == "cpu" else DENSE_ON_GPU):
         return dense_attention(query, key, value, clusters, scaling, mask, softcap)
     if device == "cpu":
@@ -110,12 +114,9 @@ def mha_attention(
         return clustered_attention(query, key, value, HeadClusters(own, own), scaling, mask, softcap).transpose(1, 2)
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != "cpu" or not half or query.shape[2] != 1:
-        if fused is not None:
-            return fused()
-        causal, gqa = mask is None and query.shape[2] > 1, key.shape[1] != query.shape[1]
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa
-        ).transpose(1, 2)
+        if fused is None:
+            fused = partial(_sdpa, query, key, value, scaling, mask)
+        return fused_mha(query, key, value, mask, fused) if query.device.type == "cuda" and half else fused()
     batch_size, num_heads, _, head_dim = query.shape
     # One product per KV head for all query heads that read it.
     grouped = (query * scaling).view(batch_size * key.shape[1], -1, head_dim)
@@ -125,6 +126,13 @@ def mha_attention(
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     weights = weights.view(batch_size * value.shape[1], -1, key.shape[2])
     return torch.bmm(weights, value.flatten(0, 1)).view(batch_size, 1, num_heads, -1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    causal, gqa = mask is None and query.shape[2] > 1, key.shape[1] != query.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=gqa
+    ).transpose(1, 2)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

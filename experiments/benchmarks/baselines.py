@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from chai.attention import causal_mask
 from chai.attention.dense import dense_attention
+from chai.attention.gpu import on_backend
 from chai.cache import GrowingCache
 from chai.heads import HeadClusters, KVHeadMap
 from chai.methods import baseline
@@ -33,6 +34,9 @@ BASELINES = {
     "prefill": ("eager", "sdpa", "sdpa_growing", "products_growing"),
     "decode": ("eager", "sdpa", "eager_growing", "sdpa_growing", "eager_static", "sdpa_static", "products_static"),
 }
+
+#: Scores of all heads together above which eager attention, which writes them to memory several times, is left out.
+LARGEST_SCORES = 1 << 33
 
 
 @dataclass
@@ -120,20 +124,40 @@ AttentionInterface.register(PRODUCTS, _products_forward)
 AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
 
 
+def fused_kernels(sdpa: Callable[[], object]) -> Timers:
+    """Return torch's attention on each fused kernel of the GPU that can compute it."""
+    timers: Timers = {}
+    for name in ("cudnn", "flash", "efficient"):
+        run = partial(_on_backend, name, sdpa)
+        try:
+            run()
+        except RuntimeError:  # not in this build of torch, or not for these shapes
+            continue
+        timers[name] = run
+    return timers
+
+
+def _on_backend(name: str, sdpa: Callable[[], object]) -> object:
+    with on_backend(name):
+        return sdpa()
+
+
 def attention_baselines(query: Tensor, key: Tensor, value: Tensor) -> Timers:
     """Return a closure for each multi-head attention of query ``[B, H, T, D]``, key and value ``[B, H_kv, S, D]``."""
     q_len, kv_len, scaling = query.shape[2], key.shape[2], query.shape[3] ** -0.5
     # Stand-in for the model's attention module, of which the functions read three attributes.
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
     mask = None
-    if q_len > 1:
+    is_large = query.shape[0] * query.shape[1] * q_len * kv_len > LARGEST_SCORES
+    if q_len > 1 and not is_large:
         visible = causal_mask(q_len, kv_len, query.device)
         mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
-    timers: Timers = {
-        "eager": partial(eager_attention_forward, module, query, key, value, mask, scaling),
-        "sdpa": partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling),
-        PRODUCTS: partial(products_attention, query, key, value, scaling, None),
-    }
+    sdpa = partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling)
+    timers: Timers = {"sdpa": sdpa, PRODUCTS: partial(products_attention, query, key, value, scaling, None)}
+    if not is_large:
+        timers = {"eager": partial(eager_attention_forward, module, query, key, value, mask, scaling)} | timers
+    if query.device.type == "cuda":
+        timers |= fused_kernels(sdpa)
     if query.device.type == "cuda" and importlib.util.find_spec("xformers") and query.shape[1] == key.shape[1]:
         from xformers.ops import LowerTriangularMask, memory_efficient_attention
 

@@ -1,0 +1,207 @@
+"""Attention on a GPU: the implementations that compete for each shape, of which the fastest is measured once.
+
+Besides the kernels of :mod:`chai.kernels` these are the fused kernels of torch (cuDNN, FlashAttention, memory-efficient
+attention). For clustered heads they get the queries and keys of the representatives repeated for their members: no
+scores are saved, but for short prompts or many clusters they may still be the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from chai.attention.fastest import FASTEST, length_class
+from chai.attention.reference import causal_mask
+from chai.attention.sdpa import sdpa_attention, wide_sdpa_attention
+from chai.heads import KVHeadMap
+from chai.kernels import available
+from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
+from chai.kernels.prefill import PrefillConfig, candidates, has_descriptors, prefill_attention
+from chai.kernels.tasks import Tasks, build_tasks
+
+#: The fused kernels of torch, and what torch chooses by itself.
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "torch's choice": None,
+}
+#: Widest head that the kernels hold in registers.
+WIDEST_HEAD = 256
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class GpuInputs:
+    """The inputs of an attention, ``[B, k, T, D]`` queries of the representatives, or ``[B, H, T, D]`` of all heads."""
+
+    query: Tensor
+    key: Tensor  # [B, n, S, D], the stored KV heads
+    value: Tensor  # [B, H_kv, S, D_value]
+    scaling: float
+    head_map: KVHeadMap | None = None  # None: multi-head attention
+    mask: Tensor | None = None  # [B or 1, 1, T, S], bool (true: attend) or additive float; None: causal
+    softcap: float | None = None
+    starts: Tensor | None = None  # int32 [B]: the first token of each row that is not padding, instead of a mask
+    kv_len: Tensor | None = None  # int32 [1]: tokens to attend to, if not all S; for one token, instead of a mask
+    tasks: Callable[[int], Tasks] | None = None  # of a number of members; None: built from the clusters
+
+    def key_of_shape(self) -> tuple:
+        """Return what the fastest implementation depends on."""
+        query, key, value = self.query, self.key, self.value
+        clusters = None if self.head_map is None else self.head_map.clusters.num_heads
+        lengths = length_class(query.shape[2]), length_class(key.shape[2])
+        heads = clusters, query.shape[1], key.shape[1], value.shape[1], query.shape[3], value.shape[3]
+        hidden = None if self.mask is None else str(self.mask.dtype), self.starts is None, self.kv_len is None
+        return (query.shape[0], *lengths, *heads, str(query.dtype), *hidden, self.softcap is None)
+
+    def find_tasks(self, members: int) -> Tasks:
+        """Return the tasks of the kernels; without clusters, every head is one."""
+        if self.tasks is not None:
+            return self.tasks(members)
+        if self.head_map is not None:
+            return self.head_map.tasks(self.value.shape[1], members)
+        heads = torch.arange(self.query.shape[1], device=self.query.device).expand(len(self.query), -1)
+        read = heads // (self.query.shape[1] // self.key.shape[1])
+        return build_tasks(heads, read, self.value.shape[1], members)
+
+    def whole_mask(self) -> Tensor | None:
+        """Return the mask, with padding and length if there are any."""
+        q_len, size = self.query.shape[2], self.key.shape[2]
+        if self.starts is None and self.kv_len is None:
+            return self.mask
+        places = torch.arange(size, device=self.query.device)
+        visible = places < self.kv_len if self.kv_len is not None else causal_mask(q_len, size, places.device)
+        if self.starts is not None:
+            visible = visible & (places >= self.starts[:, None, None, None])
+        if q_len > 1:  # padding sees itself: a softmax over nothing is NaN, which spreads through products
+            visible = visible | torch.eye(size, dtype=torch.bool, device=places.device)[-q_len:]
+        return visible.expand(len(self.query), 1, q_len, size)
+
+
+def has_kernels(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernels of :mod:`chai.kernels` can compute an attention."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return available(query.device) and half and max(query.shape[3], value.shape[3]) <= WIDEST_HEAD
+
+
+def attention_on_gpu(inputs: GpuInputs) -> Tensor:
+    """Compute attention by what measured fastest, ``[B, H, T, D_value]``; no tensor is read on the host."""
+    # While it is measured, tasks are not those of the caller, which would be kept for each number of members.
+    name = FASTEST.name(
+        inputs.key_of_shape(), lambda: implementations(replace(inputs, tasks=None)), inputs.query.device
+    )
+    return implementations(inputs, name)[name]()
+
+
+def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run]:
+    """Return the implementations by name, the default first; with ``only``, that one alone."""
+    masked = inputs.mask is not None
+    runs: dict[str, Run] = {}
+    if has_kernels(inputs.query, inputs.value):
+        if inputs.query.shape[2] == 1:
+            runs |= {f"split-KV, {config.label}": partial(_decode, inputs, config) for config in CONFIGS}
+        else:
+            tma = has_descriptors(inputs.query, inputs.key, inputs.value)
+            width = max(inputs.query.shape[3], inputs.value.shape[3])
+            runs |= {
+                f"one score, {config.label}": partial(_prefill, inputs, config)
+                for config in candidates(width, tma, masked)
+            }
+    if inputs.head_map is None:
+        fused = {name: _limited(name, partial(_fused, inputs)) for name in BACKENDS}
+        runs = fused | runs if inputs.kv_len is None else runs | fused
+    elif inputs.query.shape[2] > 1 or not runs:
+        head_map, softcap = inputs.head_map, inputs.softcap
+        arguments = (inputs.query, inputs.key, inputs.value, head_map, inputs.scaling)
+        if softcap is None:  # which the fused kernels of torch cannot compute
+            repeated = _with_mask(inputs, partial(sdpa_attention, *arguments))
+            runs |= {f"repeated, {name}": _limited(name, repeated) for name in BACKENDS}
+            if inputs.value.shape[1] == head_map.clusters.num_heads:
+                wide = _with_mask(inputs, partial(wide_sdpa_attention, *arguments))
+                runs["wide values, cudnn"] = _limited("cudnn", wide)
+    return runs if only is None else {only: runs[only]}
+
+
+def _with_mask(inputs: GpuInputs, run: Callable[[Tensor | None], Tensor]) -> Run:
+    return lambda: run(inputs.whole_mask())
+
+
+def _decode(inputs: GpuInputs, config: DecodeConfig) -> Tensor:
+    return decode_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.find_tasks(config.members),
+        inputs.scaling,
+        kv_len=inputs.kv_len,
+        starts=inputs.starts,
+        mask=inputs.mask,
+        softcap=inputs.softcap,
+        config=config,
+    )
+
+
+def _prefill(inputs: GpuInputs, config: PrefillConfig) -> Tensor:
+    return prefill_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.find_tasks(config.members),
+        inputs.scaling,
+        starts=inputs.starts,
+        mask=inputs.mask,
+        softcap=inputs.softcap,
+        config=config,
+    )
+
+
+def _fused(inputs: GpuInputs) -> Tensor:
+    """Compute multi-head attention by a fused kernel of torch."""
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.whole_mask()
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None and 1 < q_len < kv_len:
+        mask = causal_mask(q_len, kv_len, query.device)
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and q_len > 1,
+        scale=inputs.scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _limited(name: str, run: Run) -> Run:
+    """Return ``run`` with torch's fused attention limited to one of :data:`BACKENDS`."""
+
+    def limited() -> Tensor:
+        with on_backend(name):
+            return run()
+
+    return limited
+
+
+def on_backend(name: str) -> AbstractContextManager[None]:
+    """Limit torch's fused attention to one of :data:`BACKENDS` inside the block."""
+    backend = BACKENDS[name]
+    return nullcontext() if backend is None else sdpa_kernel(backend)
+
+
+def fused_mha(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, run: Run) -> Tensor:
+    """Compute multi-head attention, which ``run`` computes by a fused kernel of torch, on the fastest one."""
+    lengths = length_class(query.shape[2]), length_class(key.shape[2])
+    heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    kind = None if mask is None else str(mask.dtype)
+    shape = ("fused", query.shape[0], *lengths, *heads, str(query.dtype), kind)
+    name = FASTEST.name(shape, lambda: {name: _limited(name, run) for name in BACKENDS}, query.device)
+    return _limited(name, run)()

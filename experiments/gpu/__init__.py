@@ -1,0 +1,1 @@
+"""Checks on a GPU: correctness and speed (``make gpu``)."""

@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 LEGEND = (
-    "Speedups over the fastest multi-head attention (cuDNN, flash, efficient, eager, or in the same engine), medians and\n"
-    "quartiles of interleaved rounds. Limit: by the operations (prefill) or bytes (decode) of arithmetic."
+    "Speedups over the fastest multi-head attention (cuDNN, flash, efficient, eager, or in the same engine), medians\n"
+    "and quartiles of interleaved rounds. Limit: by the operations (prefill) or bytes (decode) of arithmetic."
 )
 LEGEND_WITHOUT = (
     "There is no CUDA device: the kernels ran under Triton's interpreter and were compiled, and nothing was measured."

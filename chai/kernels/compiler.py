@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,3 +31,15 @@ def is_interpreted() -> bool:
 def available(device: torch.device) -> bool:
     """Whether the kernels run on tensors of ``device``: on a CUDA device, or anywhere if they are interpreted."""
     return INSTALLED and (device.type == "cuda" or is_interpreted())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its types and constants, to be compiled without a GPU."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # type of each argument that is not constant, such as "*bf16" and "i32"
+    constants: dict[str, Any]
+    options: dict[str, Any]  # num_warps, num_stages
+    least_architecture: int = 80  # for which it is meant

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chai.attention.dense import dense_attention
 from chai.attention.fastest import FASTEST, length_class
 from chai.attention.reference import causal_mask
 from chai.attention.sdpa import sdpa_attention, wide_sdpa_attention
@@ -26,12 +27,13 @@ from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
 from chai.kernels.prefill import PrefillConfig, candidates, has_descriptors, prefill_attention
 from chai.kernels.tasks import Tasks, build_tasks
 
+OWN_CHOICE = "torch's choice"
 #: The fused kernels of torch, and what torch chooses by itself.
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "torch's choice": None,
+    OWN_CHOICE: None,
 }
 #: Widest head that the kernels hold in registers.
 WIDEST_HEAD = 256
@@ -89,8 +91,8 @@ class GpuInputs:
 
 def has_kernels(query: Tensor, value: Tensor) -> bool:
     """Whether the kernels of :mod:`chai.kernels` can compute an attention."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return available(query.device) and half and max(query.shape[3], value.shape[3]) <= WIDEST_HEAD
+    known = query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return available(query.device) and known and max(query.shape[3], value.shape[3]) <= WIDEST_HEAD
 
 
 def attention_on_gpu(inputs: GpuInputs) -> Tensor:
@@ -105,6 +107,7 @@ def attention_on_gpu(inputs: GpuInputs) -> Tensor:
 def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run]:
     """Return the implementations by name, the default first; with ``only``, that one alone."""
     masked = inputs.mask is not None
+    backends = list(BACKENDS) if inputs.query.device.type == "cuda" else [OWN_CHOICE]
     runs: dict[str, Run] = {}
     if has_kernels(inputs.query, inputs.value):
         if inputs.query.shape[2] == 1:
@@ -117,17 +120,19 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
                 for config in candidates(width, tma, masked)
             }
     if inputs.head_map is None:
-        fused = {name: _limited(name, partial(_fused, inputs)) for name in BACKENDS}
+        fused = {name: _limited(name, partial(_fused, inputs)) for name in backends}
         runs = fused | runs if inputs.kv_len is None else runs | fused
-    elif inputs.query.shape[2] > 1 or not runs:
+    elif inputs.query.shape[2] > 1:
         head_map, softcap = inputs.head_map, inputs.softcap
         arguments = (inputs.query, inputs.key, inputs.value, head_map, inputs.scaling)
         if softcap is None:  # which the fused kernels of torch cannot compute
             repeated = _with_mask(inputs, partial(sdpa_attention, *arguments))
-            runs |= {f"repeated, {name}": _limited(name, repeated) for name in BACKENDS}
-            if inputs.value.shape[1] == head_map.clusters.num_heads:
+            runs |= {f"repeated, {name}": _limited(name, repeated) for name in backends}
+            if inputs.value.shape[1] == head_map.clusters.num_heads and "cudnn" in backends:
                 wide = _with_mask(inputs, partial(wide_sdpa_attention, *arguments))
                 runs["wide values, cudnn"] = _limited("cudnn", wide)
+    if inputs.head_map is not None and (not runs or inputs.query.dtype == torch.float32):
+        runs["products"] = partial(_products, inputs, inputs.head_map)
     return runs if only is None else {only: runs[only]}
 
 
@@ -162,6 +167,11 @@ def _prefill(inputs: GpuInputs, config: PrefillConfig) -> Tensor:
         softcap=inputs.softcap,
         config=config,
     )
+
+
+def _products(inputs: GpuInputs, head_map: KVHeadMap) -> Tensor:
+    mask = inputs.whole_mask()
+    return dense_attention(inputs.query, inputs.key, inputs.value, head_map, inputs.scaling, mask, inputs.softcap)
 
 
 def _fused(inputs: GpuInputs) -> Tensor:

@@ -7,12 +7,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from chai.attention import clustered_attention, mha_attention, reference, shared_value_attention
-from chai.attention.sdpa import sdpa_attention
+from chai.attention import clustered_attention, mha_attention, shared_value_attention
+from chai.attention.gpu import GpuInputs, attention_on_gpu
 from chai.engine.layers import Layer
-from chai.heads import repeat_kv, take_heads
+from chai.heads import take_heads
+from chai.kernels.tasks import Tasks, build_tasks, fill_tasks
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Visible:
 
     Attributes:
         span: Keys that the attention is given: the first ``span`` of the cache.
+        q_len: Tokens of the pass.
         starts: int32 ``[B]``, padding tokens at the start of each row; ``None``: no row has any.
         kv_len: int32 ``[1]`` on the device, tokens in the cache, where these may be fewer than ``span``; only for
             passes of one token.
@@ -44,15 +45,19 @@ class Visible:
         mask = (key <= query if self.kv_len is None else key[None] < self.kv_len)[None, None]
         if self.starts is not None:
             mask = mask & (key >= self.starts[:, None, None, None])
-            if (
-                self.kv_len is None
-            ):  # padding sees itself: a softmax over nothing is NaN, which spreads through products
+            if self.kv_len is None:  # padding sees itself: a softmax over nothing is NaN, which spreads
                 mask = mask | (key == query)
         return mask
 
 
 def prepare(layer: Layer) -> None:
-    """Prepare what the attention needs of a layer's clusters, whenever they have changed."""
+    """Bring what the kernels keep of a layer's clusters up to date, whenever these have changed.
+
+    It stays where it is, for it is read by CUDA graphs.
+    """
+    assert layer.clusters is not None
+    for tasks in layer.tasks.values():
+        fill_tasks(tasks, layer.clusters.assignment, layer.clusters.kv_heads)
 
 
 def prefill_attention(query: Tensor, layer: Layer, visible: Visible) -> Tensor:
@@ -78,19 +83,32 @@ def warm_up_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
 
 def _attend(query: Tensor, layer: Layer, visible: Visible) -> Tensor:
     key, value = layer.keys[:, :, : visible.span], layer.values[:, :, : visible.span]
-    scaling, mask = layer.shape.scaling, visible.mask
-    if layer.head_map is None:
-        if mask is None or not visible.kernels:
-            return mha_attention(query, key, value, scaling, mask)
-        key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
-        return functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
-    head_map = layer.head_map
-    if not visible.kernels:
-        attend = shared_value_attention if layer.shares_values else clustered_attention
-        return attend(query, key, value, head_map, scaling, mask).transpose(1, 2)
-    if layer.shares_values:
+    scaling, head_map = layer.shape.scaling, layer.head_map
+    if visible.kernels:
+        return _attend_on_gpu(query, key, value, layer, visible).transpose(1, 2)
+    if head_map is None:
+        return mha_attention(query, key, value, scaling, visible.mask)
+    attend = shared_value_attention if layer.shares_values else clustered_attention
+    return attend(query, key, value, head_map, scaling, visible.mask).transpose(1, 2)
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, layer: Layer, visible: Visible) -> Tensor:
+    """Attend by the fastest implementation, which hides padding and spare room by itself: ``[B, H, T, D]``."""
+    head_map, scaling, hidden = layer.head_map, layer.shape.scaling, (visible.starts, visible.kv_len)
+
+    def find_tasks(members: int) -> Tasks:
+        assert layer.clusters is not None
+        if members not in layer.tasks:
+            clusters = layer.clusters
+            layer.tasks[members] = build_tasks(clusters.assignment, clusters.kv_heads, value.shape[1], members)
+        return layer.tasks[members]
+
+    if head_map is None:
+        return attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden))
+    if not layer.shares_values:
+        return attention_on_gpu(GpuInputs(query, key, value, scaling, head_map, None, None, *hidden, find_tasks))
+    # Multi-head attention of the representatives, whose outputs are those of their members.
+    if layer.shape.group > 1:
         key, value = take_heads(key, head_map.kv_heads), take_heads(value, head_map.kv_heads)
-        out = mha_attention(query, key, value, scaling, mask)  # [B, T, k, D]
-        return take_heads(out.transpose(1, 2), head_map.clusters.assignment).transpose(1, 2)
-    plain = reference.clustered_attention if query.shape[2] == 1 else sdpa_attention
-    return plain(query, key, value, head_map, scaling, mask).transpose(1, 2)
+    out = attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden))
+    return take_heads(out, head_map.clusters.assignment)

@@ -12,6 +12,7 @@ from torch import Tensor
 from chai.engine.support import Shape
 from chai.engine.weights import LayerWeights
 from chai.heads import HeadClusters, KVHeadMap
+from chai.kernels.tasks import Tasks
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Layer:
         clusters: ``None`` in a layer without clusters.
         shared: All rows have the same clusters, and the rows of their weights are gathered.
         head_map: The clusters as a map, new with each change of the clusters.
-        prepared: What the attention keeps for these clusters (:func:`chai.engine.attention.prepare`).
+        tasks: The clusters as tasks of the kernels, by the number of members, as far as a kernel reads them.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Layer:
         self.index, self.shape, self.k, self.shares_values = index, shape, k, shares_values and k < shape.num_heads
         self.clusters: ClusterBuffers | None = None
         self.head_map: KVHeadMap | None = None
-        self.prepared: Any = None
+        self.tasks: dict[int, Tasks] = {}
         self.shared = True
         clustered = k < shape.num_heads
         sizes = (k, stored, shares_values) if clustered else ()

@@ -55,7 +55,8 @@ def prepare(layer: Layer) -> None:
 
     It stays where it is, for it is read by CUDA graphs.
     """
-    assert layer.clusters is not None
+    if layer.clusters is None or layer.shares_values:  # every query head that is computed is a task of its own
+        return
     for tasks in layer.tasks.values():
         fill_tasks(tasks, layer.clusters.assignment, layer.clusters.kv_heads)
 
@@ -97,18 +98,21 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, layer: Layer, visi
     head_map, scaling, hidden = layer.head_map, layer.shape.scaling, (visible.starts, visible.kv_len)
 
     def find_tasks(members: int) -> Tasks:
-        assert layer.clusters is not None
         if members not in layer.tasks:
-            clusters = layer.clusters
-            layer.tasks[members] = build_tasks(clusters.assignment, clusters.kv_heads, value.shape[1], members)
+            if layer.clusters is None or layer.shares_values:
+                assignment = torch.arange(query.shape[1], device=query.device).expand(len(query), -1)
+                kv_heads = assignment // (query.shape[1] // key.shape[1])
+            else:
+                assignment, kv_heads = layer.clusters.assignment, layer.clusters.kv_heads
+            layer.tasks[members] = build_tasks(assignment, kv_heads, value.shape[1], members)
         return layer.tasks[members]
 
     if head_map is None:
-        return attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden))
+        return attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden, find_tasks))
     if not layer.shares_values:
         return attention_on_gpu(GpuInputs(query, key, value, scaling, head_map, None, None, *hidden, find_tasks))
     # Multi-head attention of the representatives, whose outputs are those of their members.
     if layer.shape.group > 1:
         key, value = take_heads(key, head_map.kv_heads), take_heads(value, head_map.kv_heads)
-    out = attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden))
+    out = attention_on_gpu(GpuInputs(query, key, value, scaling, None, None, None, *hidden, find_tasks))
     return take_heads(out, head_map.clusters.assignment)

@@ -65,7 +65,10 @@ class Layer:
             self.values = like.new_zeros(batch_size, keys if self.shares_values else values, *size)
             if clustered:
                 counts = (shape.num_heads, k, k, stored)
-                buffers = (torch.zeros(batch_size, n, dtype=torch.long, device=like.device) for n in counts)
+                buffers = [torch.zeros(batch_size, n, dtype=torch.long, device=like.device) for n in counts]
+                if shape.group == 1:  # without grouped queries: a KV head for each representative, in order
+                    buffers[2] += torch.arange(k, device=like.device)
+                    buffers[3] = buffers[1]
                 self.clusters = ClusterBuffers(*buffers)
         except BaseException:
             self.weights.restore()
@@ -73,16 +76,13 @@ class Layer:
 
     def set_clusters(self, clusters: HeadClusters, shared: bool) -> None:
         """Set the clusters of each row, or of all rows at once (``shared``: of a single row)."""
-        buffers, kv_heads = self.clusters, self.shape.num_kv_heads
+        buffers = self.clusters
         assert buffers is not None
         buffers.assignment.copy_(clusters.assignment.expand_as(buffers.assignment))
         buffers.representatives.copy_(clusters.representatives.expand_as(buffers.representatives))
-        read = buffers.representatives // self.shape.group
-        if kv_heads == self.shape.num_heads:  # one for each representative, in order
-            buffers.kv_heads.copy_(torch.arange(self.k, device=read.device).expand_as(read))
-            buffers.stored.copy_(read)
-        else:
-            index, stored = pack_read(read, kv_heads, buffers.stored.shape[1])
+        if self.shape.group > 1:
+            read = buffers.representatives // self.shape.group
+            index, stored = pack_read(read, self.shape.num_kv_heads, buffers.stored.shape[1])
             buffers.kv_heads.copy_(index)
             buffers.stored.copy_(stored)
         self.shared = shared

@@ -34,7 +34,8 @@ class WarmUp:
         self._y: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         if decoder.device.type == "cuda":
-            self._stream = torch.cuda.Stream(decoder.device)
+            # Its many small kernels go first: they must stay ahead of the prompt's few large ones.
+            self._stream = torch.cuda.Stream(decoder.device, priority=-1)
             self._events = [torch.cuda.Event() for _ in decoder.layers]
             self._done = torch.cuda.Event()
 

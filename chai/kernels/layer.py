@@ -6,12 +6,10 @@ the dtype of the model where transformers' modules do.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from chai.kernels.compiler import INSTALLED, tl, triton
+from chai.kernels.compiler import Case, tl, triton
 
 #: Tokens of one head that a program rotates and stores.
 TOKENS = 16
@@ -225,7 +223,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor | None = None) -> 
     width = x.shape[-1]
     x = x.contiguous()
     out, total = torch.empty_like(x), x if y is None else torch.empty_like(x)
-    block = triton.next_power_of_2(width)
+    block = _power_of_2(width)
     rms_norm_kernel[(x.numel() // width,)](
         x,
         x if y is None else y.contiguous(),
@@ -236,7 +234,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor | None = None) -> 
         eps,
         ADD=y is not None,
         WIDTH=block,
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=_norm_warps(block),
     )
     return total, out
 
@@ -295,7 +293,7 @@ def rotate_and_store(
         *keys.stride()[:2],
         *values.stride()[:2],
         HALF=half,
-        HALF_BLOCK=triton.next_power_of_2(half),
+        HALF_BLOCK=_power_of_2(half),
         TOKENS_BLOCK=block,
         PADDED=starts is not None,
         PICK_QUERY=query_heads is not None,
@@ -336,8 +334,8 @@ def store_tokens(
         *keys.stride()[:2],
         *values.stride()[:2],
         SIZE=size,
-        SIZE_BLOCK=triton.next_power_of_2(size),
-        TOKENS_BLOCK=triton.next_power_of_2(tokens),
+        SIZE_BLOCK=_power_of_2(size),
+        TOKENS_BLOCK=_power_of_2(tokens),
         PICK_KEY=key_heads is not None,
         PICK_VALUE=value_heads is not None,
         num_warps=4,
@@ -353,45 +351,56 @@ def gated_activation(product: Tensor, kind: str) -> Tensor:
     return out
 
 
-def _rotate_case(size: int, q_len: int, picked: bool, normed: bool, kind: str) -> tuple[str, Any, dict, dict, int]:
-    """Return the case of heads of a size, one token or many."""
+def _power_of_2(number: int) -> int:
+    """Return the least power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _norm_warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def _rotate_case(size: int, q_len: int, chosen: bool, kind: str) -> Case:
+    """Return the case of heads of a size; with ``chosen``, the heads are picked, normalised, and padded rows."""
     states = ("query", "key", "value", "query_out", "keys", "values", "cos", "sin", "query_norm", "key_norm")
-    numbers = ("q_len", "num_queries", "num_keys", "num_values", "skip")
-    strides = [f"{name}_{axis}" for name in ("query", "key", "value") for axis in "bth"]
-    strides += [f"{name}_{axis}" for name in ("keys", "values") for axis in "bh"]
-    types = dict.fromkeys(states, f"*{kind}") | dict.fromkeys((*numbers, *strides), "i32") | {"eps": "fp32"}
+    numbers = ["q_len", "num_queries", "num_keys", "num_values", "skip"]
+    numbers += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in "bth"]
+    numbers += [f"{name}_{axis}" for name in ("keys", "values") for axis in "bh"]
+    types = dict.fromkeys(states, f"*{kind}") | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
     types |= {"position": "*i32", "starts": "*i32"}
     types |= dict.fromkeys(("query_heads", "key_heads", "value_heads"), "*i64")
     block = 1 if q_len == 1 else TOKENS
-    constants = {"HALF": size // 2, "HALF_BLOCK": triton.next_power_of_2(size // 2), "TOKENS_BLOCK": block}
-    constants |= {"PADDED": True, "PICK_QUERY": picked, "PICK_KEY": picked, "PICK_VALUE": picked, "NORM": normed}
-    name = f"rotate_and_store_{kind}_{size}_{q_len}"
-    return name, rotate_and_store_kernel, types, constants, 1 if block == 1 else 4
+    constants = {"HALF": size // 2, "HALF_BLOCK": _power_of_2(size // 2), "TOKENS_BLOCK": block}
+    constants |= dict.fromkeys(("PADDED", "PICK_QUERY", "PICK_KEY", "PICK_VALUE", "NORM"), chosen)
+    name = f"rotate and store, {kind}, head size {size}, {q_len} tokens" + ", chosen" * chosen
+    return Case(name, rotate_and_store_kernel, types, constants, {"num_warps": 1 if block == 1 else 4})
 
 
-def _store_case(size: int) -> tuple[str, Any, dict, dict, int]:
+def _store_case(size: int) -> Case:
     numbers = ("tokens", "num_keys", "num_values", "key_source_heads", "value_source_heads", "capacity")
     types = dict.fromkeys(("key", "value", "keys", "values"), "*bf16")
     types |= {"starts": "*i32", "key_heads": "*i64", "value_heads": "*i64"}
     types |= dict.fromkeys((*numbers, "keys_b", "keys_h", "values_b", "values_h"), "i32")
-    constants = {"SIZE": size, "SIZE_BLOCK": triton.next_power_of_2(size), "TOKENS_BLOCK": 8}
-    return f"store_tokens_{size}", store_tokens_kernel, types, constants | {"PICK_KEY": True, "PICK_VALUE": True}, 4
+    constants = {"SIZE": size, "SIZE_BLOCK": _power_of_2(size), "TOKENS_BLOCK": 8, "PICK_KEY": True, "PICK_VALUE": True}
+    return Case(f"store warm-up tokens, head size {size}", store_tokens_kernel, types, constants, {"num_warps": 4})
 
 
-def _compiled() -> list[tuple[str, Any, dict, dict, int]]:
-    norm = {**dict.fromkeys(("x", "y", "weight", "total", "out"), "*bf16"), "width": "i32", "eps": "fp32"}
-    gate = {"product": "*bf16", "out": "*bf16", "neurons": "i32"}
-    return [
-        *((f"rms_norm_{width}", rms_norm_kernel, norm, {"ADD": True, "WIDTH": width}, 8) for width in (4096, 8192)),
-        *(_rotate_case(size, q_len, True, True, "bf16") for size in (64, 80, 96, 128) for q_len in (1, TOKENS)),
-        _rotate_case(128, TOKENS, False, False, "fp16"),
-        *(_store_case(size) for size in (80, 128)),
-        *(
-            (f"gated_{tanh}", gated_activation_kernel, gate, {"TANH": tanh, "BLOCK": NEURONS}, 4)
-            for tanh in (False, True)
-        ),
-    ]
+def _norm_case(width: int) -> Case:
+    types = {**dict.fromkeys(("x", "y", "weight", "total", "out"), "*bf16"), "width": "i32", "eps": "fp32"}
+    constants, options = {"ADD": True, "WIDTH": width}, {"num_warps": _norm_warps(width)}
+    return Case(f"RMS norm, width {width}", rms_norm_kernel, types, constants, options)
 
 
-#: Cases for compilation without a GPU: name, kernel, types of the arguments, constants, warps.
-COMPILED = _compiled() if INSTALLED else []
+def _gate_case(tanh: bool) -> Case:
+    types, constants = {"product": "*bf16", "out": "*bf16", "neurons": "i32"}, {"TANH": tanh, "BLOCK": NEURONS}
+    name = f"gated activation, {'gelu' if tanh else 'silu'}"
+    return Case(name, gated_activation_kernel, types, constants, {"num_warps": 4})
+
+
+COMPILED = [
+    *(_norm_case(width) for width in (1024, 4096, 8192)),
+    *(_rotate_case(size, q_len, True, "bf16") for size in (64, 80, 96, 128) for q_len in (1, TOKENS)),
+    *(_rotate_case(128, TOKENS, False, kind) for kind in ("fp16", "fp32")),
+    *(_store_case(size) for size in (64, 80, 96, 128)),
+    *(_gate_case(tanh) for tanh in (False, True)),
+]

@@ -47,12 +47,11 @@ def test_prompts_of_a_few_tokens(length):
 @pytest.mark.parametrize(
     ("family", "method", "batch"),
     [
-        ("qwen3", "chai", make_batch([9, 7])),
-        ("qwen2", "chai_qkv", make_batch([4, 6])),
+        ("qwen3", "chai", make_batch([6, 7])),
+        ("qwen2", "chai_qkv", make_batch([4])),
         ("llama", "random", make_batch([6])),
-        ("mistral", "group_aware", same_start([6, 7], 5)),
     ],
-    ids=["qwen3", "qwen2", "llama", "mistral"],
+    ids=["qwen3", "qwen2", "llama"],
 )
 def test_kernels_generate_the_same_tokens(family, method, batch):
     model, method = make_model(family), METHODS[method]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo real report test test-browser test-slurm test-real lint clean
+.PHONY: demo real gpu report test test-browser test-slurm test-real lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai,random
@@ -16,6 +16,13 @@ LIMIT := 100
 real: $(VENV)/.real
 	$(BIN)/python -m experiments.real --data "$(DATA)" --limit $(LIMIT)
 	$(BIN)/python -m analysis.tables real
+
+# With a CUDA device: kernels and engine against the CPU, and their speed (about 5 minutes). Without: what can be checked.
+# PYTHON=... GPU_ENV= runs in that Python as it is, such as one with a CUDA build of torch.
+GPU_ENV := $(VENV)/.installed
+
+gpu: $(GPU_ENV)
+	$(if $(GPU_ENV),$(BIN)/python,$(PYTHON)) -m experiments.gpu
 
 report: $(VENV)/.installed
 	$(BIN)/python -m analysis.report

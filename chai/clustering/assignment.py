@@ -19,6 +19,11 @@ from chai.kernels.kmeans import MOST_POINTS, kmeans
 Representative = Literal["nearest", "lowest"]
 
 
+def has_kernel(device: torch.device, num_heads: int) -> bool:
+    """Whether K-means of this many heads runs as a kernel on a device."""
+    return device.type == "cuda" and available(device) and num_heads <= MOST_POINTS
+
+
 def kmeans_clusters(
     features: Tensor,
     num_clusters: Sequence[int],
@@ -35,7 +40,7 @@ def kmeans_clusters(
         ValueError: A k outside ``[1, H]``.
     """
     if kernels is None:
-        kernels = features.is_cuda and available(features.device) and features.shape[2] <= MOST_POINTS
+        kernels = has_kernel(features.device, features.shape[2])
     if kernels:
         num_heads = features.shape[2]
         for wrong in [k for k in num_clusters if not 1 <= k <= num_heads]:

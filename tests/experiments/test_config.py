@@ -142,14 +142,21 @@ def test_mistakes_are_refused_before_anything_starts(arguments, expected):
     assert "\n" not in str(error.value)
 
 
-def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path):
-    mistakes = (["method=chia"], ["method.clusters=[1,2]"], ["experiment=pretrain_tiny", "model=llama7b"])
-    for arguments in mistakes:
+def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path, monkeypatch, capfd):
+    """As processes: a word that is refused before any import, and a setting that the imported method refuses."""
+    for arguments in (["method=chia"], ["method.clusters=[1,2]"]):
         result = run(*arguments, cwd=tmp_path)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        assert result.stderr.startswith("error: ") and not result.stdout
+        assert_one_error(result.returncode, result.stdout, result.stderr)
+    monkeypatch.chdir(tmp_path)
+    code = main(["experiment=pretrain_tiny", "model=llama7b"])
+    assert_one_error(code, *capfd.readouterr())
     assert not list(tmp_path.iterdir())
+
+
+def assert_one_error(code: int, out: str, err: str) -> None:
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ") and not out
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -159,8 +160,18 @@ def run_command(command: str) -> int:
             return max(run_command(shlex.join([*words[:3], name, *words[3 + len(names) :]])) for name in names)
     same = tuple(words[1:])
     if same not in codes:  # as `make report` and the command of its recipe
-        codes[same] = run_python(words[1:])
+        with few_figures() if "analysis.report" in same else nullcontext():
+            codes[same] = run_python(words[1:])
     return codes[same]
+
+
+@contextmanager
+def few_figures() -> Iterator[None]:
+    """Let the report draw two figures. Other commands draw them all, and fail where one cannot be drawn."""
+    from analysis import figures
+
+    with mock.patch.object(figures, "names", return_value=["fig1", "fig11"]):
+        yield
 
 
 def recipe(arguments: list[str]) -> list[str]:

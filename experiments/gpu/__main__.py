@@ -35,6 +35,7 @@ from experiments.system.interrupts import exit_when_interrupted
 
 #: Random shapes of each kernel without a GPU, where they are interpreted.
 INTERPRETED_PROBLEMS = 40
+INTERPRETED_TOKENS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +115,7 @@ def without_gpu() -> list[Outcome]:
         ]
     device = torch.device("cpu")
     with torch.no_grad():
-        return [*check_kernels(device, INTERPRETED_PROBLEMS), *check_engine(device)]
+        return [*check_kernels(device, INTERPRETED_PROBLEMS), *check_engine(device, INTERPRETED_TOKENS, ("chai",))]
 
 
 if __name__ == "__main__":

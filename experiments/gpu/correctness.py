@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -18,6 +18,7 @@ from experiments.gpu.report import Outcome
 PROBLEMS = 100  # of each kernel
 CLUSTERINGS = 200
 TOKENS = 24  # generated
+VOCABULARY = 512
 
 
 def check_kernels(device: torch.device, problems: int = PROBLEMS) -> Iterator[Outcome]:
@@ -57,40 +58,42 @@ def check_clustering(device: torch.device, problems: int = CLUSTERINGS) -> Itera
     yield Outcome("clusters", f"{wrong} differ", f"those of the CPU, {3 * problems} problems", wrong == 0)
 
 
-def check_engine(device: torch.device) -> Iterator[Outcome]:
+def check_engine(
+    device: torch.device, tokens: int = TOKENS, names: Sequence[str] = ("mha", "chai", "random")
+) -> Iterator[Outcome]:
     """Compare the engine's tokens with those of transformers' ``generate()`` on the CPU."""
     model = small_model()
-    for name, method in (("mha", load_method("mha")()), ("chai", Chai(clusters=3)), ("random", Random(clusters=3))):
+    methods = {"mha": load_method("mha")(), "chai": Chai(clusters=2), "random": Random(clusters=2)}
+    for name in names:
         for kind, mask in (("one row", None), ("padded rows", torch.tensor([[0] * 6 + [1] * 14, [1] * 20]))):
             rows = 1 if mask is None else 2
-            ids = torch.randint(1, 512, (rows, 20), generator=torch.Generator().manual_seed(1))
-            wanted = by_transformers(model, method, ids, mask)
-            with Engine(model.to(device), method, rows, 64) as engine:
+            ids = torch.randint(1, VOCABULARY, (rows, 20), generator=torch.Generator().manual_seed(1))
+            wanted = by_transformers(model, methods[name], ids, mask, tokens)
+            with Engine(model.to(device), methods[name], rows, 64, kernels=True) as engine:
                 options = {"attention_mask": mask, "stop_tokens": ()}
-                found = [engine.generate(ids.to(device), TOKENS, **options).cpu() for _ in range(2)]
+                found = [engine.generate(ids.to(device), tokens, **options).cpu() for _ in range(2)]
             model.to("cpu")
             equal = sum(int((one == wanted).all()) for one in found)
-            yield Outcome(
-                f"engine, {name}, {kind}", f"{equal} of 2 equal", "tokens of generate() on the CPU", equal == 2
-            )
+            asked = "tokens of generate() on the CPU"
+            yield Outcome(f"engine, {name}, {kind}", f"{equal} of 2 equal", asked, equal == 2)
 
 
 def by_transformers(
-    model: PreTrainedModel, method: Method, ids: torch.Tensor, mask: torch.Tensor | None
+    model: PreTrainedModel, method: Method, ids: torch.Tensor, mask: torch.Tensor | None, tokens: int
 ) -> torch.Tensor:
     """Generate greedily under a method by ``generate()``."""
     mask = torch.ones_like(ids) if mask is None else mask
     with method(model), torch.no_grad():
         return model.generate(
-            ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
 
 
 def small_model() -> PreTrainedModel:
     """Build a small LLaMA of random weights, with logits far enough apart to be the same on every device."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **sizes)).eval()
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=128, **sizes)).eval()
     model.lm_head.weight.data *= 20
     for layer in model.model.layers:  # heads that attend differently
         layer.self_attn.q_proj.weight.data *= 8

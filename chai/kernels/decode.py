@@ -18,7 +18,7 @@ from chai.kernels.compiler import Case, tl, triton
 from chai.kernels.scores import ADDITIVE_MASK, BOOL_MASK, HIDDEN, NO_MASK, apply_mask, dot, scale_scores
 from chai.kernels.tasks import Tasks
 
-ROWS = 16  # the query is a matrix of at least this many rows for the tensor cores, of which the first is real
+MOST_SPLITS = 64  # slices of the tokens, whose parts one program combines
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def decode_attention(
 def _count_splits(programs: int, size: int, config: DecodeConfig, device: torch.device) -> int:
     """Return in how many slices to divide the tokens, such that the GPU is full and no slice is empty."""
     wanted = -(-config.waves * _multiprocessors(device) // programs)
-    return max(1, min(wanted, -(-size // config.block)))
+    return max(1, min(wanted, -(-size // config.block), MOST_SPLITS))
 
 
 def _multiprocessors(device: torch.device) -> int:

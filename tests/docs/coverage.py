@@ -9,6 +9,8 @@ ELSEWHERE = {
     r"make test": "it is what runs this test",
     r"make test-slurm": "tests/slurm/test_sweeps.py is what it runs, against a real Slurm",
     r"make real( DATA=\S+ LIMIT=\d+)?": "tests/experiments/test_real.py runs its steps on a small model",
+    r"make gpu( GPU_ENV= PYTHON=python3)?": "tests/experiments/test_gpu.py runs its parts",
+    r"python -m chai\.kernels\.compile": "tests/kernels/test_compile.py runs it",
     r"make test-real": "tests/real/test_smollm2.py is what it runs, with weights of the package index",
     r"python -m analysis\.tables real": "tests/experiments/test_real.py prints it after its runs",
     r"scontrol update EndTime=now\+45": "tests/slurm/test_sweeps.py does it to a job of a real Slurm",

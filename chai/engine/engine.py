@@ -250,7 +250,7 @@ class Engine:
 
     def _begin(self, ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Request:
         """Read a request on the host, and copy it to the device."""
-        decoder = self.decoder
+        decoder, self._request = self.decoder, None
         warmup_tokens = 0 if self._warm_up is None else self._warm_up.tokens
         request = Request.read(ids, attention_mask, warmup_tokens)
         request.check(decoder.batch_size, self.max_length - new_tokens, len(decoder.embedding))

@@ -155,3 +155,7 @@ def test_what_does_not_fit_an_engine():
         with pytest.raises(ValueError, match="the cache is full .64 tokens"):
             engine.decode_step()
         assert engine.generate(IDS, 61).shape == (1, 64)
+        with pytest.raises(ValueError, match="ids have 2 rows"):
+            engine.prefill(IDS.expand(2, -1))
+        with pytest.raises(ValueError, match="no request has been started"):
+            engine.decode_step()

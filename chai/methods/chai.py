@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from chai.attention import clustered_attention
 from chai.cache import ClusteredLayer
-from chai.clustering.assignment import Representative, agglomerative_clusters, kmeans_clusters
+from chai.clustering.assignment import Representative, agglomerative_clusters, has_kernel, kmeans_clusters
 from chai.clustering.features import attention_features
 from chai.clustering.gqa import gqa_clusters
 from chai.heads import HeadClusters, KVHeadMap, repeat_kv
@@ -89,6 +90,10 @@ class Chai(ClusteredHeadAttention):
     def warmup_tokens(self) -> int:
         """Tokens that run with all heads, five in the paper (Section 3.3, Figure 9)."""
         return self.tokens
+
+    def clusters_on(self, device: torch.device, num_heads: int) -> bool:
+        """Whether there is a kernel for these clusters."""
+        return self.membership == "kmeans" and not self.group_aware and has_kernel(device, num_heads)
 
     def cluster_heads(
         self,

@@ -40,6 +40,8 @@ from chai.patching.rotary import part_of_positions, whole_call_frequencies
 # A prompt in one pass saves the pass of the warm-up tokens, whose weights are read and operations launched once more.
 # Cost of a layer in that pass, in multiply-adds of the same time: a constant, and a factor of the layer's weights.
 LAYER_OVERHEAD, WEIGHT_OVERHEAD = 140_000_000, 40
+#: The same constant on an accelerator, whose layers are launched in about a millisecond.
+LAYER_OVERHEAD_ON_GPU = 400_000_000_000
 
 
 class ClusteringSteps(ABC):
@@ -52,6 +54,10 @@ class ClusteringSteps(ABC):
     def warmup_tokens(self) -> int:
         """Real tokens of multi-head attention at the start of a request; 0: the clusters do not depend on it."""
         return 0
+
+    def clusters_on(self, device: torch.device, num_heads: int) -> bool:
+        """Whether :meth:`cluster_heads` runs on a device without a read of the host."""
+        return False
 
     @abstractmethod
     def cluster_heads(
@@ -121,7 +127,9 @@ class _Requests:
     def __init__(self, steps: ClusteringSteps, num_clusters: tuple[int, ...], model: PreTrainedModel) -> None:
         self.steps, self.num_clusters, self.config = steps, num_clusters, model.config
         self.shape = layer_shape(model, steps.shares_values)
-        self.on_cpu = all(device.type == "cpu" for device in layer_devices(model))
+        devices = layer_devices(model)
+        self.on_cpu = all(device.type == "cpu" for device in devices)
+        self.clusters_on_device = all(steps.clusters_on(device, self.shape.num_heads) for device in devices)
 
     def forward(self, decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on a cache of ours, one part of the tokens after the other.
@@ -176,15 +184,16 @@ class _Requests:
     def in_one_pass(self, cache: ClusteredCache, call: DecoderCall) -> bool:
         """Whether a prompt is faster in one pass, in which each layer clusters its heads as the pass reaches it.
 
-        All heads' Q and K are then projected, but there is no pass of the warm-up tokens alone. Only on a CPU: on an
-        accelerator, the clustering in every layer would wait for the device.
+        All heads' Q and K are then projected, but there is no pass of the warm-up tokens alone. On an accelerator only
+        if it clusters the heads itself: else every layer would wait for it.
         """
         rest = call.q_len - self.steps.warmup_tokens
-        if not self.on_cpu or rest <= 0:
+        if rest <= 0 or not (self.on_cpu or self.clusters_on_device):
             return False
         all_heads = self.shape.weights(self.shape.num_heads)
         saved = sum(all_heads - self.shape.weights(self.num_clusters[index]) for index in cache.clustered_layers)
-        cost = len(cache.layers) * (LAYER_OVERHEAD + WEIGHT_OVERHEAD * all_heads)
+        overhead = LAYER_OVERHEAD if self.on_cpu else LAYER_OVERHEAD_ON_GPU
+        cost = len(cache.layers) * (overhead + WEIGHT_OVERHEAD * all_heads)
         return call.batch_size * rest * saved < cost
 
     def cluster_complete_rows(self, cache: ClusteredCache) -> None:

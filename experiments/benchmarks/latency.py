@@ -1,4 +1,4 @@
-"""``experiment=latency``: time to first and next token, of attention, a layer and the model (paper, Figure 12)."""
+"""``experiment=latency``: time to first and next token, of attention, a layer, the model and the engine (Figure 12)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from chai.methods import baseline
 from chai.patching.model_info import UncountedError
 from experiments.benchmarks import harness
 from experiments.benchmarks.baselines import Implementation, attention_baselines, forget_last_token, model_baselines
+from experiments.benchmarks.engines import check_engine, engine_times
 from experiments.benchmarks.harness import BenchmarkContext, BenchmarkOptions, Times
 from experiments.benchmarks.roofline import headline, required_work, summarize
 from experiments.config.schema import ConfigError
@@ -29,7 +30,7 @@ from experiments.runs.folder import RunError
 from experiments.system.console import log_info
 from experiments.tables.benchmarks import CONTROL, show_latency
 
-Part = Literal["attention", "layer", "model"]
+Part = Literal["attention", "layer", "model", "engine"]
 Phase = Literal["prefill", "decode"]
 
 
@@ -77,7 +78,10 @@ def measure(context: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
         "attention": (counts, partial(attention_times, context)),
         "layer": (counts, partial(model_times, context, single)),
         "model": ([None], partial(model_times, context, model)),
+        "engine": ([None], partial(in_engine, context)),
     }
+    if "engine" in options.parts:
+        check_engine(method, max(context.lengths), model)
     if "attention" in options.parts:
         try:
             method.layer_shape(model)
@@ -151,6 +155,11 @@ def model_times(context: Context, model: PreTrainedModel, phase: Phase, length: 
             timers[name] = partial(module, token, past_key_values=cache, use_cache=True)
             after[name] = partial(forget_last_token, cache)
         return harness.interleave(timers, options.rounds * (1 if phase == "prefill" else 3), model.device, after)
+
+
+def in_engine(context: Context, phase: Phase, length: int, k: None) -> Times:
+    """Time prefill or a decode step at ``length`` tokens in the engine."""
+    return engine_times(context, phase, length, context.options.rounds * (1 if phase == "prefill" else 3))
 
 
 def prefill(module: PreTrainedModel, ids: Tensor, new_cache: Callable[[], Cache], **settings: int) -> object:

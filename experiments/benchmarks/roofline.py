@@ -20,7 +20,7 @@ def required_work(
     method: Method, model: PreTrainedModel, batch_size: int, part: str, phase: str, kv_len: int, k: int | None
 ) -> float:
     """Return the FLOPs (prefill) or bytes (decode) that a part requires with k clusters a layer; NaN if not known."""
-    if part == "model":
+    if part in ("model", "engine"):
         # None counts the method itself, and any k multi-head attention.
         counted = method if k is None else baseline()
         if phase == "prefill":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -11,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.config.schema import CONF, ConfigError, register, unknown_name
 
@@ -37,12 +38,24 @@ def groups() -> list[str]:
 
 def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     """Compose the configuration of one list of overrides; ``with_hydra`` keeps its ``hydra`` section."""
+    selections = {*groups(), *HYDRA_GROUPS}
+    # As Hydra applies them. One key for what check and run write in different orders.
+    ordered = sorted(overrides, key=lambda override: override.partition("=")[0] not in selections)
+    config = expand_home(pickle.loads(_compose(tuple(ordered))))
+    if not with_hydra:
+        with open_dict(config):
+            del config["hydra"]
+    mark_given(config, overrides)
+    return config
+
+
+@functools.lru_cache(maxsize=1024)
+def _compose(overrides: tuple[str, ...]) -> bytes:
+    """Compose with Hydra, which takes 0.1 s, and pickle, since a command checks, plans and runs one configuration."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        config = expand_home(compose("config", overrides, return_hydra_config=with_hydra))
-    mark_given(config, overrides)
-    return config
+        return pickle.dumps(compose("config", list(overrides), return_hydra_config=True))
 
 
 def mark_given(config: DictConfig, overrides: list[str]) -> None:

@@ -20,11 +20,14 @@ ENOUGH_ROUNDS = 9
 CACHES = ("Stock", "Growing", "Static")
 #: The kernel that has a column of its own.
 PRODUCTS = "products"
+#: Multi-head attention in the engine, whose part of a run has no other baseline.
+ENGINE = "engine"
 
 TIMES_LEGEND = (
     "Medians of interleaved rounds. Multi-head attention by its fastest kernel: Stock, on transformers'\n"
     "DynamicCache, which copies at every token; Growing, on this project's buffers; Static, on a StaticCache of\n"
-    "this length; Products, by the method's own matrix products (on Growing in prefill, Static in decode).\n"
+    "this length; Products, by the method's own matrix products (on Growing in prefill, Static in decode); Engine,\n"
+    "in chai.Engine, as the method in these rows.\n"
     "k = H: the control, the method with every head a cluster. Rate: required GFLOP (GF) or GB per second."
 )
 GAINS_LEGEND = (
@@ -98,7 +101,8 @@ def latency_cases(frame: pd.DataFrame, result: dict[str, Any]) -> list[Case]:
 
 
 def _times_table(cases: list[Case], title: str, method: str) -> Table:
-    names = [*CACHES, "Products", *(["k = H", method] if any(case.method for case in cases) else [])]
+    engine = ["Engine"] if any(case.part == ENGINE for case in cases) else []
+    names = [*CACHES, "Products", *engine, *(["k = H", method] if any(case.method for case in cases) else [])]
     rows = []
     for case in cases:
         times = fastest(case.baselines)
@@ -155,7 +159,7 @@ def fastest(baselines: pd.DataFrame) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in baselines.itertuples():
         kernel, _, cache = row.implementation.partition("_")
-        column = "Products" if kernel == PRODUCTS else cache.capitalize() or "Stock"
+        column = kernel.capitalize() if kernel in (PRODUCTS, ENGINE) else cache.capitalize() or "Stock"
         found[column] = min(row.ms, found.get(column, row.ms))
     return found
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from chai.loading import load_config
 from chai.methods import load_method, method_names
 from experiments.cli import help_text, main
+from experiments.config import compose
 from experiments.config.compose import choices, combinations, compose_config, task_members
 from experiments.config.remedies import REMEDIES
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
@@ -25,6 +26,7 @@ from experiments.evaluation import accuracy
 from experiments.runs.model import model_source
 from experiments.runs.resolve import run_folders
 from experiments.sweeps.expand import expand
+from experiments.sweeps.plan import plan_jobs
 
 EVERY = [
     (path.parent.name, path.stem)
@@ -142,14 +144,40 @@ def test_mistakes_are_refused_before_anything_starts(arguments, expected):
     assert "\n" not in str(error.value)
 
 
-def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path):
-    mistakes = (["method=chia"], ["method.clusters=[1,2]"], ["experiment=pretrain_tiny", "model=llama7b"])
-    for arguments in mistakes:
+def test_a_configuration_is_composed_once_and_every_caller_has_its_own(monkeypatch):
+    composed, hydra_compose = [], compose.compose
+
+    def counting(name, overrides, **options):
+        composed.append(overrides)
+        return hydra_compose(name, overrides, **options)
+
+    monkeypatch.setattr(compose, "compose", counting)
+    overrides = ["seed=4711", "method=random", "task=micro_boolq"]
+    check_overrides(overrides)
+    first = compose_config(overrides)
+    (launched,) = plan_jobs([overrides])
+    assert [one for one in composed if "seed=4711" in one] == [["method=random", "task=micro_boolq", "seed=4711"]]
+    assert first == launched.config and "hydra" not in first
+    first.seed, first.method.clusters = 1, [1]
+    assert compose_config(overrides) == launched.config
+    assert "hydra" in compose_config(overrides, with_hydra=True)
+
+
+def test_a_mistake_exits_with_two_and_writes_nothing(tmp_path, monkeypatch, capfd):
+    """As processes: a word that is refused before any import, and a setting that the imported method refuses."""
+    for arguments in (["method=chia"], ["method.clusters=[1,2]"]):
         result = run(*arguments, cwd=tmp_path)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-        assert result.stderr.startswith("error: ") and not result.stdout
+        assert_one_error(result.returncode, result.stdout, result.stderr)
+    monkeypatch.chdir(tmp_path)
+    code = main(["experiment=pretrain_tiny", "model=llama7b"])
+    assert_one_error(code, *capfd.readouterr())
     assert not list(tmp_path.iterdir())
+
+
+def assert_one_error(code: int, out: str, err: str) -> None:
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("error: ") and not out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from experiments import cli
 from experiments.config.compose import choices
 from experiments.config.schema import CONF, REPOSITORY, ConfigError
 from experiments.config.validate import check_overrides
@@ -163,24 +164,16 @@ def test_help_and_refusal_through_the_command_line(capsys):
     assert capsys.readouterr().err == "error: paper=micro is a sweep: add -m\n"
 
 
-def test_one_failing_sweep_hides_no_other(tmp_path, table):
+def test_one_failing_sweep_hides_no_other(tmp_path, table, monkeypatch, capfd):
     """The first sweep can't run (counts beyond the heads), the others do; the exit code tells."""
     path = table(
         "method=random method.clusters=99", "method=mha", "method=random method.clusters=2,4", task="micro_piqa"
     )
-    code = (
-        "import sys; from pathlib import Path; from experiments import cli; "
-        "from experiments.sweeps import expand as paper; "
-        f"cli.expand = lambda overrides, multirun: paper.read_table(Path({str(path)!r}), overrides); "
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
+    monkeypatch.setattr(cli, "expand", lambda overrides, multirun: paper.read_table(path, overrides))
     results = tmp_path / "results"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", f"results_dir={results}", "limit=2", "device=cpu"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "error: method: " in done.stderr and "Traceback" not in done.stderr
+    assert cli.main(["-m", f"results_dir={results}", "limit=2", "device=cpu"]) == 2
+    errors = capfd.readouterr().err
+    assert "error: method: " in errors and "Traceback" not in errors
     states = {
         f"{status.parts[-4]}": json.loads(status.read_text())["state"]
         for status in results.glob("accuracy/tiny/*/micro_piqa/*/status.json")

@@ -27,7 +27,7 @@ from tests.slurm.cluster import Cluster, ClusterError
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 METHODS = ("mha", "chai", "random", "static")
-TASKS = ("micro_piqa", "micro_boolq", "micro_arc_easy")
+TASKS = ("micro_piqa", "micro_boolq")
 SWEEP = [f"method={','.join(METHODS)}", f"task={','.join(TASKS)}", "limit=6", "device=cpu"]
 PATIENCE = 900.0  # seconds; only a test that fails takes that long
 
@@ -95,14 +95,14 @@ def job_of(results: Path, name: str) -> str:
 
 
 def test_a_sweep_equals_the_same_sweep_run_here(tmp_path, cluster, hold):
-    queued = start(tmp_path / "slurm", *SWEEP, "hydra.launcher.array_parallelism=4")
+    queued = start(tmp_path / "slurm", *SWEEP, "hydra.launcher.array_parallelism=3")
     told = queued.communicate()[0]
     assert queued.returncode == 0, told
-    assert told.count("] done: ") == 12
+    assert told.count("] done: ") == 8
     here = start(tmp_path / "here", *SWEEP, launcher="basic")
     assert here.wait() == 0
     ours, theirs = results_of(tmp_path / "slurm"), results_of(tmp_path / "here")
-    assert set(ours) == set(theirs) and len(ours) == 12
+    assert set(ours) == set(theirs) and len(ours) == 8
     for name, result in ours.items():
         assert numbers(result) == numbers(theirs[name])
         samples = [
@@ -129,7 +129,7 @@ def test_killed_cancelled_timed_out_and_full_runs_are_told_and_done_by_the_same_
             results,
             lambda now: (
                 [state for state, _ in now.values()].count("running") == 6
-                and sum(state in ("done", "failed") for state, _ in now.values()) == 6
+                and sum(state in ("done", "failed") for state, _ in now.values()) == 2
             ),
         )
         assert {name for name, (state, _) in found.items() if state == "running"} == {*killed, cancelled, timed_out}
@@ -150,11 +150,11 @@ def test_killed_cancelled_timed_out_and_full_runs_are_told_and_done_by_the_same_
         (hold / timed_out).unlink()
         told = client.communicate()[0]
         assert client.returncode == 1, told
-        assert [told.count(f"] {state}: ") for state in ("done", "died", "failed")] == [6, 4, 2]
+        assert [told.count(f"] {state}: ") for state in ("done", "died", "failed")] == [2, 4, 2]
         assert states(results)[timed_out][0] == "done"
 
         before = {path: path.stat().st_mtime_ns for path in results.glob("accuracy/*/*/*/*/result.json")}
-        assert len(before) == 6
+        assert len(before) == 2
         assert main([f"results_dir={results}", "--failed", "--rerun"]) == 0
         assert capsys.readouterr().out.count("run.py") == 6
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
@@ -164,7 +164,7 @@ def test_killed_cancelled_timed_out_and_full_runs_are_told_and_done_by_the_same_
         told = again.communicate()[0]
         assert again.returncode == 0, told
         assert told.count("] done: ") == 6
-        assert {state for state, _ in states(results).values()} == {"done"} and len(states(results)) == 12
+        assert {state for state, _ in states(results).values()} == {"done"} and len(states(results)) == 8
         assert all(path.stat().st_mtime_ns == then for path, then in before.items())
         nothing = start(results, *SWEEP)
         assert nothing.wait() == 0 and cluster.run("squeue", "-h").stdout == ""
@@ -173,13 +173,13 @@ def test_killed_cancelled_timed_out_and_full_runs_are_told_and_done_by_the_same_
 
 
 def test_a_failing_configuration_hides_none_of_the_others(tmp_path, cluster, hold):
-    counts = ",".join(map(str, (*range(1, 12), 99)))
+    counts = "1,99,2,3"
     client = start(
         tmp_path / "results", "method=random", f"method.clusters={counts}", "task=micro_piqa", "limit=2", "device=cpu"
     )
     told = client.communicate()[0]
     assert client.returncode == 1, told
-    assert told.count("] done: ") == 11
+    assert told.count("] done: ") == 3
     (row,) = (row for row in collect_rows(tmp_path / "results") if row.state.state != "done")
     told = "method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16"
     assert (row.state.state, row.state.reason) == ("failed", told)

@@ -1,0 +1,97 @@
+"""Whether kernels and engine compute what they should, on the GPU or under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from chai.attention.gpu import implementations
+from chai.clustering.assignment import kmeans_clusters
+from chai.engine import Engine
+from chai.methods import Chai, Random, load_method
+from chai.methods.base import Method
+from experiments.gpu.problems import is_exact, random_problem
+from experiments.gpu.report import Outcome
+
+PROBLEMS = 100  # of each kernel
+CLUSTERINGS = 200
+TOKENS = 24  # generated
+
+
+def check_kernels(device: torch.device, problems: int = PROBLEMS) -> Iterator[Outcome]:
+    """Compare every implementation with the equation in fp64 over random shapes."""
+    for one_token, name in ((True, "decode kernel"), (False, "prefill kernel")):
+        wrong, computed = [], 0
+        for seed in range(problems):
+            problem = random_problem(seed, one_token).to(device)
+            runs = {name: run for name, run in implementations(problem.inputs).items() if is_ours(name)}
+            # Each shape by one setting of the kernel, all settings in turn.
+            for place, (setting, run) in enumerate(runs.items()):
+                if place == seed % len(runs):
+                    computed += 1
+                    wrong += [] if is_exact(problem, run()) else [f"problem {seed}, {setting}"]
+        asked = f"error as of stock attention, {computed} random shapes"
+        yield Outcome(name, f"{len(wrong)} wrong" + (f" ({wrong[0]})" if wrong else ""), asked, not wrong)
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation is one of this project's kernels."""
+    return name.startswith(("split-KV", "one score"))
+
+
+def check_clustering(device: torch.device, problems: int = CLUSTERINGS) -> Iterator[Outcome]:
+    """Compare the K-means of the device with that of the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    scores = torch.randn(1, problems, 32, 5, 5, generator=generator) * 2
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    features = scores.softmax(-1).flatten(3)
+    for k in (4, 18, 28):
+        (wanted,) = kmeans_clusters(features, [k])
+        (found,) = kmeans_clusters(features.to(device), [k])
+        same = (found.assignment.cpu() == wanted.assignment).all(1)
+        same &= (found.representatives.cpu() == wanted.representatives).all(1)
+        wrong += int((~same).sum())
+    yield Outcome("clusters", f"{wrong} differ", f"those of the CPU, {3 * problems} problems", wrong == 0)
+
+
+def check_engine(device: torch.device) -> Iterator[Outcome]:
+    """Compare the engine's tokens with those of transformers' ``generate()`` on the CPU."""
+    model = small_model()
+    for name, method in (("mha", load_method("mha")()), ("chai", Chai(clusters=3)), ("random", Random(clusters=3))):
+        for kind, mask in (("one row", None), ("padded rows", torch.tensor([[0] * 6 + [1] * 14, [1] * 20]))):
+            rows = 1 if mask is None else 2
+            ids = torch.randint(1, 512, (rows, 20), generator=torch.Generator().manual_seed(1))
+            wanted = by_transformers(model, method, ids, mask)
+            with Engine(model.to(device), method, rows, 64) as engine:
+                options = {"attention_mask": mask, "stop_tokens": ()}
+                found = [engine.generate(ids.to(device), TOKENS, **options).cpu() for _ in range(2)]
+            model.to("cpu")
+            equal = sum(int((one == wanted).all()) for one in found)
+            yield Outcome(
+                f"engine, {name}, {kind}", f"{equal} of 2 equal", "tokens of generate() on the CPU", equal == 2
+            )
+
+
+def by_transformers(
+    model: PreTrainedModel, method: Method, ids: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Generate greedily under a method by ``generate()``."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    with method(model), torch.no_grad():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+
+
+def small_model() -> PreTrainedModel:
+    """Build a small LLaMA of random weights, with logits far enough apart to be the same on every device."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **sizes)).eval()
+    model.lm_head.weight.data *= 20
+    for layer in model.model.layers:  # heads that attend differently
+        layer.self_attn.q_proj.weight.data *= 8
+    return model

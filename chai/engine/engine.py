@@ -246,7 +246,7 @@ class Engine:
         self._advance()
         return decoder.logits.clone()
 
-    @_without_grad
+    @_in_engine
     def repeated_step(self, length: int) -> Callable[[], None]:
         """Return a function that runs the decode step of token ``length`` anew at each call (for benchmarks).
 
@@ -268,7 +268,8 @@ class Engine:
             decoder.position.fill_(length - 1)
             decoder.step(length, True, padded)
 
-        run = _without_grad(functools.partial(self._graphs.run, ("repeated", length, request.shared, padded), step))
+        key = ("repeated", length, request.shared, padded)
+        run = functools.partial(_in_engine(lambda engine: engine._graphs.run(key, step)), self)
         run()
         request.length = length
         return run

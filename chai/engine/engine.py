@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -17,7 +18,7 @@ from chai.engine.graphs import Graphs
 from chai.engine.request import Request
 from chai.engine.sampling import Sampling, next_tokens
 from chai.engine.streaming import TokenReader
-from chai.engine.support import check_method, check_model
+from chai.engine.support import check_method, check_model, least_window
 from chai.engine.warm_up import WarmUp, cluster_without_tokens
 from chai.kernels import available
 from chai.methods import baseline
@@ -35,13 +36,15 @@ OnToken = Callable[[Tensor], object]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _without_grad(function: F) -> F:
-    """Run without gradients, and outside of inference mode: the buffers outlive the call."""
+def _in_engine(function: F) -> F:
+    """Run without gradients, outside of inference mode (buffers outlive the call), and on the engine's device."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
+    def wrapper(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+        device = input_device(engine.model) if "model" in vars(engine) else torch.device("cpu")
+        place = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), place:
+            return function(engine, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
 
@@ -64,7 +67,7 @@ class Engine:
         ValueError: The engine does not run this model or this method; the message names what is valid.
     """
 
-    @_without_grad
+    @_in_engine
     def __init__(
         self,
         model: PreTrainedModel,
@@ -78,9 +81,11 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}; valid: 1 or more")
         self.model, self.method = model, baseline() if method is None else method
-        self.max_length = -(-max_length // STEP) * STEP
         check_method(self.method)
         check_model(model, max_length)
+        capacity = -(-max_length // STEP) * STEP
+        #: Tokens of prompt and generation together: what is reserved, as far as no sliding window is shorter.
+        self.max_length = min(capacity, least_window(model) or capacity)
         self.method.check(model.config)
         self.method.check_weights(model)
         device = input_device(model)
@@ -95,7 +100,7 @@ class Engine:
         self._stops: dict[tuple[int, ...], Tensor] = {}
         self._request: Request | None = None
         self._warm_up: WarmUp | None = None
-        self._decoder: Decoder | None = Decoder(model, self.method, batch_size, self.max_length, kernels)
+        self._decoder: Decoder | None = Decoder(model, self.method, batch_size, capacity, kernels)
         try:
             clustered = any(layer.clusters is not None for layer in self._decoder.layers)
             if clustered and isinstance(self.method, ClusteringMethod):
@@ -117,7 +122,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    @_without_grad
+    @_in_engine
     def close(self) -> None:
         """Give the model's parameters storage of their own again, and free cache, buffers and graphs."""
         if self._decoder is not None:
@@ -139,7 +144,7 @@ class Engine:
 
     # Requests.
 
-    @_without_grad
+    @_in_engine
     def generate(
         self,
         ids: Tensor,
@@ -211,14 +216,14 @@ class Engine:
         new = count if reader is not None else max_new_tokens
         return decoder.sequence[: first + new].t().contiguous()
 
-    @_without_grad
+    @_in_engine
     def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Start a request: run the prompts ``[B, T]`` and return the logits of the next tokens, ``[B, V]``."""
         self._begin(ids, attention_mask, 0)
         self._run_prompt()
         return self.decoder.logits.clone()
 
-    @_without_grad
+    @_in_engine
     def decode_step(self, tokens: Tensor | None = None) -> Tensor:
         """Go on with one token of each row, long ``[B]``, and return the logits of the next ones, ``[B, V]``.
 
@@ -241,7 +246,7 @@ class Engine:
         self._advance()
         return decoder.logits.clone()
 
-    @_without_grad
+    @_in_engine
     def repeated_step(self, length: int) -> Callable[[], None]:
         """Return a function that runs the decode step of token ``length`` anew at each call (for benchmarks).
 
@@ -263,7 +268,8 @@ class Engine:
             decoder.position.fill_(length - 1)
             decoder.step(length, True, padded)
 
-        run = _without_grad(functools.partial(self._graphs.run, ("repeated", length, request.shared, padded), step))
+        key = ("repeated", length, request.shared, padded)
+        run = functools.partial(_in_engine(lambda engine: engine._graphs.run(key, step)), self)
         run()
         request.length = length
         return run
@@ -272,10 +278,10 @@ class Engine:
 
     def _begin(self, ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Request:
         """Read a request on the host, and copy it to the device."""
-        decoder = self.decoder
+        decoder, self._request = self.decoder, None
         warmup_tokens = 0 if self._warm_up is None else self._warm_up.tokens
         request = Request.read(ids, attention_mask, warmup_tokens)
-        request.check(decoder.batch_size, self.max_length - new_tokens, self.model.config.vocab_size)
+        request.check(decoder.batch_size, self.max_length - new_tokens, len(decoder.embedding))
         decoder.sequence[: request.length].copy_(ids.t())
         decoder.starts.copy_(torch.tensor(request.starts, dtype=torch.int32))
         self._request = request
@@ -320,7 +326,7 @@ class Engine:
             return
         length = request.length
         if decoder.kernels:
-            span = min(bucket(length), self.max_length)
+            span = min(bucket(length), decoder.capacity)
         elif decoder.device.type == "cpu" and decoder.logits.dtype.itemsize == 2:  # oneDNN compiles each length anew
             span = -(-length // STEP) * STEP
         else:
@@ -367,12 +373,28 @@ def generate(
     method: Method | None = None,
     max_new_tokens: int = 20,
     *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_tokens: int | Iterable[int] | None = None,
+    on_token: OnToken | None = None,
     kernels: bool | None = None,
-    **options: Any,
 ) -> Tensor:
     """Generate text in an :class:`Engine` of its own; arguments as of :class:`Engine` and :meth:`Engine.generate`."""
     if ids.ndim != 2:
         raise ValueError(f"ids are {tuple(ids.shape)}; valid: [batch_size, tokens]")
     max_length = ids.shape[1] + max(1, max_new_tokens)
     with Engine(model, method, max(1, len(ids)), max_length, kernels=kernels) as engine:
-        return engine.generate(ids, max_new_tokens, **options)
+        return engine.generate(
+            ids,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=stop_tokens,
+            on_token=on_token,
+        )

@@ -70,11 +70,11 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
         raise ValueError("the model is in training mode, and the engine has no gradients; valid: model.eval()")
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"the engine does not run hidden_act '{config.hidden_act}'; valid: {', '.join(ACTIVATIONS)}")
-    windows = [window for window in sliding_windows(config) if window is not None]
-    if windows and min(windows) < max_length:
+    window = least_window(model)
+    if window is not None and window < max_length:
         raise ValueError(
-            f"this model has a sliding window of {min(windows)} tokens, which the engine does not compute; "
-            f"valid: max_length up to {min(windows)}"
+            f"this model has a sliding window of {window} tokens, which the engine does not compute; "
+            f"valid: max_length up to {window}"
         )
     rotary = model.get_decoder().rotary_emb
     if depends_on_length(rotary):
@@ -85,6 +85,11 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
     for name, module in model.named_modules():
         _check_module(name, module)
     _check_weights(model)
+
+
+def least_window(model: PreTrainedModel) -> int | None:
+    """Return the shortest sliding window of the layers; ``None`` without one."""
+    return min((window for window in sliding_windows(model.config) if window is not None), default=None)
 
 
 def read_shape(model: PreTrainedModel) -> Shape:

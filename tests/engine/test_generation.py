@@ -104,6 +104,25 @@ def test_prefill_and_decode_steps_give_the_logits_of_the_model(method):
         torch.testing.assert_close(logits, wanted[:, index], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["mha", "chai"])
+def test_a_step_that_is_timed_runs_the_same_each_time(method):
+    """It is the step of the last of ``length`` tokens, and the request goes on after it."""
+    model, ids = make_model("llama"), make_batch([9])["input_ids"]
+    with chai.Engine(model, METHODS[method], max_length=64) as engine:
+        with pytest.raises(ValueError, match="length is 9"):
+            engine.prefill(ids)
+            engine.repeated_step(9)
+        run = engine.repeated_step(30)
+        first = engine.decoder.logits.clone()
+        run()
+        assert torch.equal(engine.decoder.logits, first) and first.isfinite().all()
+        assert engine.decoder.position.tolist() == [30]
+        assert engine.decode_step().isfinite().all()
+        for length in (5, 65):
+            with pytest.raises(ValueError, match=f"length is {length}; valid: up to 64"):
+                engine.repeated_step(length)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_where_transformers_does(dtype):
     """Logits differ no more from those in fp32 than the model's own."""

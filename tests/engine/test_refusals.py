@@ -64,6 +64,8 @@ def test_a_sliding_window_that_is_reached():
     model = make_model("mistral_sliding")
     refused("sliding window of 8 tokens.*valid: max_length up to 8", model, ids=torch.full((1, 9), 5))
     assert chai.generate(model, IDS, None, 5).shape == (1, 8)
+    with chai.Engine(model, max_length=5) as engine, pytest.raises(ValueError, match="9 tokens; valid: up to 7"):
+        engine.generate(torch.full((1, 9), 5), 1)
 
 
 def test_rotary_frequencies_that_depend_on_the_length():
@@ -153,3 +155,7 @@ def test_what_does_not_fit_an_engine():
         with pytest.raises(ValueError, match="the cache is full .64 tokens"):
             engine.decode_step()
         assert engine.generate(IDS, 61).shape == (1, 64)
+        with pytest.raises(ValueError, match="ids have 2 rows"):
+            engine.prefill(IDS.expand(2, -1))
+        with pytest.raises(ValueError, match="no request has been started"):
+            engine.decode_step()

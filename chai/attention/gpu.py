@@ -30,10 +30,10 @@ from chai.kernels.tasks import Tasks, build_tasks
 OWN_CHOICE = "torch's choice"
 #: The fused kernels of torch, and what torch chooses by itself.
 BACKENDS = {
+    OWN_CHOICE: None,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    OWN_CHOICE: None,
 }
 #: Widest head that the kernels hold in registers.
 WIDEST_HEAD = 256

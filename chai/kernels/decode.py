@@ -40,13 +40,11 @@ class DecodeConfig:
 #: Worth measuring: few members for short contexts (more programs), many for long ones (fewer reads of keys).
 CONFIGS = (
     DecodeConfig(),
-    DecodeConfig(members=2, block=128, num_stages=2),
-    DecodeConfig(members=2, block=64, waves=4),
+    DecodeConfig(waves=4),
+    DecodeConfig(block=128, num_stages=2),
     DecodeConfig(members=1, block=128),
-    DecodeConfig(members=1, block=64, num_stages=4),
-    DecodeConfig(members=4, block=64, waves=1, num_stages=2),
-    DecodeConfig(members=4, block=32, waves=2, num_stages=4),
-    DecodeConfig(members=8, block=32, waves=2, num_warps=8, num_stages=2),
+    DecodeConfig(members=4, block=32, num_stages=4),
+    DecodeConfig(members=8, block=32, num_warps=8, num_stages=2),
     DecodeConfig(members=8, block=32, waves=4, num_warps=8, num_stages=2),
 )
 #: The same for heads wider than 128, whose keys and values need twice the shared memory.
@@ -118,11 +116,11 @@ def decode_attention(
         size,
         splits,
         tasks.count,
+        num_heads,
         *query.stride()[:2],
         *key.stride()[:3],
         *value.stride()[:3],
         *(0, 0) if mask is None else (mask.stride(0) if len(mask) > 1 else 0, mask.stride(3)),
-        HEADS=num_heads,
         DIM=head_dim,
         DIM_PADDED=triton.next_power_of_2(head_dim),
         VALUE_DIM=value_dim,
@@ -144,8 +142,8 @@ def decode_attention(
         tasks.leaders,
         out,
         splits,
+        num_heads,
         *out.stride()[:2],
-        HEADS=num_heads,
         VALUE_DIM=value_dim,
         VALUE_DIM_PADDED=triton.next_power_of_2(value_dim),
         SPLITS_PADDED=triton.next_power_of_2(splits),
@@ -166,7 +164,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+#: Sizes that change from call to call: no kernel is compiled anew for those divisible by 16, or for 1.
+VARYING = ["size", "splits", "num_tasks", "num_heads", "stride_mb"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def _decode(
     query,
     key,
@@ -182,6 +184,7 @@ def _decode(
     size,
     splits,
     num_tasks,
+    num_heads,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -192,7 +195,6 @@ def _decode(
     stride_vs,
     stride_mb,
     stride_ms,
-    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -270,14 +272,14 @@ def _decode(
     real = rows[:, None] == 0
     bits = tl.load(entry + 3 + MEMBERS + slot, mask=slot < count, other=1)
     heads = value_heads * GROUP + _lowest_bit(bits, GROUP)
-    place = (row.to(tl.int64) * HEADS + heads) * splits + split
+    place = (row.to(tl.int64) * num_heads + heads) * splits + split
     written = real & (slot < count)[None, :] & (value_dims < VALUE_DIM)[None, :]
     tl.store(parts + place[None, :] * VALUE_DIM + value_dims[None, :] + rows[:, None] * 0, acc, mask=written)
     log_sum = tl.where(total > 0, most + tl.math.log2(tl.maximum(total, 1.0e-30)), HIDDEN)
     members = tl.arange(0, MEMBERS)
     bits = tl.load(entry + 3 + MEMBERS + members, mask=members < count, other=1)
     heads = tl.load(entry + 3 + members, mask=members < count, other=0) * GROUP + _lowest_bit(bits, GROUP)
-    place = (row.to(tl.int64) * HEADS + heads) * splits + split
+    place = (row.to(tl.int64) * num_heads + heads) * splits + split
     tl.store(
         sums + place[None, :] + rows[:, None] * 0,
         log_sum[:, None] + members[None, :] * 0.0,
@@ -294,22 +296,22 @@ def _lowest_bit(bits, GROUP: tl.constexpr):
     return tl.where((bits & 1) != 0, 0, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "num_heads"])
 def _combine(
     parts,
     sums,
     leaders,
     out,
     splits,
+    num_heads,
     stride_ob,
     stride_oh,
-    HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    leader = row * HEADS + tl.load(leaders + tl.program_id(0))
+    row, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    leader = row * num_heads + tl.load(leaders + tl.program_id(0))
     slices, dims = tl.arange(0, SPLITS_PADDED), tl.arange(0, VALUE_DIM_PADDED)
     log_sums = tl.load(sums + leader * splits + slices, mask=slices < splits, other=-2.0e30)
     shares = tl.math.exp2(log_sums - tl.max(log_sums, 0))
@@ -322,7 +324,7 @@ def _combine(
 
 def _compiled(config: DecodeConfig, dim: int, group: int = 1) -> Case:
     integers = [f"stride_{axis}" for axis in "qb qh kb kh ks vb vh vs mb".split()]
-    integers += ["size", "splits", "num_tasks"]
+    integers += ["size", "splits", "num_tasks", "num_heads"]
     return Case(
         f"decode, head_dim {dim}, {config.members} members, {config.block} tokens, group {group}",
         _decode,
@@ -331,7 +333,6 @@ def _compiled(config: DecodeConfig, dim: int, group: int = 1) -> Case:
         | {"scaling": "fp32", "softcap": "fp32"}
         | dict.fromkeys(integers, "i32"),
         {
-            "HEADS": 32,
             "DIM": dim,
             "DIM_PADDED": 1 << (dim - 1).bit_length(),
             "VALUE_DIM": dim,
@@ -358,8 +359,8 @@ COMPILED = [
         "combine",
         _combine,
         {"parts": "*fp32", "sums": "*fp32", "leaders": "*i32", "out": "*bf16"}
-        | dict.fromkeys(("splits", "stride_ob", "stride_oh"), "i32"),
-        {"HEADS": 32, "VALUE_DIM": 128, "VALUE_DIM_PADDED": 128, "SPLITS_PADDED": 32},
+        | dict.fromkeys(("splits", "num_heads", "stride_ob", "stride_oh"), "i32"),
+        {"VALUE_DIM": 128, "VALUE_DIM_PADDED": 128, "SPLITS_PADDED": 32},
         {"num_warps": 4},
     ),
 ]

@@ -157,7 +157,7 @@ def _describe(tensor: Tensor, tokens: int, dim: int) -> object:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, tokens, dim])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_tasks", "stride_mb", "stride_mt"])
 def _prefill(
     query,
     key,

@@ -76,7 +76,7 @@ def _num_warps(num_heads: int) -> int:
     return max(4, (1 << (num_heads - 1).bit_length()) // 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fill(
     assignment,
     kv_heads,

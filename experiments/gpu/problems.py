@@ -50,16 +50,19 @@ class Problem:
         return self.head_map.clusters.assignment
 
 
-def random_problem(seed: int, one_token: bool) -> Problem:
-    """Draw rows, heads, clusters, grouped queries, head sizes, types, lengths, padding and masks."""
-    draw = random.Random(seed)
+def random_problem(seed: int, one_token: bool, kinds: int | None = None) -> Problem:
+    """Draw rows, heads, clusters, grouped queries, head sizes, types, lengths, padding and masks.
+
+    With ``kinds``, there are only so many kinds of what a kernel is compiled for: one for each ``seed % kinds``.
+    """
+    draw, kind_draw = random.Random(seed), random.Random(f"kind {seed if kinds is None else seed % kinds}")
     torch.manual_seed(seed)
-    num_heads = draw.choice([1, 2, 3, 4, 6])
-    group = draw.choice([size for size in (1, 2, 3) if num_heads % size == 0])
+    num_heads = kind_draw.choice([1, 2, 3, 4, 6])
+    group = kind_draw.choice([size for size in (1, 2, 3) if num_heads % size == 0])
     batch_size, k, stored = draw.choice([1, 1, 2]), draw.randint(1, num_heads), draw.randint(1, 3)
-    dim = draw.choice([16, 32, 64, 80, 96, 128])
-    value_dim = draw.choice([dim, dim, dim, 32])
-    dtype = draw.choice([torch.float16, torch.bfloat16, torch.float32])
+    dim = kind_draw.choice([16, 32, 64, 80, 96, 128])
+    value_dim = kind_draw.choice([dim, dim, dim, 32])
+    dtype = kind_draw.choice([torch.float16, torch.bfloat16, torch.float32])
     size = draw.choice([1, 5, 16, 17, 40, 64, 70])
     q_len = 1 if one_token else draw.randint(1, min(size, 40))
     rows = [
@@ -80,7 +83,7 @@ def random_problem(seed: int, one_token: bool) -> Problem:
 
     query, key = tokens(q_len, k, dim, 0), tokens(size, stored, dim, 8)
     value = tokens(size, num_heads // group, value_dim, 8)
-    kind = draw.choice(["none", "none", "starts", "bool", "additive"])
+    kind = kind_draw.choice(["none", "none", "starts", "bool", "additive"])
     mask = starts = kv_len = None
     visible = torch.rand(draw.choice([1, batch_size]), 1, q_len, size) < 0.7
     visible |= torch.eye(size, dtype=torch.bool)[-q_len:]  # every token sees itself
@@ -92,10 +95,10 @@ def random_problem(seed: int, one_token: bool) -> Problem:
         mask = torch.randn(visible.shape).masked_fill(~visible, hidden).to(dtype)
     if kind == "starts":
         starts = torch.randint(0, size, (batch_size,), dtype=torch.int32)
-    if one_token and mask is None and draw.random() < 0.5:
+    if one_token and mask is None and kind_draw.random() < 0.5:
         least = 1 if starts is None else int(starts.max()) + 1
         kv_len = torch.tensor([draw.randint(least, size)], dtype=torch.int32)
-    softcap = draw.choice([None, None, 20.0])
+    softcap = kind_draw.choice([None, None, 20.0])
     return Problem(query, key, value, head_map, draw.uniform(0.05, 0.4), mask, starts, kv_len, softcap)
 
 

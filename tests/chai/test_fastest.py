@@ -41,6 +41,15 @@ def test_measured_once_for_each_key(tmp_path: Path) -> None:
     assert measure.calls == 2
 
 
+def test_unmeasured(tmp_path: Path) -> None:
+    measure = Measure(a=2.0, b=1.0)
+    choice = FastestChoice(tmp_path, measure)
+    with choice.unmeasured():
+        assert choice.name("key", runs, CPU) == "a"
+    assert not measure.calls and not list(tmp_path.iterdir())
+    assert choice.name("key", runs, CPU) == "b"
+
+
 def test_remembered_by_the_next_process(tmp_path: Path) -> None:
     FastestChoice(tmp_path, Measure(a=2.0, b=1.0)).name(("shape", 1), runs, CPU)
     measure = Measure(a=1.0, b=2.0)

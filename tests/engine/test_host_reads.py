@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
+from chai.clustering.assignment import kmeans_clusters
 from chai.engine import plain
 from chai.engine.engine import Engine
 from chai.heads import HeadClusters
@@ -97,16 +99,18 @@ class DeviceChaiQkv(OnDevice, ChaiQkv):
     [
         ("llama", None, [7], False),
         ("qwen2", DeviceChai(clusters=COUNTS), [7, 3], False),
-        ("llama", DeviceChai(clusters=[HEADS, 1, 2]), [6], True),
+        ("llama", Chai(clusters=[HEADS, HEADS, 2]), [6], True),
         ("qwen3", DeviceChaiQkv(clusters=2), [7, 6], False),
         ("llama", Random(clusters=2), [7], False),
     ],
     ids=["mha", "chai, padded and short", "chai", "chai_qkv", "random"],
 )
 def test_the_host_reads_nothing_between_the_first_and_the_last_token(family, method, lengths, kernels, monkeypatch):
-    """With ``kernels``, those of the attention too, which are for half precision; else the same passes without them."""
+    """With ``kernels``, all of them: also K-means and, in half precision, attention. Else the same passes without."""
     model, batch = make_model(family), make_batch(lengths)
-    model = model.to(torch.bfloat16) if kernels else model
+    if kernels:
+        model = model.to(torch.bfloat16)
+        monkeypatch.setattr("chai.methods.chai.kmeans_clusters", partial(kmeans_clusters, kernels=True))
     inside = {}
 
     def note(name):

@@ -35,7 +35,7 @@ def rms_norm_kernel(x, y, weight, total, out, width, eps, ADD: tl.constexpr, WID
     tl.store(out + row + columns, (factors * normal).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "skip"])
 def rotate_and_store_kernel(
     query,
     key,
@@ -153,7 +153,7 @@ def rotate_and_store_kernel(
             tl.store(end + HALF, second, mask=cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "capacity"])
 def store_tokens_kernel(
     key,
     value,

@@ -307,7 +307,7 @@ def empty_clusters(problems: int, size: int, most: int, device: torch.device) ->
         torch.empty(problems, size, dtype=torch.long, device=device),
         torch.empty(problems, most, dtype=torch.long, device=device),
         torch.empty(problems, size, size, device=device),
-        torch.empty(problems, _padded(most, 2), size, dtype=torch.float64, device=device),
+        torch.empty(problems, _padded(most, 4), size, dtype=torch.float64, device=device),
     )
 
 

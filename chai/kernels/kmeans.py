@@ -5,6 +5,9 @@ single points. The matrices are in registers, ``[rows, points]``, a thread holdi
 with more, some of them): reductions over the rows stay within a thread, and only vectors of P numbers are reduced
 across threads. All decisions are made on the device.
 
+In ``while`` loops, the condition depends on variables that the body uses, too: Triton 3.6 and 3.7 fail to compile some
+loops whose condition alone uses a variable.
+
 What equals the CPU's numbers to the last bit: the distances, the inertia that each merge adds (so equal costs stay
 equal), and the sums of the distances of each point to the members of each cluster. The sum over the members of a
 cluster that makes its inertia has another order. It enters comparisons only where the costs are compared within the
@@ -130,8 +133,9 @@ def _ward(distances, size, k, points):
         joint = (sizes + first_size).to(tl.float64) * first_added
         joint += (sizes + second_size).to(tl.float64) * second_added
         joint -= sizes.to(tl.float64) * best.to(tl.float64, bitcast=True)
-        bits = (joint / (sizes + first_size + second_size).to(tl.float64)).to(tl.int64, bitcast=True)
-        joint_high, joint_low = tl.where(others, (bits >> 32).to(tl.int32), ABOVE), bits.to(tl.uint32)
+        joint /= (sizes + first_size + second_size).to(tl.float64)
+        whole = joint.to(tl.int64, bitcast=True)
+        joint_high, joint_low = tl.where(others, (whole >> 32).to(tl.int32), ABOVE), whole.to(tl.uint32)
         root = tl.where(root == second, first, root)
         sizes = tl.where(points == first, first_size + second_size, sizes)
         left -= 1
@@ -303,7 +307,7 @@ def empty_clusters(problems: int, size: int, most: int, device: torch.device) ->
         torch.empty(problems, size, dtype=torch.long, device=device),
         torch.empty(problems, most, dtype=torch.long, device=device),
         torch.empty(problems, size, size, device=device),
-        torch.empty(problems, _padded(most, 2), size, dtype=torch.float64, device=device),
+        torch.empty(problems, _padded(most, 4), size, dtype=torch.float64, device=device),
     )
 
 
@@ -432,10 +436,5 @@ COMPILED = [
         )
         for size in (32, 64, 128)
     ),
-    *(
-        _compiled(points, clusters)
-        for points in (16, 32, 64, 128)
-        for clusters in (2, 4, 8, 16, 32, 64, 128)
-        if clusters <= points
-    ),
+    *(_compiled(points, clusters) for points in (16, 32, 64, 128) for clusters in (4, points // 2, points)),
 ]

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'kernel':54}{'GPU':>6}{'registers':>11}{'spilled':>9}{'shared memory':>15}")
     for architecture in options.arch:
         for case in all_cases():
-            if options.match not in case.name or architecture < case.least_architecture:
+            if options.match not in case.name or architecture not in case.architectures:
                 continue
             try:
                 usage = compile_case(case, architecture)

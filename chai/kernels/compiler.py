@@ -42,4 +42,4 @@ class Case:
     signature: dict[str, str]  # type of each argument that is not constant, such as "*bf16" and "i32"
     constants: dict[str, Any]
     options: dict[str, Any]  # num_warps, num_stages
-    least_architecture: int = 80  # for which it is meant
+    architectures: tuple[int, ...] = (80, 90)  # for which it is meant

@@ -436,5 +436,5 @@ COMPILED = [
         )
         for size in (32, 64, 128)
     ),
-    *(_compiled(points, clusters) for points in (16, 32, 64, 128) for clusters in (4, points // 2, points)),
+    *(_compiled(points, clusters) for points in (32, 64, 128) for clusters in (4, points // 2)),
 ]

@@ -398,9 +398,9 @@ def _gate_case(tanh: bool) -> Case:
 
 
 COMPILED = [
-    *(_norm_case(width) for width in (1024, 4096, 8192)),
-    *(_rotate_case(size, q_len, True, "bf16") for size in (64, 80, 96, 128) for q_len in (1, TOKENS)),
+    *(_norm_case(width) for width in (4096, 8192)),
+    *(_rotate_case(size, q_len, True, "bf16") for size in (80, 128) for q_len in (1, TOKENS)),
     *(_rotate_case(128, TOKENS, False, kind) for kind in ("fp16", "fp32")),
-    *(_store_case(size) for size in (64, 80, 96, 128)),
+    *(_store_case(size) for size in (80, 128)),
     *(_gate_case(tanh) for tanh in (False, True)),
 ]

@@ -184,13 +184,13 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
         timer = method.attention_timer(query, key, value, count, shape.head_dim**-0.5)
         if timer is not None:
             timers[name] = timer
-    if device.type == "cuda" and phase == "decode":
+    if device.type == "cuda":
         timers = {name: graphed(timer) for name, timer in timers.items()}
     return harness.interleave(timers, options.rounds * (1 if q_len > 1 else 5), device)
 
 
 def graphed(timer: Callable[[], object]) -> Callable[[], object]:
-    """Capture a timer as a CUDA graph, so that a token's short kernels are not timed by their launches."""
+    """Capture a timer as a CUDA graph, so that short kernels are not timed by their launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

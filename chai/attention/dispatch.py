@@ -59,8 +59,10 @@ def clustered_attention(
     device, q_len = query.device.type, query.shape[2]
     if _needs_grad(query, key, value) or device not in FAST_DEVICES:
         return reference.clustered_attention(query, key, value, clusters, scaling, mask, softcap)
-    if device == "cuda" and has_kernels(query, value):
-        return attention_on_gpu(GpuInputs(query, key, value, scaling, clusters, mask, softcap))
+    if device == "cuda":
+        inputs = GpuInputs(query, key, value, scaling, clusters, mask, softcap)
+        if has_kernels(inputs):
+            return attention_on_gpu(inputs)
     if q_len <= (DENSE_ON_CPU if device == "cpu" else DENSE_ON_GPU):
         return dense_attention(query, key, value, clusters, scaling, mask, softcap)
     if device == "cpu":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from chai.attention.fastest import FASTEST, length_class
 from chai.attention.reference import causal_mask
 from chai.attention.sdpa import sdpa_attention, wide_sdpa_attention
 from chai.heads import KVHeadMap
-from chai.kernels import available, decode, prefill
+from chai.kernels import available, decode, is_interpreted, prefill
 from chai.kernels.decode import DecodeConfig, decode_attention
 from chai.kernels.prefill import PrefillConfig, has_descriptors, prefill_attention
 from chai.kernels.tasks import Tasks, build_tasks
@@ -37,6 +37,8 @@ BACKENDS = {
 }
 #: Widest head that the kernels hold in registers.
 WIDEST_HEAD = 256
+#: Query heads of one value head that the tasks of the kernels can name.
+LARGEST_GROUP = 32
 
 Run = Callable[[], Tensor]
 
@@ -63,7 +65,8 @@ class GpuInputs:
         lengths = length_class(query.shape[2]), length_class(key.shape[2])
         heads = clusters, query.shape[1], key.shape[1], value.shape[1], query.shape[3], value.shape[3]
         hidden = None if self.mask is None else str(self.mask.dtype), self.starts is None, self.kv_len is None
-        return (query.shape[0], *lengths, *heads, str(query.dtype), *hidden, self.softcap is None)
+        layout = has_descriptors(query, key, value), query.shape[2] == key.shape[2]
+        return (query.shape[0], *lengths, *heads, str(query.dtype), *hidden, self.softcap is None, *layout)
 
     def find_tasks(self, members: int) -> Tasks:
         """Return the tasks of the kernels; without clusters, every head is one."""
@@ -89,19 +92,36 @@ class GpuInputs:
         return visible.expand(len(self.query), 1, q_len, size)
 
 
-def has_kernels(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernels of :mod:`chai.kernels` can compute an attention."""
-    known = query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return available(query.device) and known and max(query.shape[3], value.shape[3]) <= WIDEST_HEAD
+def has_kernels(inputs: GpuInputs) -> bool:
+    """Whether the kernels of :mod:`chai.kernels` can compute an attention.
+
+    Not in fp32: a GPU multiplies it without tensor cores, and the kernels would spill their registers.
+    """
+    query, value = inputs.query, inputs.value
+    num_heads = query.shape[1] if inputs.head_map is None else inputs.head_map.clusters.num_heads
+    known = query.dtype in (torch.float16, torch.bfloat16) or is_interpreted()
+    contiguous = query.stride(3) == inputs.key.stride(3) == value.stride(3) == 1
+    fits = max(query.shape[3], value.shape[3]) <= WIDEST_HEAD and num_heads <= LARGEST_GROUP * value.shape[1]
+    return available(query.device) and known and contiguous and fits
 
 
 def attention_on_gpu(inputs: GpuInputs) -> Tensor:
     """Compute attention by what measured fastest, ``[B, H, T, D_value]``; no tensor is read on the host."""
-    # While it is measured, tasks are not those of the caller, which would be kept for each number of members.
-    name = FASTEST.name(
-        inputs.key_of_shape(), lambda: implementations(replace(inputs, tasks=None)), inputs.query.device
-    )
-    return implementations(inputs, name)[name]()
+    device = inputs.query.device
+    with on_device(device):
+        name = FASTEST.name(inputs.key_of_shape(), lambda: implementations(_with_own_tasks(inputs)), device)
+        return implementations(inputs, name)[name]()
+
+
+def _with_own_tasks(inputs: GpuInputs) -> GpuInputs:
+    """Return the inputs with tasks for a measurement, apart from the caller's, which are kept for each size."""
+    plain = replace(inputs, tasks=None)
+    return replace(inputs, tasks=cache(plain.find_tasks))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launch kernels on a device inside the block, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run]:
@@ -109,7 +129,7 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
     masked = inputs.mask is not None
     backends = list(BACKENDS) if inputs.query.device.type == "cuda" else [OWN_CHOICE]
     runs: dict[str, Run] = {}
-    if has_kernels(inputs.query, inputs.value):
+    if has_kernels(inputs):
         width = max(inputs.query.shape[3], inputs.value.shape[3])
         if inputs.query.shape[2] == 1:
             configs = decode.candidates(width)
@@ -123,7 +143,7 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
     if inputs.head_map is None:
         fused = {name: _limited(name, partial(_fused, inputs)) for name in backends}
         runs = fused | runs if inputs.kv_len is None else runs | fused
-    elif inputs.query.shape[2] > 1:
+    elif inputs.query.shape[2] > 1 or not runs:
         head_map, softcap = inputs.head_map, inputs.softcap
         arguments = (inputs.query, inputs.key, inputs.value, head_map, inputs.scaling)
         if softcap is None:  # which the fused kernels of torch cannot compute
@@ -132,7 +152,7 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
             if inputs.value.shape[1] == head_map.clusters.num_heads and "cudnn" in backends:
                 wide = _with_mask(inputs, partial(wide_sdpa_attention, *arguments))
                 runs["wide values, cudnn"] = _limited("cudnn", wide)
-    if inputs.head_map is not None and (not runs or inputs.query.dtype == torch.float32):
+    if inputs.head_map is not None and not runs:
         runs["products"] = partial(_products, inputs, inputs.head_map)
     return runs if only is None else {only: runs[only]}
 
@@ -213,6 +233,7 @@ def fused_mha(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ru
     lengths = length_class(query.shape[2]), length_class(key.shape[2])
     heads = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     kind = None if mask is None else str(mask.dtype)
-    shape = ("fused", query.shape[0], *lengths, *heads, str(query.dtype), kind)
-    name = FASTEST.name(shape, lambda: {name: _limited(name, run) for name in BACKENDS}, query.device)
-    return _limited(name, run)()
+    shape = ("fused", query.shape[0], *lengths, *heads, str(query.dtype), kind, query.shape[2] == key.shape[2])
+    with on_device(query.device):
+        name = FASTEST.name(shape, lambda: {name: _limited(name, run) for name in BACKENDS}, query.device)
+        return _limited(name, run)()

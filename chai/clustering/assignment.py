@@ -47,7 +47,8 @@ def kmeans_clusters(
             raise ValueError(f"{num_heads} points cannot have {wrong} clusters; valid: 1 to {num_heads}")
         on_device = _counts_on(tuple(num_clusters), features.shape[1], features.device)
         nearest, most = representative == "nearest", max(num_clusters, default=1)
-        found = kmeans(features.flatten(0, 1), on_device, nearest=nearest, most=most)
+        with torch.cuda.device(features.device if features.is_cuda else -1):
+            found = kmeans(features.flatten(0, 1), on_device, nearest=nearest, most=most)
         return _split_layers(*found, num_clusters)
     distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
     counts = np.repeat(num_clusters, features.shape[1])

@@ -353,7 +353,7 @@ def _compiled(config: DecodeConfig, dim: int, group: int = 1) -> Case:
 
 COMPILED = [
     *(_compiled(config, 128) for config in dict.fromkeys(replace(config, waves=1) for config in CONFIGS)),
-    *(_compiled(candidates(dim)[0], dim) for dim in (64, 80, 256)),
+    *(_compiled(candidates(dim)[0], dim) for dim in (64, 80, 96, 256)),
     _compiled(DecodeConfig(), 128, group=4),
     Case(
         "combine",

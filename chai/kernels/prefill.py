@@ -94,7 +94,7 @@ def prefill_attention(
         ``[B, H, T, D_value]``, a view of ``[B, T, H, D_value]``. Queries that see nothing: finite numbers.
     """
     tma = has_descriptors(query, key, value)
-    config = config or default_config(value.shape[3], tma, mask is not None)
+    config = config or default_config(max(query.shape[3], value.shape[3]), tma, mask is not None)
     assert config.members == tasks.members
     batch_size, _, q_len, head_dim = query.shape
     kv_len, value_dim, num_heads = key.shape[2], value.shape[3], tasks.num_heads
@@ -603,10 +603,12 @@ def _write(
     for i in tl.static_range(GROUP):
         if GROUP == 1 or (bits >> i) & 1 != 0:
             head = out + (value_head * GROUP + i).to(tl.int64) * stride_oh
-            tl.store(head + queries * stride_ot + dims, result, mask=written)
+            tl.store(head + queries.to(tl.int64) * stride_ot + dims, result, mask=written)
 
 
-def _compiled(config: PrefillConfig, dim: int, tma: bool, mask: int = NO_MASK, group: int = 1) -> Case:
+def _compiled(
+    config: PrefillConfig, dim: int, tma: bool, mask: int = NO_MASK, group: int = 1, padded_rows: bool = False
+) -> Case:
     padded = 1 << (dim - 1).bit_length()
     query, keys = (
         f"tensordesc<bf16[1, 1, {tokens}, {padded}]>" if tma else "*bf16" for tokens in (config.queries, config.keys)
@@ -615,10 +617,11 @@ def _compiled(config: PrefillConfig, dim: int, tma: bool, mask: int = NO_MASK, g
     integers += [f"stride_{axis}" for axis in "qb qh qt kb kh ks vb vh vs ob oh ot".split()]
     return Case(
         f"prefill, head_dim {dim}, {config.members} members, {config.queries} x {config.keys}"
-        + f", {('no mask', 'bool mask', 'additive mask')[mask]}, group {group}, {'TMA' if tma else 'pointers'}",
+        + f", {('no mask', 'bool mask', 'additive mask')[mask]}, group {group}, {'TMA' if tma else 'pointers'}"
+        + (", padding" if padded_rows else ""),
         _prefill,
         {"query": query, "key": keys, "value": keys, "out": "*bf16", "table": "*i32", "starts": "*i32"}
-        | {"mask": "*bf16", "scaling": "fp32", "softcap": "fp32"}
+        | {"mask": "*u8" if mask == BOOL_MASK else "*bf16", "scaling": "fp32", "softcap": "fp32"}
         | dict.fromkeys(integers, "i32"),
         {
             "DIM": dim,
@@ -630,7 +633,7 @@ def _compiled(config: PrefillConfig, dim: int, tma: bool, mask: int = NO_MASK, g
             "QUERIES": config.queries,
             "KEYS": config.keys,
             "STAGES": config.num_stages,
-            "HAS_STARTS": False,
+            "HAS_STARTS": padded_rows,
             "MASK": mask,
             "CAP": False,
             "TMA": tma,
@@ -642,11 +645,12 @@ def _compiled(config: PrefillConfig, dim: int, tma: bool, mask: int = NO_MASK, g
 
 
 COMPILED = [
+    _compiled(default_config(128, True, False), 128, True, padded_rows=True),
     *(_compiled(config, 128, True) for config in candidates(128, True, False)),
     *(_compiled(config, 128, False) for config in candidates(128, False, False)),
     *(
         _compiled(default_config(dim, tma, mask != NO_MASK), dim, tma, mask, group)
         for tma in (False, True)
-        for dim, mask, group in ((64, 0, 1), (80, 0, 1), (256, 0, 1), (128, 1, 1), (128, 2, 1), (128, 0, 4))
+        for dim, mask, group in ((64, 0, 1), (80, 0, 1), (96, 0, 1), (256, 0, 1), (128, 1, 1), (128, 2, 1), (128, 0, 4))
     ),
 ]

@@ -40,7 +40,7 @@ from chai.patching.rotary import part_of_positions, whole_call_frequencies
 # A prompt in one pass saves the pass of the warm-up tokens, whose weights are read and operations launched once more.
 # Cost of a layer in that pass, in multiply-adds of the same time: a constant, and a factor of the layer's weights.
 LAYER_OVERHEAD, WEIGHT_OVERHEAD = 140_000_000, 40
-#: The same constant on an accelerator, whose layers are launched in about a millisecond.
+#: The same constant on an accelerator: a layer is launched in about a millisecond, in which an H100 does as much.
 LAYER_OVERHEAD_ON_GPU = 400_000_000_000
 
 
@@ -129,7 +129,10 @@ class _Requests:
         self.shape = layer_shape(model, steps.shares_values)
         devices = layer_devices(model)
         self.on_cpu = all(device.type == "cpu" for device in devices)
-        self.clusters_on_device = all(steps.clusters_on(device, self.shape.num_heads) for device in devices)
+        # With grouped queries, the host reads which KV heads to store.
+        self.clusters_on_device = self.shape.num_kv_heads == self.shape.num_heads and all(
+            steps.clusters_on(device, self.shape.num_heads) for device in devices
+        )
 
     def forward(self, decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on a cache of ours, one part of the tokens after the other.

@@ -35,8 +35,9 @@ BASELINES = {
     "decode": ("eager", "sdpa", "eager_growing", "sdpa_growing", "eager_static", "sdpa_static", "products_static"),
 }
 
-#: Scores of all heads together above which eager attention, which writes them to memory several times, is left out.
-LARGEST_SCORES = 1 << 33
+#: Scores of all heads together above which eager attention and the products, which write them to memory several times,
+#: are left out: on a CPU, and on a GPU, where fused kernels are many times faster.
+LARGEST_SCORES = (1 << 33, 1 << 30)
 
 
 @dataclass
@@ -148,14 +149,15 @@ def attention_baselines(query: Tensor, key: Tensor, value: Tensor) -> Timers:
     # Stand-in for the model's attention module, of which the functions read three attributes.
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
     mask = None
-    is_large = query.shape[0] * query.shape[1] * q_len * kv_len > LARGEST_SCORES
+    is_large = query.shape[0] * query.shape[1] * q_len * kv_len > LARGEST_SCORES[query.device.type == "cuda"]
     if q_len > 1 and not is_large:
         visible = causal_mask(q_len, kv_len, query.device)
         mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
     sdpa = partial(sdpa_attention_forward, module, query, key, value, None, scaling=scaling)
-    timers: Timers = {"sdpa": sdpa, PRODUCTS: partial(products_attention, query, key, value, scaling, None)}
+    timers: Timers = {"sdpa": sdpa}
     if not is_large:
-        timers = {"eager": partial(eager_attention_forward, module, query, key, value, mask, scaling)} | timers
+        eager = partial(eager_attention_forward, module, query, key, value, mask, scaling)
+        timers = {"eager": eager, **timers, PRODUCTS: partial(products_attention, query, key, value, scaling, None)}
     if query.device.type == "cuda":
         timers |= fused_kernels(sdpa)
     if query.device.type == "cuda" and importlib.util.find_spec("xformers") and query.shape[1] == key.shape[1]:

@@ -142,14 +142,15 @@ def load_for_benchmark(run: Run[OptionsT], max_length: int) -> PreTrainedModel:
 
 
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Run ``work`` and return its milliseconds, from idle device to idle device.
+    """Run ``work`` and return its milliseconds until the device is idle.
 
-    A GPU's cache is emptied first: within a model, the weights of other layers have passed through it.
+    A GPU's cache is emptied first, for within a model the weights of other layers have passed through it. That keeps
+    the GPU busy for some 60 microseconds, in which the first kernels are launched.
     """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        _flushed(device).zero_()  # the GPU is still busy with it while the first kernels are launched
+        _flushed(device).zero_()
         begin.record()
         work()
         end.record()

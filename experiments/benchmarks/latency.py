@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any, Literal
 
@@ -191,16 +191,23 @@ def attention_times(context: Context, phase: Phase, length: int, k: int) -> Time
 
 def graphed(timer: Callable[[], object]) -> Callable[[], object]:
     """Capture a timer as a CUDA graph, so that short kernels are not timed by their launches."""
-    side = torch.cuda.Stream()
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             timer()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what the stream has cached is no use to others
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         timer()
     return graph.replay
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def clustering_times(context: Context) -> dict[str, float] | None:

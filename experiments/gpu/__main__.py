@@ -2,7 +2,7 @@
 
 With a CUDA device: kernels, clusters and engine are compared with the CPU, then attention alone and LLaMA-7B's shape
 with random weights are measured in ordinary runs of ``experiment=latency``, whose speedups are compared with what is
-asked. Complete runs are not repeated, unless with ``force=true``. Without a CUDA device, the kernels are compared under
+asked. Runs are repeated each time, for they do not depend on the GPU by name, nor on the version of the code. Without a CUDA device, the kernels are compared under
 Triton's interpreter, and compiled for an A100 and an H100.
 
 Exit codes: 0 everything holds, 1 a check falls short or a run failed, 2 invalid command line; else as ``run.py``.
@@ -15,7 +15,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -26,11 +28,17 @@ from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.config.validate import check_overrides
 from experiments.execute import run_config
-from experiments.gpu.correctness import check_clustering, check_engine, check_kernels
+from experiments.gpu.correctness import (
+    check_clustering,
+    check_engine,
+    check_generate,
+    check_kernels,
+    check_settings,
+)
 from experiments.gpu.report import Outcome, show
 from experiments.gpu.speed import RUNS, Measured, judge
 from experiments.runs.resolve import run_folders
-from experiments.system.console import console, log_error, log_info
+from experiments.system.console import console, log_error, log_info, logged_errors
 from experiments.system.interrupts import exit_when_interrupted
 
 #: Random shapes of each kernel without a GPU, where they are interpreted.
@@ -71,31 +79,44 @@ def on_gpu(settings: Sequence[str]) -> list[Outcome]:
     """Do all checks on the CUDA device."""
     device = torch.device("cuda")
     outcomes: list[Outcome] = []
+    if is_interpreted():
+        raise ConfigError("TRITON_INTERPRET is set, with which kernels run on the CPU; valid: unset")
     if not available(device):
         return [Outcome("kernels", "Triton is missing", "pip install chai-attention[gpu]", False)]
     log_info("kernels, clusters and engine against the CPU")
-    for check in (check_kernels, check_clustering, check_engine):
-        with torch.no_grad():
-            outcomes += check(device)
+    for check in (check_kernels, check_settings, check_clustering, check_engine, check_generate):
+        outcomes += guarded(check.__name__.replace("_", " "), partial(check, device))
     for number, measured in enumerate(RUNS, 1):
         log_info(f"[{number}/{len(RUNS)}] {measured.name}")
-        outcomes += measure(measured, settings)
+        outcomes += guarded(measured.name, partial(measure, measured, settings))
         torch.cuda.empty_cache()
     return outcomes
 
 
+def guarded(name: str, check: Callable[[], Iterable[Outcome]]) -> list[Outcome]:
+    """Return the outcomes of a check up to its first error, which falls short: the others are still worth seeing."""
+    outcomes: list[Outcome] = []
+    try:
+        with torch.no_grad():
+            outcomes.extend(check())
+    except Exception as error:
+        traceback.print_exc()
+        outcomes.append(Outcome(name, f"{type(error).__name__}: {error}".splitlines()[0][:80], "", False))
+    return outcomes
+
+
 def measure(measured: Measured, settings: Sequence[str]) -> list[Outcome]:
-    """Do one run, unless it is complete, without its own table, and compare it with what is asked."""
-    config = compose_config(replace_aliases([*measured.overrides, *settings]))
+    """Do one run without its own table, and compare it with what is asked."""
+    config = compose_config(replace_aliases([*measured.overrides, "force=true", *settings]))
     (folder,) = run_folders(config)
-    if not folder.is_done or config.force:
-        console.quiet = True
-        try:
-            code = run_config(config)
-        finally:
-            console.quiet = False
-        if code or not folder.is_done:
-            return [Outcome(measured.name, f"failed, see {folder.path}", "", False)]
+    console.quiet = True
+    try:
+        code = run_config(config)
+    finally:
+        console.quiet = False
+    if code or not folder.is_done:
+        reason = logged_errors[-1] if logged_errors else f"see {folder.path}"
+        return [Outcome(measured.name, f"failed: {reason}", "", False)]
     return list(judge(measured, folder.path))
 
 

@@ -11,9 +11,9 @@ from chai.attention.fastest import FASTEST
 from chai.attention.gpu import implementations
 from chai.clustering.assignment import kmeans_clusters
 from chai.engine import Engine
-from chai.methods import Chai, Random, load_method
+from chai.methods import Chai, ChaiQkv, Random, load_method
 from chai.methods.base import Method
-from experiments.gpu.problems import is_exact, random_problem
+from experiments.gpu.problems import is_exact, large_problem, random_problem
 from experiments.gpu.report import Outcome
 
 PROBLEMS = 100  # of each kernel
@@ -35,6 +35,44 @@ def check_kernels(device: torch.device, problems: int = PROBLEMS) -> Iterator[Ou
             wrong += [] if is_exact(problem, run()) else [f"problem {seed}, {setting}"]
         asked = f"error as of stock attention, {problems} random shapes"
         yield Outcome(name, f"{len(wrong)} wrong" + (f" ({wrong[0]})" if wrong else ""), asked, not wrong)
+
+
+def check_settings(device: torch.device) -> Iterator[Outcome]:
+    """Compare every implementation that may be chosen, at LLaMA-7B's heads and lengths of several blocks."""
+    for q_len, size in ((1, 5000), (1000, 1000), (700, 2049)):
+        for k in (4, 18):
+            for padded in (False, True):
+                problem = large_problem(device, k, q_len, size, padded=padded)
+                wrong, missing, computed = [], [], 0
+                for name, run in implementations(problem.inputs).items():
+                    try:
+                        result = run()
+                    except RuntimeError:  # torch refuses the shape: then it is not chosen
+                        if is_ours(name):
+                            raise
+                        missing.append(name)
+                        continue
+                    computed += 1
+                    wrong += [] if is_exact(problem, result) else [name]
+                rows = "padded rows" if padded else "whole rows"
+                found = f"{len(wrong)} of {computed} wrong" + (f" ({', '.join(wrong)})" if wrong else "")
+                found += f", {len(missing)} not available" if missing else ""
+                yield Outcome(f"k = {k}, {q_len} of {size} tokens, {rows}", found, "every implementation", not wrong)
+
+
+def check_generate(device: torch.device) -> Iterator[Outcome]:
+    """Compare ``generate()`` of transformers under each method on the device and on the CPU."""
+    model = small_model()
+    ids = torch.randint(1, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[0] * 6 + [1] * 14, [1] * 20])
+    methods = {"chai": Chai(clusters=2), "chai_qkv": ChaiQkv(clusters=2), "random": Random(clusters=2)}
+    for name, method in methods.items():
+        wanted = by_transformers(model, method, ids, mask, TOKENS)
+        with FASTEST.unmeasured():
+            found = by_transformers(model.to(device), method, ids.to(device), mask.to(device), TOKENS).cpu()
+        model.to("cpu")
+        same = bool((found == wanted).all())
+        yield Outcome(f"generate(), {name}", "equal" if same else "not equal", "tokens of generate() on the CPU", same)
 
 
 def is_ours(name: str) -> bool:
@@ -59,11 +97,12 @@ def check_clustering(device: torch.device, problems: int = CLUSTERINGS) -> Itera
 
 
 def check_engine(
-    device: torch.device, tokens: int = TOKENS, names: Sequence[str] = ("mha", "chai", "random")
+    device: torch.device, tokens: int = TOKENS, names: Sequence[str] = ("mha", "chai", "chai_qkv", "random")
 ) -> Iterator[Outcome]:
     """Compare the engine's tokens with those of transformers' ``generate()`` on the CPU."""
     model = small_model()
     methods = {"mha": load_method("mha")(), "chai": Chai(clusters=2), "random": Random(clusters=2)}
+    methods["chai_qkv"] = ChaiQkv(clusters=2)
     for name in names:
         for kind, mask in (("one row", None), ("padded rows", torch.tensor([[0] * 6 + [1] * 14, [1] * 20]))):
             rows = 1 if mask is None else 2

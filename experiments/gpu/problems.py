@@ -102,6 +102,23 @@ def random_problem(seed: int, one_token: bool, kinds: int | None = None) -> Prob
     return Problem(query, key, value, head_map, draw.uniform(0.05, 0.4), mask, starts, kv_len, softcap)
 
 
+def large_problem(
+    device: torch.device, k: int, q_len: int, size: int, *, padded: bool = False, num_heads: int = 32
+) -> Problem:
+    """Draw a problem of LLaMA-7B's heads in bf16, with clusters of different sizes, for the settings that are used."""
+    generator = torch.Generator(device).manual_seed(k + size)
+
+    def draw(heads: int, tokens: int) -> Tensor:
+        return torch.randn(2, heads, tokens, 128, device=device, generator=generator).to(torch.bfloat16)
+
+    labels = torch.randint(k, (2, num_heads), device=device, generator=generator)
+    labels[:, :k] = torch.arange(k, device=device)
+    heads = torch.arange(k, device=device).expand(2, -1)
+    starts = torch.tensor([0, size - q_len // 2 - 1], dtype=torch.int32, device=device) if padded else None
+    head_map = KVHeadMap(HeadClusters(labels, heads), heads, heads)
+    return Problem(draw(k, q_len), draw(k, size), draw(num_heads, size), head_map, 128**-0.5, None, starts, None, None)
+
+
 def solve(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return ``y_h = softmax(scaling * Q_r K_r^T) V_h`` in fp64, head by head, and the queries that see anything."""
     query, key, value = (tensor.double() for tensor in (problem.query, problem.key, problem.value))
@@ -120,10 +137,10 @@ def solve(problem: Problem) -> tuple[Tensor, Tensor]:
     elif problem.mask is not None:
         added += problem.mask[:, 0].double()
     out = value.new_empty(batch_size, num_heads, q_len, value.shape[3])
+    labels, kv_heads = problem.assignment.tolist(), problem.head_map.kv_heads.tolist()
     for b in range(batch_size):
-        for h in range(num_heads):
-            c = problem.assignment[b, h]
-            scores = problem.scaling * query[b, c] @ key[b, problem.head_map.kv_heads[b, c]].T
+        for h, c in enumerate(labels[b]):
+            scores = problem.scaling * query[b, c] @ key[b, kv_heads[b][c]].T
             if problem.softcap is not None:
                 scores = problem.softcap * torch.tanh(scores / problem.softcap)
             scores = (scores + added[b]).masked_fill(~visible[b], -torch.inf)

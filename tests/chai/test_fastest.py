@@ -55,13 +55,17 @@ def test_remembered_by_the_next_process(tmp_path: Path) -> None:
     measure = Measure(a=1.0, b=2.0)
     assert FastestChoice(tmp_path, measure).name(("shape", 1), runs, CPU) == "b" and not measure.calls
     (file,) = tmp_path.iterdir()
-    assert file.stem == describe_device(CPU) and json.loads(file.read_text()) == {"('shape', 1)": "b"}
+    assert file.stem == describe_device(CPU) and list(json.loads(file.read_text()).values()) == ["b"]
 
 
-def test_a_name_that_is_gone_is_measured_anew(tmp_path: Path) -> None:
+def test_other_candidates_are_measured_anew(tmp_path: Path) -> None:
+    """Those of a later version may be faster, and a name may be gone."""
     FastestChoice(tmp_path, Measure(a=2.0, b=1.0)).name("key", runs, CPU)
+    more = FastestChoice(tmp_path, Measure(a=2.0, b=1.0, c=0.5))
+    assert more.name("key", lambda: {**runs(), "c": lambda: 2}, CPU) == "c"
     fewer = FastestChoice(tmp_path, Measure(a=2.0, c=3.0))
     assert fewer.name("key", lambda: {"a": lambda: 1, "c": lambda: 2}, CPU) == "a"
+    assert FastestChoice(tmp_path, Measure()).name("key", runs, CPU) == "b"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
@@ -69,7 +73,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / f"{describe_device(CPU)}.json"
     path.write_text(text)
     assert FastestChoice(tmp_path, Measure(a=1.0, b=2.0)).name("key", runs, CPU) == "a"
-    assert json.loads(path.read_text()) == {"'key'": "a"}
+    assert list(json.loads(path.read_text()).values()) == ["a"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 def test_what_fails_is_not_chosen_and_nothing_left_is_an_error(tmp_path: Path) -> None:
     assert FastestChoice(tmp_path, Measure(b=1.0)).name("key", runs, CPU) == "b"
-    with pytest.raises(RuntimeError, match=r"no implementation .* works for 'other': a, b"):
+    with pytest.raises(RuntimeError, match=r"no implementation .* works for 'other' .*: a, b"):
         FastestChoice(tmp_path, Measure()).name("other", runs, CPU)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +14,9 @@ import torch
 from experiments.config.compose import compose_config
 from experiments.config.validate import check_overrides
 from experiments.gpu import __main__ as gpu
+from experiments.gpu import correctness
 from experiments.gpu.correctness import check_kernels
+from experiments.gpu.problems import large_problem
 from experiments.gpu.report import Outcome
 from experiments.gpu.speed import RUNS, Figure, Measured, judge
 
@@ -69,12 +73,14 @@ def test_a_run_is_measured_and_judged(tmp_path: Path) -> None:
     attention = Measured("a", (*TINY, "experiment.parts=[attention]", *phases), (Figure(64, 1e-9, 2),))
     engine = Measured("e", (*TINY, "experiment.parts=[engine]", *phases), (Figure(64, 1e9),), most_over_limit=1e9)
     outcomes = [*gpu.measure(attention, settings), *gpu.measure(engine, settings)]
-    assert [outcome.holds for outcome in outcomes] == [True, False, True]
+    assert [outcome.holds for outcome in outcomes if "k = H" not in outcome.name] == [True, False, True]
     assert "of engine" in outcomes[1].found
-    folders = sorted(tmp_path.glob("**/measurements.parquet"))
-    before = [path.stat().st_mtime_ns for path in folders]
-    assert len(folders) == 2 and gpu.measure(engine, settings) == outcomes[1:]  # not run again
-    assert [path.stat().st_mtime_ns for path in folders] == before
+    (control,) = [outcome for outcome in outcomes if "k = H" in outcome.name]
+    assert control.asked == "0.98" and control.holds is (float(control.found.split()[0]) >= 0.98)
+    files = list(tmp_path.glob("**/measurements.parquet"))
+    before = [path.stat().st_mtime_ns for path in files]
+    assert len(files) == 2 and [outcome.holds for outcome in gpu.measure(attention, settings)] == [True]
+    assert sum(path.stat().st_mtime_ns > old for path, old in zip(files, before, strict=True)) == 1  # measured again
 
 
 def test_a_failed_run_falls_short(tmp_path: Path, monkeypatch) -> None:
@@ -110,6 +116,36 @@ def test_a_wrong_kernel_is_found(monkeypatch) -> None:
     monkeypatch.setattr("experiments.gpu.correctness.is_exact", lambda problem, result: False)
     outcomes = list(check_kernels(torch.device("cpu"), 2))
     assert [outcome.holds for outcome in outcomes] == [False, False] and "2 wrong" in outcomes[0].found
+
+
+def test_all_settings_at_several_blocks(monkeypatch) -> None:
+    """What is compared on a GPU at LLaMA-7B's heads, here at fewer heads and shorter."""
+    small = partial(large_problem, num_heads=4)
+    monkeypatch.setattr(
+        correctness,
+        "large_problem",
+        lambda device, k, q_len, size, **rest: small(device, k // 4, q_len // 8 or 1, size // 8, **rest),
+    )
+    outcomes = list(correctness.check_settings(torch.device("cpu")))
+    assert len(outcomes) == 12 and all(outcome.holds for outcome in outcomes)
+    monkeypatch.setattr(correctness, "is_exact", lambda problem, result: False)
+    assert next(correctness.check_settings(torch.device("cpu"))).holds is False
+
+
+def test_generate_is_compared() -> None:
+    outcomes = list(correctness.check_generate(torch.device("cpu")))
+    assert [outcome.name for outcome in outcomes] == ["generate(), chai", "generate(), chai_qkv", "generate(), random"]
+    assert all(outcome.holds for outcome in outcomes)
+
+
+def test_an_error_of_one_check_is_an_outcome(capsys) -> None:
+    def check() -> Iterator[Outcome]:
+        yield Outcome("first", "found", "asked", True)
+        raise RuntimeError("out of resources\nand more")
+
+    first, second = gpu.guarded("second", check)
+    assert first.holds and second == Outcome("second", "RuntimeError: out of resources", "", False)
+    assert "out of resources" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_is_refused(capsys) -> None:

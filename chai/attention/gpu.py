@@ -150,8 +150,7 @@ def implementations(inputs: GpuInputs, only: str | None = None) -> dict[str, Run
             repeated = _with_mask(inputs, partial(sdpa_attention, *arguments))
             runs |= {f"repeated, {name}": _limited(name, repeated) for name in backends}
             if inputs.value.shape[1] == head_map.clusters.num_heads and "cudnn" in backends:
-                wide = _with_mask(inputs, partial(wide_sdpa_attention, *arguments))
-                runs["wide values, cudnn"] = _limited("cudnn", wide)
+                runs["wide values, cudnn"] = _limited("cudnn", partial(_wide, inputs))
     if inputs.head_map is not None and not runs:
         runs["products"] = partial(_products, inputs, inputs.head_map)
     return runs if only is None else {only: runs[only]}
@@ -188,6 +187,11 @@ def _prefill(inputs: GpuInputs, config: PrefillConfig) -> Tensor:
         softcap=inputs.softcap,
         config=config,
     )
+
+
+def _wide(inputs: GpuInputs) -> Tensor:
+    tasks, mask = inputs.find_tasks(2), inputs.whole_mask()
+    return wide_sdpa_attention(inputs.query, inputs.key, inputs.value, tasks, inputs.scaling, mask)
 
 
 def _products(inputs: GpuInputs, head_map: KVHeadMap) -> Tensor:

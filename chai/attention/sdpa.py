@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chai.attention.reference import causal_mask
 from chai.heads import KVHeadMap, repeat_kv, take_heads
+from chai.kernels.tasks import Tasks
 
 
 def sdpa_attention(
@@ -39,16 +40,16 @@ def sdpa_attention(
 
 
 def wide_sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: KVHeadMap, scaling: float, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, tasks: Tasks, scaling: float, mask: Tensor | None
 ) -> Tensor:
     """Compute two members of a cluster with one score: arguments and result as in :func:`sdpa_attention`.
 
-    Only without grouped queries, and for kernels that take values wider than keys.
+    ``tasks`` are those of two members. Only without grouped queries, and for kernels that take values wider than keys.
     """
     batch_size, q_len, kv_len = len(value), query.shape[2], value.shape[2]
-    num_heads, width = head_map.clusters.num_heads, value.shape[3]
-    # The tasks of the kernels: of each pair its query, its key head, the number of members, and the members.
-    table = head_map.tasks(num_heads, 2).table.long()
+    num_heads, width = tasks.num_heads, value.shape[3]
+    # Of each pair its query, its key head, the number of members, and the members.
+    table = tasks.table.long()
     query, key = take_heads(query, table[..., 0]), take_heads(key, table[..., 1])
     members = torch.where(
         table[..., 2:3] > torch.arange(2, device=value.device), table[..., 3:5], num_heads

@@ -2,8 +2,8 @@
 
 With a CUDA device: kernels, clusters and engine are compared with the CPU, then attention alone and LLaMA-7B's shape
 with random weights are measured in ordinary runs of ``experiment=latency``, whose speedups are compared with what is
-asked. Runs are repeated each time, for they do not depend on the GPU by name, nor on the version of the code. Without a CUDA device, the kernels are compared under
-Triton's interpreter, and compiled for an A100 and an H100.
+asked. The runs are repeated each time, for a run's folder depends neither on the GPU nor on the version of the code.
+Without a CUDA device, the kernels are compared under Triton's interpreter, and compiled for an A100 and an H100.
 
 Exit codes: 0 everything holds, 1 a check falls short or a run failed, 2 invalid command line; else as ``run.py``.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,7 @@ from experiments.config.validate import check_overrides
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import correctness
 from experiments.gpu.correctness import check_kernels
-from experiments.gpu.problems import large_problem
+from experiments.gpu.problems import Problem, large_problem
 from experiments.gpu.report import Outcome
 from experiments.gpu.speed import RUNS, Figure, Measured, judge
 
@@ -120,12 +119,11 @@ def test_a_wrong_kernel_is_found(monkeypatch) -> None:
 
 def test_all_settings_at_several_blocks(monkeypatch) -> None:
     """What is compared on a GPU at LLaMA-7B's heads, here at fewer heads and shorter."""
-    small = partial(large_problem, num_heads=4)
-    monkeypatch.setattr(
-        correctness,
-        "large_problem",
-        lambda device, k, q_len, size, **rest: small(device, k // 4, q_len // 8 or 1, size // 8, **rest),
-    )
+
+    def smaller(device: torch.device, k: int, q_len: int, size: int, **options) -> Problem:
+        return large_problem(device, k // 4, max(1, q_len // 16), size // 16, num_heads=4, **options)
+
+    monkeypatch.setattr(correctness, "large_problem", smaller)
     outcomes = list(correctness.check_settings(torch.device("cpu")))
     assert len(outcomes) == 12 and all(outcome.holds for outcome in outcomes)
     monkeypatch.setattr(correctness, "is_exact", lambda problem, result: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chai.attention.gpu import implementations
+from chai.attention.gpu import GpuInputs, attention_on_gpu, has_kernels, implementations
 from chai.attention.sdpa import wide_sdpa_attention
 from chai.heads import HeadClusters, KVHeadMap
 from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
@@ -90,13 +91,39 @@ def test_an_inexact_result_is_found() -> None:
     assert not is_exact(problem, wanted * 1.02) and not is_exact(problem, wanted.clone().fill_(torch.nan))
 
 
+def test_groups_too_large_for_the_kernels() -> None:
+    """Falcon-7B has 71 query heads on one KV head."""
+    for num_heads, fits in ((32, True), (33, False), (71, False)):
+        query, key = torch.randn(1, num_heads, 1, 16).half(), torch.randn(1, 1, 8, 16).half()
+        inputs = GpuInputs(query, key, key, 0.25)
+        assert has_kernels(inputs) is fits
+        heads = torch.arange(num_heads)[None]
+        head_map = KVHeadMap(HeadClusters(heads, heads), torch.zeros_like(heads), torch.zeros(1, 1, dtype=torch.long))
+        problem = Problem(query, key, key, head_map, 0.25, None, None, None, None)
+        for run in implementations(problem.inputs).values():
+            check(problem, run())
+
+
+def test_the_choice_is_for_a_layout_too() -> None:
+    """Keys that a descriptor cannot load, and a prompt after others, have other candidates."""
+    query, key = torch.randn(1, 2, 8, 16).half(), torch.randn(1, 2, 8, 16).half()
+    plain = GpuInputs(query, key, key, 0.25)
+    unaligned = torch.randn(1, 2, 8, 17).half()[..., 1:]
+    longer = torch.randn(1, 2, 7, 16).half()
+    keys = [replace(plain, **change).key_of_shape() for change in ({}, {"key": unaligned}, {"query": longer})]
+    assert len(set(keys)) == 3
+    assert attention_on_gpu(plain).shape == attention_on_gpu(replace(plain, key=unaligned)).shape
+    assert not has_kernels(replace(plain, value=torch.randn(1, 2, 16, 8).half().transpose(2, 3)))
+
+
 def test_values_side_by_side() -> None:
     seeds = [seed for seed in range(60) if (p := random_problem(seed, False)).starts is p.softcap is None]
     problems = [random_problem(seed, False) for seed in seeds]
     problems = [one for one in problems if one.value.shape[1] == one.assignment.shape[1]]
     assert len(problems) > 5
     for one in problems:
-        check(one, wide_sdpa_attention(one.query, one.key, one.value, one.head_map, one.scaling, one.mask))
+        tasks = one.head_map.tasks(one.value.shape[1], 2)
+        check(one, wide_sdpa_attention(one.query, one.key, one.value, tasks, one.scaling, one.mask))
 
 
 @pytest.mark.parametrize("one_token", [True, False])
@@ -199,9 +226,10 @@ def test_no_value_is_read_on_the_host() -> None:
 
     with Refuse(), pytest.raises(AssertionError, match="reads a tensor"):
         bool(torch.ones(1) > 0)
-    for one_token in (True, False):
-        problem = random_problem(3, one_token)
+    for one_token, seed in itertools.product((True, False), (3, 5, 12)):
+        problem = random_problem(seed, one_token)
         problem.query, problem.key, problem.value = (x.half() for x in (problem.query, problem.key, problem.value))
         runs = implementations(problem.inputs)
-        with Refuse():
-            next(iter(runs.values()))()
+        for run in runs.values():
+            with Refuse():
+                run()

@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads o
 
 
 #: Files whose tests take a minute or more, in two shares: they start first, so that no process waits for the last one.
-LONG = (("test_commands.py",), ("test_examples.py", "test_demo.py"))
+LONG = (("test_commands.py", "test_compile.py"), ("test_examples.py", "test_demo.py"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

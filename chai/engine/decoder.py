@@ -69,6 +69,11 @@ class Decoder:
         for layer in self.layers:
             layer.weights.restore()
 
+    @property
+    def first_clustered(self) -> int:
+        """Index of the first layer with clusters; 0 without any."""
+        return next((layer.index for layer in self.layers if layer.clusters is not None), 0)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Look up the embeddings of token ids."""
         return functional.embedding(ids, self.embedding)

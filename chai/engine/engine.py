@@ -95,7 +95,7 @@ class Engine:
             )
         kernels = device.type == "cuda" and available(device) if kernels is None else kernels
         self._generator = torch.Generator(device)
-        self._graphs = Graphs(device, self._generator)
+        self._graphs = Graphs(device, self._generator, captures=kernels and device.type == "cuda")
         self._finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self._stops: dict[tuple[int, ...], Tensor] = {}
         self._request: Request | None = None
@@ -128,7 +128,7 @@ class Engine:
         if self._decoder is not None:
             self._decoder.restore()
         self._decoder = self._warm_up = self._request = None
-        self._graphs = Graphs(torch.device("cpu"), self._generator)
+        self._graphs = Graphs(torch.device("cpu"), self._generator, captures=False)
 
     @property
     def decoder(self) -> Decoder:
@@ -297,14 +297,17 @@ class Engine:
         visible = Visible(
             length, length, decoder.starts if request.padded else None, None, decoder.device, decoder.kernels
         )
-        if warm_up is not None:
-            warm_up.begin()
         x, y, last = decoder.embed(decoder.sequence[:length].t()), cast("Tensor | None", None), decoder.layers[-1]
+        # The chain of warm-up tokens begins where the prompt would not compute the same.
+        begin = decoder.first_clustered if whole and request.shortest >= tokens else 0
         for layer in decoder.layers:
-            if warm_up is not None:
+            if warm_up is not None and layer.index == begin:
+                warm_up.begin_after(x, y) if begin else warm_up.begin()
+            if warm_up is not None and layer.index >= begin:
                 warm_up.advance(layer, request.shared, leave=ends_early or layer is not last)
             if whole:
-                x, y = decoder.prompt_layer(layer, x, y, visible, tokens, layer is last)
+                skip = tokens if layer.index >= begin else 0
+                x, y = decoder.prompt_layer(layer, x, y, visible, skip, layer is last)
         hidden = decoder.last_norm(x, y)[:, 0] if whole else None
         if warm_up is not None and ends_early:
             warm_up.finish()

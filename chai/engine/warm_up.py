@@ -54,16 +54,20 @@ class WarmUp:
         self.begin_with(self._decoder.embed(ids))
 
     def begin_after(self, x: Tensor, y: Tensor | None) -> None:
-        """Start with the prompt's hidden states ``x + y``, ``[B, T, width]``; each row has all of its warm-up tokens."""
+        """Start with the prompt's states ``x + y``, ``[B, T, width]``, where each row has all of its warm-up tokens."""
         index = self._places()[..., None].expand_as(self.hidden)
         states = x.gather(1, index)
         self.begin_with(states if y is None else states + y.gather(1, index))
 
     def begin_with(self, states: Tensor) -> None:
         """Start with the hidden states ``[B, tokens, width]`` of the warm-up tokens."""
-        self.hidden.copy_(states)  # which stays: memory of another stream must not be freed while this one reads it
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
+        if self._stream is None:
+            self.hidden.copy_(states)
+        else:  # a copy that stays: memory of one stream must not be freed while another reads it
+            current = torch.cuda.current_stream(self._decoder.device)
+            current.wait_stream(self._stream)  # of a request that was broken off
+            self.hidden.copy_(states)
+            self._stream.wait_stream(current)
         self._x, self._y = self.hidden, None
 
     def _places(self) -> Tensor:

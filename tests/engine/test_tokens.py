@@ -97,7 +97,7 @@ def test_a_step_that_is_launched_too_much_changes_nothing(monkeypatch, stops):
     chosen = free[:, 12].tolist() if stops else ()
     wanted = chai.generate(model, ids, None, 8, stop_tokens=chosen)
 
-    def late(sequence):
+    def late(sequence, stream):
         readers.append(LateReader(sequence))
         return readers[-1]
 

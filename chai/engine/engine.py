@@ -1,4 +1,4 @@
-"""Generate text over a cache of reserved length, without a host read from the first token to the last."""
+"""Generate text over a cache of reserved length; from the first token to the last, the host reads tokens at most."""
 
 from __future__ import annotations
 

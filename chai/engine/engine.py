@@ -207,6 +207,10 @@ class Engine:
             request = self._begin(ids, attention_mask, max_new_tokens)
             self._generator.manual_seed(seed)
             self._finished.zero_()
+            if stopping.tokens not in self._stops:  # before the prompt: the host waits for a copy
+                self._stops[stopping.tokens] = torch.tensor(
+                    stopping.tokens, dtype=torch.long, device=self.decoder.device
+                )
             self._run_prompt()
             return self._generate(request.length, max_new_tokens, sampling, stopping, on_token)
 
@@ -388,8 +392,6 @@ class Engine:
     def _choose(self, sampling: Sampling, stopping: Stopping) -> None:
         """Choose the next tokens by the logits, and append them to the sequence."""
         decoder, stops = self.decoder, stopping.tokens
-        if stops not in self._stops:
-            self._stops[stops] = torch.tensor(stops, dtype=torch.long, device=decoder.device)
 
         def choose() -> None:
             tokens = next_tokens(decoder.logits, sampling, self._generator)

@@ -1,4 +1,4 @@
-"""Generation without host reads, over a KV cache of reserved length, with the decode step in a CUDA graph."""
+"""Generation over a KV cache of reserved length, of which the host reads tokens at most, with steps in CUDA graphs."""
 
 from chai.engine.engine import Engine, generate
 

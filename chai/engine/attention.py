@@ -93,12 +93,21 @@ def _attend(query: Tensor, layer: Layer, visible: Visible) -> Tensor:
     return attend(query, key, value, head_map, scaling, visible.mask).transpose(1, 2)
 
 
+def _refuse_capture(device: torch.device) -> None:
+    """Refuse to allocate, within a CUDA graph, what outlives it: its memory is that of all graphs (RuntimeError)."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the attention of a CUDA graph chose other tasks than that of the run before it, which allocates them"
+        )
+
+
 def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, layer: Layer, visible: Visible) -> Tensor:
     """Attend by the fastest implementation, which hides padding and spare room by itself: ``[B, H, T, D]``."""
     head_map, scaling, hidden = layer.head_map, layer.shape.scaling, (visible.starts, visible.kv_len)
 
     def find_tasks(members: int) -> Tasks:
         if members not in layer.tasks:
+            _refuse_capture(query.device)
             if layer.clusters is None or layer.shares_values:
                 assignment = torch.arange(query.shape[1], device=query.device).expand(len(query), -1)
                 kv_heads = assignment // (query.shape[1] // key.shape[1])

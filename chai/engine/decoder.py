@@ -45,7 +45,9 @@ class Decoder:
         cos, sin = decoder.rotary_emb(self.embedding[:1, None], places)  # [1, S, D], both halves the same
         self.cos, self.sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         self.zero = torch.zeros(1, dtype=torch.int32, device=device)
-        self.position, self.kv_len = self.zero.clone(), self.zero.clone()
+        #: The same number as ``position``, long ``[1]``: its low half is ``position``.
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.position, self.kv_len = self.place.view(torch.int32)[:1], self.zero.clone()
         self.starts = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.sequence = torch.zeros(capacity + 1, batch_size, dtype=torch.long, device=device)
@@ -65,9 +67,19 @@ class Decoder:
             raise
 
     def restore(self) -> None:
-        """Give the model's parameters storage of their own again."""
+        """Give the model's parameters storage of their own again, layer by layer, without cache and clusters.
+
+        These are freed first, and each buffer of weights as soon as it has been copied: little memory is needed.
+        """
         for layer in self.layers:
-            layer.weights.restore()
+            layer.free()
+        while self.layers:
+            self.layers.pop().weights.restore()
+
+    @property
+    def first_clustered(self) -> int:
+        """Index of the first layer with clusters; 0 without any."""
+        return next((layer.index for layer in self.layers if layer.clusters is not None), 0)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look up the embeddings of token ids."""
@@ -80,7 +92,11 @@ class Decoder:
 
     def write_logits(self, hidden: Tensor) -> None:
         """Compute the logits of the last tokens' normalised hidden states ``[B, width]``."""
-        self.logits.copy_(functional.linear(hidden, self.head.weight, self.head.bias))
+        weight, bias = self.head.weight.t(), self.head.bias
+        if bias is None:
+            torch.mm(hidden, weight, out=self.logits)
+        else:
+            torch.addmm(bias, hidden, weight, out=self.logits)
 
     def enter(self, layer: Layer, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Begin a layer with the hidden states ``x + y``: these, and their norm."""

@@ -1,10 +1,11 @@
-"""Generate text over a cache of reserved length, without a host read from the first token to the last."""
+"""Generate text over a cache of reserved length; from the first token to the last, the host reads tokens at most."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,9 @@ from chai.engine.decoder import Decoder
 from chai.engine.graphs import Graphs
 from chai.engine.request import Request
 from chai.engine.sampling import Sampling, next_tokens
+from chai.engine.stopping import Stopping
 from chai.engine.streaming import TokenReader
-from chai.engine.support import check_method, check_model, least_window
+from chai.engine.support import check_method, check_model, check_number, least_window, vocabulary_size
 from chai.engine.warm_up import WarmUp, cluster_without_tokens
 from chai.kernels import available
 from chai.methods import baseline
@@ -28,7 +30,8 @@ from chai.patching.devices import input_device
 
 #: Capacities are multiples of this number of tokens.
 STEP = 64
-#: Lengths of a decode step's attention in a CUDA graph are multiples of this, or of an eighth of the length.
+#: Lengths of a decode step's attention in a CUDA graph are rounded up to a multiple of this, or of an eighth of the
+#: length where that is more.
 BUCKET = 256
 
 #: Called with the tokens of each step, long ``[B]`` on the CPU.
@@ -37,16 +40,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _in_engine(function: F) -> F:
-    """Run without gradients, outside of inference mode (buffers outlive the call), and on the engine's device."""
+    """Run on the engine's device, without gradients and autocast, outside of inference mode (buffers stay)."""
 
     @functools.wraps(function)
     def wrapper(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         device = input_device(engine.model) if "model" in vars(engine) else torch.device("cpu")
         place = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), place:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), place:
             return function(engine, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _one_at_a_time(function: F) -> F:
+    """Run as :func:`_in_engine`, and refuse a call while another one runs (ValueError)."""
+
+    @functools.wraps(function)
+    def wrapper(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+        if not engine._running.acquire(blocking=False):
+            raise ValueError("this engine runs a request (an on_token, or another thread); valid: calls after its end")
+        try:
+            return function(engine, *args, **kwargs)
+        finally:
+            engine._running.release()
+
+    return _in_engine(wrapper)  # type: ignore[return-value]
 
 
 class Engine:
@@ -78,8 +96,7 @@ class Engine:
         kernels: bool | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; valid: 1 or more")
+            check_number(name, value)
         self.model, self.method = model, baseline() if method is None else method
         check_method(self.method)
         check_model(model, max_length)
@@ -95,9 +112,11 @@ class Engine:
             )
         kernels = device.type == "cuda" and available(device) if kernels is None else kernels
         self._generator = torch.Generator(device)
-        self._graphs = Graphs(device, self._generator)
+        self._graphs = Graphs(device, self._generator, captures=kernels and device.type == "cuda")
         self._finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self._stops: dict[tuple[int, ...], Tensor] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._running = threading.Lock()
         self._request: Request | None = None
         self._warm_up: WarmUp | None = None
         self._decoder: Decoder | None = Decoder(model, self.method, batch_size, capacity, kernels)
@@ -111,6 +130,8 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the weights that lie in buffers now
 
     # Life.
 
@@ -122,13 +143,14 @@ class Engine:
     ) -> None:
         self.close()
 
-    @_in_engine
+    @_one_at_a_time
     def close(self) -> None:
-        """Give the model's parameters storage of their own again, and free cache, buffers and graphs."""
-        if self._decoder is not None:
-            self._decoder.restore()
-        self._decoder = self._warm_up = self._request = None
-        self._graphs = Graphs(torch.device("cpu"), self._generator)
+        """Free graphs, cache and buffers, and give the model's parameters storage of their own again."""
+        self._graphs = Graphs(torch.device("cpu"), self._generator, captures=False)
+        decoder, self._decoder = self._decoder, None
+        self._request = self._warm_up = None
+        if decoder is not None:
+            decoder.restore()
 
     @property
     def decoder(self) -> Decoder:
@@ -144,7 +166,7 @@ class Engine:
 
     # Requests.
 
-    @_in_engine
+    @_one_at_a_time
     def generate(
         self,
         ids: Tensor,
@@ -169,9 +191,9 @@ class Engine:
             top_p: See :class:`chai.engine.sampling.Sampling`.
             seed: Of the sampling.
             stop_tokens: A row ends with any of these; ``None``: the ``eos_token_id`` of the model's generation
-                configuration; ``()``: none.
+                configuration; ``()``: none. With stop tokens, the host reads those of each step.
             on_token: Called in order with the tokens of each step, long ``[B]`` on the CPU, while the device runs the
-                next step. An exception ends the generation and is raised.
+                next step. An exception ends the generation and is raised. It may not call the engine.
 
         Returns:
             Long ``[B, T + new]``: prompts, and generated tokens. Ended rows are filled with the padding token.
@@ -179,16 +201,25 @@ class Engine:
         Raises:
             ValueError: An argument outside what is valid.
         """
-        decoder, sampling = self.decoder, Sampling(temperature, top_k, top_p)
-        stops, pad = self._read_stop_tokens(stop_tokens)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; valid: 1 or more")
-        request = self._begin(ids, attention_mask, max_new_tokens)
-        self._generator.manual_seed(seed)
-        self._finished.zero_()
-        self._run_prompt()
-        first, count = request.length, 0
-        reader = TokenReader(decoder.sequence) if on_token is not None or stops else None
+        sampling, stopping = Sampling(temperature, top_k, top_p), Stopping.read(self.model, stop_tokens)
+        check_number("max_new_tokens", max_new_tokens)
+        with self._whole_or_nothing():
+            request = self._begin(ids, attention_mask, max_new_tokens)
+            self._generator.manual_seed(seed)
+            self._finished.zero_()
+            if stopping.tokens not in self._stops:  # before the prompt: the host waits for a copy
+                self._stops[stopping.tokens] = torch.tensor(
+                    stopping.tokens, dtype=torch.long, device=self.decoder.device
+                )
+            self._run_prompt()
+            return self._generate(request.length, max_new_tokens, sampling, stopping, on_token)
+
+    def _generate(
+        self, first: int, max_new_tokens: int, sampling: Sampling, stopping: Stopping, on_token: OnToken | None
+    ) -> Tensor:
+        """Generate after a prompt of ``first`` tokens; see :meth:`generate`."""
+        decoder, count, stops = self.decoder, 0, stopping.tokens
+        reader = TokenReader(decoder.sequence, self._copies) if on_token is not None or stops else None
         ended = torch.zeros(decoder.batch_size, dtype=torch.bool)
 
         def deliver() -> bool:
@@ -205,7 +236,7 @@ class Engine:
         for step in range(max_new_tokens):
             if step:
                 self._advance()
-            self._choose(sampling, stops, pad)
+            self._choose(sampling, stopping)
             if reader is not None:
                 reader.mark(first + step)
                 if step >= reader.lag and deliver():
@@ -216,14 +247,15 @@ class Engine:
         new = count if reader is not None else max_new_tokens
         return decoder.sequence[: first + new].t().contiguous()
 
-    @_in_engine
+    @_one_at_a_time
     def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Start a request: run the prompts ``[B, T]`` and return the logits of the next tokens, ``[B, V]``."""
-        self._begin(ids, attention_mask, 0)
-        self._run_prompt()
+        with self._whole_or_nothing():
+            self._begin(ids, attention_mask, 0)
+            self._run_prompt()
         return self.decoder.logits.clone()
 
-    @_in_engine
+    @_one_at_a_time
     def decode_step(self, tokens: Tensor | None = None) -> Tensor:
         """Go on with one token of each row, long ``[B]``, and return the logits of the next ones, ``[B, V]``.
 
@@ -236,23 +268,26 @@ class Engine:
             raise ValueError(
                 f"the cache is full ({self.max_length} tokens); valid: an engine with a greater max_length"
             )
-        if tokens is None:
-            self._choose(Sampling(), (), 0)
-        else:
-            if tokens.shape != decoder.token.shape:
-                raise ValueError(f"tokens are {tuple(tokens.shape)}; valid: {tuple(decoder.token.shape)}")
-            decoder.token.copy_(tokens)
-            decoder.sequence[self._request.length].copy_(tokens)
-        self._advance()
+        if tokens is not None:
+            _check_tokens(tokens, decoder)
+        with self._whole_or_nothing():
+            if tokens is None:
+                self._choose(Sampling(), Stopping())
+            else:
+                decoder.token.copy_(tokens)
+                decoder.sequence[self._request.length].copy_(decoder.token)
+            self._advance()
         return decoder.logits.clone()
 
-    @_in_engine
+    @_one_at_a_time
     def repeated_step(self, length: int) -> Callable[[], None]:
         """Return a function that runs the decode step of token ``length`` anew at each call (for benchmarks).
 
-        The request goes on with random keys and values, of which the time of a step does not depend. On a CUDA device
-        the step is a graph.
+        The request goes on with random keys and values, on which the time of a step does not depend. If kernels run on
+        a CUDA device, the step is a graph. The function holds nothing but the engine; once this is closed, it raises a
+        ValueError.
         """
+        check_number("length", length)
         decoder, request = self.decoder, self._request
         if request is None or not request.warmup_tokens < request.shortest <= length - 1 < self.max_length:
             raise ValueError(
@@ -262,19 +297,31 @@ class Engine:
         for layer in decoder.layers:
             for states in (layer.keys, layer.values):
                 states[:, :, request.length : length].normal_()
-        padded = request.padded
+        shared, padded = request.shared, request.padded
+        with self._whole_or_nothing():
+            self._repeat(length, shared, padded)
+        request.length = length
+        return functools.partial(_one_at_a_time(Engine._repeat), self, length, shared, padded)
+
+    def _repeat(self, length: int, shared: bool, padded: bool) -> None:
+        decoder = self.decoder
 
         def step() -> None:
             decoder.position.fill_(length - 1)
             decoder.step(length, True, padded)
 
-        key = ("repeated", length, request.shared, padded)
-        run = functools.partial(_in_engine(lambda engine: engine._graphs.run(key, step)), self)
-        run()
-        request.length = length
-        return run
+        self._graphs.run(("repeated", length, shared, padded), step)
 
     # Steps.
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """Forget the request if the block fails: its cache is written in part."""
+        try:
+            yield
+        except BaseException:
+            self._request = None
+            raise
 
     def _begin(self, ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Request:
         """Read a request on the host, and copy it to the device."""
@@ -297,14 +344,17 @@ class Engine:
         visible = Visible(
             length, length, decoder.starts if request.padded else None, None, decoder.device, decoder.kernels
         )
-        if warm_up is not None:
-            warm_up.begin()
         x, y, last = decoder.embed(decoder.sequence[:length].t()), cast("Tensor | None", None), decoder.layers[-1]
+        # The chain of warm-up tokens begins where the prompt would not compute the same.
+        begin = decoder.first_clustered if whole and request.shortest >= tokens else 0
         for layer in decoder.layers:
-            if warm_up is not None:
+            if warm_up is not None and layer.index == begin:
+                warm_up.begin_after(x, y) if begin else warm_up.begin()
+            if warm_up is not None and layer.index >= begin:
                 warm_up.advance(layer, request.shared, leave=ends_early or layer is not last)
             if whole:
-                x, y = decoder.prompt_layer(layer, x, y, visible, tokens, layer is last)
+                skip = tokens if layer.index >= begin else 0
+                x, y = decoder.prompt_layer(layer, x, y, visible, skip, layer is last)
         hidden = decoder.last_norm(x, y)[:, 0] if whole else None
         if warm_up is not None and ends_early:
             warm_up.finish()
@@ -317,14 +367,18 @@ class Engine:
 
     def _advance(self) -> None:
         """Run the chosen tokens; writes the logits."""
-        decoder, request = self.decoder, self._request
+        request = self._request
         assert request is not None
-        repeat = request.shortest < request.warmup_tokens  # some row has no clusters yet
-        request.append()
-        if repeat:
+        if request.shortest < request.warmup_tokens:  # some row has no clusters yet
+            request.append()
             self._run_prompt()
             return
-        length = request.length
+        self._step(request, request.length + 1)
+        request.append()
+
+    def _step(self, request: Request, length: int) -> None:
+        """Run the decode step after which the cache has ``length`` tokens."""
+        decoder = self.decoder
         if decoder.kernels:
             span = min(bucket(length), decoder.capacity)
         elif decoder.device.type == "cpu" and decoder.logits.dtype.itemsize == 2:  # oneDNN compiles each length anew
@@ -335,30 +389,32 @@ class Engine:
         key = ("step", span, request.shared, request.padded)
         self._graphs.run(key, lambda: decoder.step(span, False, request.padded))
 
-    def _choose(self, sampling: Sampling, stops: tuple[int, ...], pad: int) -> None:
+    def _choose(self, sampling: Sampling, stopping: Stopping) -> None:
         """Choose the next tokens by the logits, and append them to the sequence."""
-        decoder = self.decoder
+        decoder, stops = self.decoder, stopping.tokens
 
         def choose() -> None:
             tokens = next_tokens(decoder.logits, sampling, self._generator)
             if stops:
-                tokens = tokens.masked_fill(self._finished, pad)
+                tokens = tokens.masked_fill(self._finished, stopping.pad)
                 self._finished.logical_or_((tokens[:, None] == self._stops[stops]).any(1))
             decoder.token.copy_(tokens)
-            decoder.sequence.index_copy_(0, decoder.position.long(), tokens[None])
+            decoder.sequence.index_copy_(0, decoder.place, tokens[None])
 
-        self._graphs.run(("choose", sampling, stops, pad), choose)
+        self._graphs.run(("choose", sampling, stopping), choose)
 
-    def _read_stop_tokens(self, stop_tokens: int | Iterable[int] | None) -> tuple[tuple[int, ...], int]:
-        """Return stop tokens and the padding token, of the generation configuration where they are not given."""
-        config = self.model.generation_config
-        if stop_tokens is None:
-            stop_tokens = config.eos_token_id if config is not None and config.eos_token_id is not None else ()
-        stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(int(token) for token in stop_tokens)
-        if stops not in self._stops:
-            self._stops[stops] = torch.tensor(stops, dtype=torch.long, device=self.decoder.device)
-        pad = None if config is None else config.pad_token_id
-        return stops, pad if pad is not None else stops[0] if stops else 0
+
+def _check_tokens(tokens: Tensor, decoder: Decoder) -> None:
+    """Refuse what is no token of each row (ValueError); values are only read if they are on the CPU."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.long, torch.int32):
+        kind = str(tokens.dtype).removeprefix("torch.") if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens are {kind}; valid: a tensor of int64 or int32")
+    if tokens.shape != decoder.token.shape:
+        raise ValueError(f"tokens are {tuple(tokens.shape)}; valid: {tuple(decoder.token.shape)}")
+    if tokens.device.type == "cpu":
+        lowest, highest, vocabulary = int(tokens.min()), int(tokens.max()), len(decoder.embedding)
+        if lowest < 0 or highest >= vocabulary:
+            raise ValueError(f"tokens are {lowest} to {highest}; valid: 0 to {vocabulary - 1}")
 
 
 def bucket(length: int) -> int:
@@ -383,10 +439,14 @@ def generate(
     kernels: bool | None = None,
 ) -> Tensor:
     """Generate text in an :class:`Engine` of its own; arguments as of :class:`Engine` and :meth:`Engine.generate`."""
-    if ids.ndim != 2:
-        raise ValueError(f"ids are {tuple(ids.shape)}; valid: [batch_size, tokens]")
-    max_length = ids.shape[1] + max(1, max_new_tokens)
-    with Engine(model, method, max(1, len(ids)), max_length, kernels=kernels) as engine:
+    # What is refused is refused before any weight is moved.
+    check_number("max_new_tokens", max_new_tokens)
+    Sampling(temperature, top_k, top_p)
+    Stopping.read(model, stop_tokens)
+    request = Request.read(ids, attention_mask, 0)
+    request.check(request.batch_size, request.length, vocabulary_size(model))
+    max_length = request.length + max_new_tokens
+    with Engine(model, method, request.batch_size, max_length, kernels=kernels) as engine:
         return engine.generate(
             ids,
             max_new_tokens,

@@ -69,10 +69,18 @@ class Layer:
                 if shape.group == 1:  # without grouped queries: a KV head for each representative, in order
                     buffers[2] += torch.arange(k, device=like.device)
                     buffers[3] = buffers[1]
+                elif stored == shape.num_kv_heads:  # all of them, in order
+                    buffers[3] += torch.arange(stored, device=like.device)
                 self.clusters = ClusterBuffers(*buffers)
         except BaseException:
             self.weights.restore()
             raise
+
+    def free(self) -> None:
+        """Drop cache, clusters and tasks; nothing runs afterwards."""
+        del self.keys, self.values
+        self.clusters = self.head_map = None
+        self.tasks.clear()
 
     def set_clusters(self, clusters: HeadClusters, shared: bool) -> None:
         """Set the clusters of each row, or of all rows at once (``shared``: of a single row)."""
@@ -84,7 +92,8 @@ class Layer:
             read = buffers.representatives // self.shape.group
             index, stored = pack_read(read, self.shape.num_kv_heads, buffers.stored.shape[1])
             buffers.kv_heads.copy_(index)
-            buffers.stored.copy_(stored)
+            if buffers.stored.shape[1] < self.shape.num_kv_heads:
+                buffers.stored.copy_(stored)
         self.shared = shared
         if shared:
             self.weights.gather(buffers.representatives[0], buffers.stored[0])

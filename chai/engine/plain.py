@@ -62,7 +62,7 @@ def rotate_and_store(
         skip: Places of each row, from its first real token on, that are not written.
 
     Returns:
-        The rotated queries, ``[B, k, T, D]``, contiguous.
+        The rotated queries, ``[B, k, T, D]``, the last dimension contiguous.
     """
     place = position.long() + torch.arange(query.shape[1], device=query.device)  # [T]
     turn = place[None] if starts is None else (place[None] - starts[:, None]).clamp(min=0)  # [B or 1, T]

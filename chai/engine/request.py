@@ -30,6 +30,8 @@ class Request:
     @classmethod
     def read(cls, ids: Tensor, attention_mask: Tensor | None, warmup_tokens: int) -> Request:
         """Read prompts ``[B, T]`` and their mask (ValueError: shapes or padding that are not supported)."""
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"ids are of type {type(ids).__name__}; valid: a tensor [batch_size, tokens]")
         if ids.ndim != 2 or ids.numel() == 0 or ids.dtype not in (torch.long, torch.int32):
             raise ValueError(
                 f"ids are {tuple(ids.shape)} of {str(ids.dtype).removeprefix('torch.')}; "
@@ -40,7 +42,7 @@ class Request:
         starts = [0] * rows if attention_mask is None else _read_starts(ids, attention_mask)
         # Clusters depend on the warm-up tokens alone.
         ends = [start + warmup_tokens for start in starts]
-        first = [row[start:end] for row, start, end in zip(ids.tolist(), starts, ends, strict=True)]
+        first = [row[start:end].tolist() for row, start, end in zip(ids, starts, ends, strict=True)]
         shared = rows == 1 or (max(ends) <= length and all(tokens == first[0] for tokens in first))
         shared = shared or warmup_tokens == 0
         return cls(rows, length, starts, warmup_tokens, shared, int(ids.max()), int(ids.min()))
@@ -78,6 +80,10 @@ class Request:
 
 
 def _read_starts(ids: Tensor, attention_mask: Tensor) -> list[int]:
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask is of type {type(attention_mask).__name__}; valid: a tensor [batch_size, tokens], or None"
+        )
     if attention_mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; valid: {tuple(ids.shape)}, as ids")
     real = attention_mask.cpu() != 0

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Temperatures below this are greedy: logits that are divided by them would overflow.
+GREEDY = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; each setting means what it does in transformers' ``generate()``.
 
     Attributes:
-        temperature: Divides the logits; 0: the most probable token (greedy).
+        temperature: Divides the logits; below 1e-5: the most probable token (greedy), as with 0.
         top_k: Only the ``top_k`` most probable tokens; ``None``: all.
         top_p: Of these, the fewest most probable ones whose probabilities sum to ``top_p``; ``None``: all.
 
@@ -40,10 +43,9 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
     With ``E_i`` independent and exponentially distributed, ``argmax_i p_i / E_i`` has the distribution ``p``: a sample
     without a search in cumulated probabilities.
     """
-    logits = logits.float()
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = logits.float() / sampling.temperature
     if sampling.top_k is not None:
         least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -9,21 +9,20 @@ from torch import Tensor
 class TokenReader:
     """Copies the tokens of a step to the host without waiting for later steps.
 
-    On a CUDA device the copy runs on a stream of its own, behind the step that wrote the tokens, and is asked for once
-    the next step has been launched: while the host waits for it, the device has work.
+    On a CUDA device the copy runs on a stream of its own, behind the step that wrote the tokens, and starts after the
+    next step has been launched: while the host waits for it, the device has work.
 
     Args:
         sequence: long ``[places, B]``, where step after step writes its tokens.
+        stream: Of the copies, on a CUDA device.
     """
 
-    def __init__(self, sequence: Tensor) -> None:
-        self._sequence, self._events = sequence, dict[int, torch.cuda.Event]()
-        self._stream: torch.cuda.Stream | None = None
+    def __init__(self, sequence: Tensor, stream: torch.cuda.Stream | None) -> None:
+        self._sequence, self._events, self._stream = sequence, dict[int, torch.cuda.Event](), stream
         #: Steps that are launched before the tokens of a step are read.
         self.lag = 0
-        if sequence.is_cuda:
+        if stream is not None:
             self.lag = 1
-            self._stream = torch.cuda.Stream(sequence.device)
             self._host = torch.empty(sequence.shape[1], dtype=torch.long, pin_memory=True)
             self._copied = torch.cuda.Event()
 

@@ -44,6 +44,14 @@ class Shape:
         return self.num_heads // self.num_kv_heads
 
 
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no integer of at least 1 (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; valid: an integer, 1 or more")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; valid: 1 or more")
+
+
 def check_method(method: Method) -> None:
     """Refuse a method that the engine does not run (ValueError)."""
     if isinstance(method, Mha):
@@ -90,6 +98,11 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
 def least_window(model: PreTrainedModel) -> int | None:
     """Return the shortest sliding window of the layers; ``None`` without one."""
     return min((window for window in sliding_windows(model.config) if window is not None), default=None)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model has an embedding of."""
+    return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
 
 
 def read_shape(model: PreTrainedModel) -> Shape:

@@ -1,7 +1,8 @@
 """The first tokens of each row: with all heads, by which each layer clusters its heads.
 
 By causality they depend neither on later tokens nor on the clusters. So they go through the layers as a chain of their
-own, in each layer ahead of the whole prompt, which then runs on the representatives alone. On a CUDA device the chain
+own, in each layer ahead of the whole prompt, which then runs on the representatives alone. Up to the first layer with
+clusters the prompt computes the same, and the chain begins there with the prompt's states. On a CUDA device the chain
 has a stream of its own, and the prompt waits in each layer for the layer's clusters only.
 """
 
@@ -49,27 +50,47 @@ class WarmUp:
 
     def begin(self) -> None:
         """Start with the tokens of ``decoder.sequence`` from ``decoder.starts`` on."""
-        decoder = self._decoder
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(decoder.device))
-        with self._aside():
-            places = decoder.starts.long()[:, None] + torch.arange(self.tokens, device=decoder.device)
-            ids = decoder.sequence.t().gather(1, places.clamp(max=decoder.capacity))
-            self._x, self._y = decoder.embed(ids), None
+        ids = self._decoder.sequence.t().gather(1, self._places().clamp(max=self._decoder.capacity))
+        self.begin_with(self._decoder.embed(ids))
+
+    def begin_after(self, x: Tensor, y: Tensor | None) -> None:
+        """Start with the prompt's states ``x + y``, ``[B, T, width]``, where each row has all of its warm-up tokens."""
+        index = self._places()[..., None].expand_as(self.hidden)
+        states = x.gather(1, index)
+        self.begin_with(states if y is None else states + y.gather(1, index))
+
+    def begin_with(self, states: Tensor) -> None:
+        """Start with the hidden states ``[B, tokens, width]`` of the warm-up tokens."""
+        if self._stream is None:
+            self.hidden.copy_(states)
+        else:  # a copy that stays: memory of one stream must not be freed while another reads it
+            current = torch.cuda.current_stream(self._decoder.device)
+            current.wait_stream(self._stream)  # of a request that was broken off
+            self.hidden.copy_(states)
+            self._stream.wait_stream(current)
+        self._x, self._y = self.hidden, None
+
+    def _places(self) -> Tensor:
+        """Return the places of the warm-up tokens, long ``[B, tokens]``."""
+        return self._decoder.starts.long()[:, None] + torch.arange(self.tokens, device=self._decoder.device)
 
     def advance(self, layer: Layer, shared: bool, leave: bool) -> None:
         """Run one layer: cluster its heads, and write the warm-up tokens' keys and values into its cache.
 
         Its outputs are computed if ``leave``: a later layer needs them, or :meth:`finish`.
 
-        What is launched afterwards on the current stream runs behind it.
+        What is launched afterwards on the current stream runs behind the clusters, keys and values, but not behind the
+        outputs, which only the chain itself reads.
         """
         with self._aside():
             self._run(layer, shared, leave)
-            if self._stream is not None:
-                self._events[layer.index].record(self._stream)
         if self._stream is not None:
             torch.cuda.current_stream(self._decoder.device).wait_event(self._events[layer.index])
+
+    def _mark_ready(self, layer: Layer) -> None:
+        """Note that what has been launched so far is all that the prompt needs of a layer."""
+        if self._stream is not None:
+            self._events[layer.index].record(self._stream)
 
     def finish(self) -> None:
         """Compute :attr:`hidden`."""
@@ -107,6 +128,7 @@ class WarmUp:
             stored,
             stored if layer.shares_values else None,
         )
+        self._mark_ready(layer)
         if leave:
             heads = attention.warm_up_attention(query, self._keys, self._values, scaling)
             self._x, self._y = decoder.leave(layer, x, heads)

@@ -62,7 +62,8 @@ class LayerWeights:
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.heads = [linear.out_features // size for linear in linears]  # H, H_kv, H_kv
         self.gathered = [k, stored, stored if shares_values else 0]
-        self.projections = self.gate_up = None
+        self.projections: FusedLinear | None = None
+        self.gate_up: FusedLinear | None = None
         try:
             self.projections = FusedLinear(linears, sum(self.gathered) * size)
             self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj])
@@ -76,10 +77,13 @@ class LayerWeights:
         )
 
     def restore(self) -> None:
-        """Give the model's parameters storage of their own again."""
-        for fused in (self.projections, self.gate_up):
-            if fused is not None:
-                fused.restore()
+        """Give the model's parameters storage of their own again, and drop each buffer at once."""
+        if self.projections is not None:
+            self.projections.restore()
+            self.projections = None
+        if self.gate_up is not None:
+            self.gate_up.restore()
+            self.gate_up = None
 
     def project_all(self, x: Tensor) -> Projected:
         """Project all heads: ``[B, T, width]`` to ``[B, T, H, D]`` and twice ``[B, T, H_kv, D]``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chai.kernels.compiler import Case, tl, triton
 
-#: Tokens of one head that a program rotates and stores.
+#: Tokens of one head that a program rotates or stores, at most.
 TOKENS = 16
 #: Neurons that a program activates.
 NEURONS = 1024
@@ -35,7 +35,7 @@ def rms_norm_kernel(x, y, weight, total, out, width, eps, ADD: tl.constexpr, WID
     tl.store(out + row + columns, (factors * normal).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["q_len", "skip"])
+@triton.jit(do_not_specialize=["q_len", "skip", "num_queries", "num_keys", "num_values"])
 def rotate_and_store_kernel(
     query,
     key,
@@ -142,7 +142,7 @@ def rotate_and_store_kernel(
         if is_query:
             end = (
                 query_out
-                + ((row * num_queries + own) * q_len + token.to(tl.int64)[:, None]) * (2 * HALF)
+                + ((row * q_len + token.to(tl.int64)[:, None]) * num_queries + own) * (2 * HALF)
                 + half[None, :]
             )
             tl.store(end, first, mask=inside)
@@ -153,7 +153,9 @@ def rotate_and_store_kernel(
             tl.store(end + HALF, second, mask=cell)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(
+    do_not_specialize=["tokens", "capacity", "num_keys", "num_values", "key_source_heads", "value_source_heads"]
+)
 def store_tokens_kernel(
     key,
     value,
@@ -178,9 +180,9 @@ def store_tokens_kernel(
     PICK_KEY: tl.constexpr,
     PICK_VALUE: tl.constexpr,
 ):
-    """One program: the warm-up tokens of one stored KV head of one row, copied into the cache from its start on."""
+    """One program: some warm-up tokens of one stored KV head of one row, copied into the cache from its start on."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    token, column = tl.arange(0, TOKENS_BLOCK), tl.arange(0, SIZE_BLOCK)
+    token, column = tl.program_id(2) * TOKENS_BLOCK + tl.arange(0, TOKENS_BLOCK), tl.arange(0, SIZE_BLOCK)
     place = tl.load(starts + row) + token
     inside = ((token < tokens) & (place < capacity))[:, None] & (column < SIZE)[None, :]
     offset = token.to(tl.int64)[:, None] * SIZE + column[None, :]
@@ -258,11 +260,15 @@ def rotate_and_store(
     eps: float = 0.0,
     skip: int = 0,
 ) -> Tensor:
-    """See :func:`chai.engine.plain.rotate_and_store`."""
+    """See :func:`chai.engine.plain.rotate_and_store`.
+
+    The queries lie in memory as ``[B, T, k, D]``, as the product with W_O reads the outputs: fused kernels of attention
+    that lay out their output as their queries need no copy.
+    """
     rows, q_len, _, size = query.shape
     num_queries = query.shape[2] if query_heads is None else query_heads.shape[1]
     num_keys, num_values = keys.shape[1], values.shape[1]
-    out = query.new_empty(rows, num_queries, q_len, size)
+    out = query.new_empty(rows, q_len, num_queries, size)
     block = 1 if q_len == 1 else TOKENS
     half = size // 2
     rotate_and_store_kernel[(triton.cdiv(q_len, block), num_queries + num_keys + num_values, rows)](
@@ -302,7 +308,7 @@ def rotate_and_store(
         NORM=query_norm is not None,
         num_warps=1 if block == 1 else 4,
     )
-    return out
+    return out.transpose(1, 2)
 
 
 def store_tokens(
@@ -317,7 +323,8 @@ def store_tokens(
     """See :func:`chai.engine.plain.store_tokens`."""
     rows, _, tokens, size = key.shape
     num_keys, num_values = keys.shape[1], values.shape[1]
-    store_tokens_kernel[(num_keys + num_values, rows)](
+    block = min(TOKENS, _power_of_2(tokens))
+    store_tokens_kernel[(num_keys + num_values, rows, triton.cdiv(tokens, block))](
         key,
         value,
         keys,
@@ -335,7 +342,7 @@ def store_tokens(
         *values.stride()[:2],
         SIZE=size,
         SIZE_BLOCK=_power_of_2(size),
-        TOKENS_BLOCK=_power_of_2(tokens),
+        TOKENS_BLOCK=block,
         PICK_KEY=key_heads is not None,
         PICK_VALUE=value_heads is not None,
         num_warps=4,

@@ -169,12 +169,14 @@ def test_lengths_of_graphs():
     assert all(0 <= bucket(n) - n < max(257, n / 8 + 1) for n in range(1, 9000))
 
 
-def test_gradients_and_inference_mode_of_the_caller_do_not_matter():
+def test_gradients_inference_mode_and_autocast_of_the_caller_do_not_matter():
     model, batch = make_model("llama"), make_batch([12])
     wanted = expected(model, METHODS["chai"], batch)
     with torch.inference_mode():
         ids = batch["input_ids"].clone()
         found = chai.generate(model, ids, METHODS["chai"], 9)
     assert torch.equal(found, wanted) and not found.is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(chai.generate(model, batch["input_ids"], METHODS["chai"], 9), wanted)
     model(found).logits.sum().backward()  # the parameters are ordinary ones
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None

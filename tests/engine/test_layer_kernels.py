@@ -87,7 +87,7 @@ def test_rotation_and_cache_are_those_of_plain_torch(case, dtype):
     caches = [tensor.clone() for tensor in given[3:5]]
     wanted = plain.rotate_and_store(*given[:3], *caches, *given[5:], **options)
     found = layer.rotate_and_store(*given, **options)
-    assert found.is_contiguous()
+    assert found.transpose(1, 2).is_contiguous()
     for one, other in zip((found, *given[3:5]), (wanted, *caches), strict=True):
         close(one, other)
 
@@ -151,6 +151,17 @@ def test_warm_up_tokens_are_stored_from_each_start_on(operations, picked):
     before = keys[:, :, :14].clone()
     operations.store_tokens(key, value, keys, values, torch.tensor([14, 15], dtype=torch.int32), heads)
     assert torch.equal(keys[:, :, :14], before)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_any_number_of_warm_up_tokens_is_stored(tokens):
+    key, value = torch.randn(2, 2, 3, tokens, 12)
+    starts = torch.tensor([4, 0], dtype=torch.int32)
+    found, wanted = ([torch.zeros(2, 3, 48, 12) for _ in range(2)] for _ in range(2))
+    layer.store_tokens(key, value, *found, starts)
+    plain.store_tokens(key, value, *wanted, starts)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 # Activation.

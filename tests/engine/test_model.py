@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import chai
+from chai.engine.weights import FusedLinear
 from tests.engine.requests import METHODS, expected
 from tests.models import make_batch, make_model
 
@@ -107,10 +111,37 @@ def test_two_engines_on_one_model(first_closed):
 def test_a_closed_engine_says_so():
     model = make_model("llama")
     engine = chai.Engine(model)
+    engine.prefill(torch.tensor([[5, 6]]))
+    again = engine.repeated_step(9)
+    cache = weakref.ref(engine.decoder.layers[0].keys)
     engine.close()
     engine.close()
-    with pytest.raises(ValueError, match="this engine is closed; valid: a new one"):
-        engine.generate(torch.tensor([[5, 6]]), 2)
+    assert cache() is None  # the function holds nothing but the engine
+    for run in (again, partial(engine.generate, torch.tensor([[5, 6]]), 2)):
+        with pytest.raises(ValueError, match="this engine is closed; valid: a new one"):
+            run()
+
+
+def test_closing_needs_little_memory(monkeypatch):
+    """Caches and clusters are freed first, and each buffer of weights before the next one is copied."""
+    engine = chai.Engine(make_model("llama"), METHODS["chai"])
+    engine.prefill(torch.tensor([[5, 6, 7, 8, 9, 10]]))
+    layers = engine.decoder.layers
+    others = [weakref.ref(tensor) for layer in layers for tensor in (layer.keys, layer.values)]
+    others += [weakref.ref(layer.clusters) for layer in layers if layer.clusters is not None]
+    others.append(weakref.ref(engine._warm_up.hidden))
+    count = 2 * len(layers)
+    del layers
+    own, restored = FusedLinear.restore, []
+
+    def restore(fused):
+        assert not any(ref() is not None for ref in others + restored)
+        restored.append(weakref.ref(fused.weight))
+        own(fused)
+
+    monkeypatch.setattr(FusedLinear, "restore", restore)
+    engine.close()
+    assert len(restored) == count and not any(ref() is not None for ref in restored)
 
 
 def test_generate_of_transformers_is_untouched():

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import chai
+from chai.engine.attention import _refuse_capture
+from chai.engine.stopping import Stopping
 from chai.methods import Chai, Dejavu, Spatten
 from chai.methods.chai import ClusteredHeadAttention
 from tests.engine.requests import METHODS
@@ -128,10 +130,84 @@ MASK = torch.tensor([[1, 1, 0]])
         (r"ids are \(3,\)", {"ids": torch.tensor([5, 6, 7])}),
         (r"ids are \(1, 0\) of int64", {"ids": torch.zeros(1, 0, dtype=torch.long)}),
         ("of float32; valid: integers", {"ids": IDS.float()}),
+        ("ids are of type list; valid: a tensor", {"ids": [[5, 6, 7]]}),
+        ("attention_mask is of type list; valid: a tensor", {"attention_mask": [[1, 1, 1]]}),
+        (r"stop_tokens are 1.5; valid: an integer", {"stop_tokens": 1.5}),
+        (r"stop_tokens are \[5, 'x'\]; valid: an integer", {"stop_tokens": [5, "x"]}),
+        ("stop_tokens are 5.0; valid: an integer", {"stop_tokens": torch.tensor(5.0)}),
     ],
 )
-def test_arguments(message, options):
+def test_arguments(message, options, monkeypatch):
+    """They are refused before any weight is moved."""
+    monkeypatch.setattr("chai.engine.engine.Decoder", None)
     refused(message, **options)
+
+
+@pytest.mark.parametrize("count", [2.5, "3", True, None])
+def test_a_count_that_is_no_integer(count):
+    message = f"is {count!r}; valid: an integer, 1 or more"
+    with pytest.raises(ValueError, match=f"max_new_tokens {message}"):
+        chai.generate(make_model("llama"), IDS, None, count)
+    with pytest.raises(ValueError, match=f"batch_size {message}"):
+        chai.Engine(make_model("llama"), batch_size=count)
+
+
+def test_a_padding_token_outside_the_vocabulary():
+    """It is an input of the next step; without stop tokens it is not read."""
+    model = make_model("llama")
+    for pad in (-1, 97):
+        model.generation_config.pad_token_id = pad
+        refused(f"the padding token is {pad} .*valid: 0 to 96", model, stop_tokens=5)
+        assert chai.generate(model, IDS, None, 2, stop_tokens=()).shape == (1, 5)
+
+
+@pytest.mark.parametrize("stop_tokens", [5, torch.tensor(5), torch.tensor([5, 96]), (5, 96), {5}])
+def test_forms_of_stop_tokens(stop_tokens):
+    assert Stopping.read(make_model("llama"), stop_tokens).tokens in ((5,), (5, 96))
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens"),
+    [
+        ("tokens are float32; valid: a tensor of int64 or int32", torch.tensor([5.0])),
+        ("tokens are bool; valid", torch.tensor([True])),
+        ("tokens are list; valid", [5]),
+        ("tokens are 97 to 97; valid: 0 to 96", torch.tensor([97])),
+        ("tokens are -1 to -1; valid: 0 to 96", torch.tensor([-1], dtype=torch.int32)),
+    ],
+)
+def test_tokens_of_a_step(message, tokens):
+    """The request goes on after them."""
+    with chai.Engine(make_model("llama")) as engine:
+        engine.prefill(IDS)
+        with pytest.raises(ValueError, match=message):
+            engine.decode_step(tokens)
+        assert engine.decode_step(torch.tensor([5], dtype=torch.int32)).shape == (1, 97)
+
+
+@pytest.mark.parametrize("call", ["prefill", "generate", "decode_step"])
+def test_a_request_that_failed_is_over(call, monkeypatch):
+    """Its cache is written in part."""
+    with chai.Engine(make_model("llama"), METHODS["chai"]) as engine:
+        engine.prefill(torch.full((1, 9), 5))
+        length, layer = engine._request.length, engine.decoder.layers[-1]
+
+        def fail(*_):
+            assert call != "decode_step" or engine._request.length == length  # not counted before it has run
+            raise MemoryError("no memory")
+
+        monkeypatch.setattr(layer.weights, "mlp_output", fail)
+        with pytest.raises(MemoryError):
+            getattr(engine, call)(*([] if call == "decode_step" else [torch.full((1, 9), 5)]))
+        with pytest.raises(ValueError, match=r"no request has been started; valid: prefill\(\) first"):
+            engine.decode_step()
+
+
+def test_tasks_that_would_be_made_within_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    _refuse_capture(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="chose other tasks than that of the run before"):
+        _refuse_capture(torch.device("cuda"))
 
 
 def test_what_does_not_fit_an_engine():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 
@@ -70,8 +73,23 @@ def test_an_exception_of_the_callback_ends_the_generation():
         with pytest.raises(RuntimeError, match="enough"):
             engine.generate(ids, 8, on_token=refuse)
         assert len(seen) == 3
+        with pytest.raises(ValueError, match="no request has been started"):
+            engine.decode_step()
         again = engine.generate(ids, 8)
     assert torch.equal(again, chai.generate(model, ids, METHODS["chai"], 8))
+
+
+def test_a_callback_may_not_call_the_engine():
+    """Nor may another thread, while a request runs."""
+    model, ids = make_model("llama"), make_batch([9])["input_ids"]
+    with chai.Engine(model) as engine:
+        calls = [partial(engine.generate, ids, 2), partial(engine.prefill, ids), engine.decode_step, engine.close]
+        for call in calls:
+            with pytest.raises(ValueError, match="this engine runs a request.*valid: calls after its end"):
+                engine.generate(ids, 2, on_token=lambda tokens, call=call: call())
+            with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="this engine runs a request"):
+                engine.generate(ids, 2, on_token=lambda tokens, call=call: pool.submit(call).result())
+        assert engine.generate(ids, 2).shape == (1, 11)
 
 
 class LateReader:
@@ -97,7 +115,7 @@ def test_a_step_that_is_launched_too_much_changes_nothing(monkeypatch, stops):
     chosen = free[:, 12].tolist() if stops else ()
     wanted = chai.generate(model, ids, None, 8, stop_tokens=chosen)
 
-    def late(sequence):
+    def late(sequence, stream):
         readers.append(LateReader(sequence))
         return readers[-1]
 
@@ -148,7 +166,8 @@ def test_samples_have_the_distribution_of_transformers(sampling):
 
 
 def test_the_most_probable_token_alone_is_greedy():
-    for sampling in (Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.01)):
+    tiny = (Sampling(1e-6), Sampling(1e-45), Sampling(1e-4))  # logits that are divided by 1e-45 are infinite
+    for sampling in (Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.01), *tiny):
         assert frequencies(LOGITS, sampling, 50)[2] == 1
 
 

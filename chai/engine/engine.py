@@ -245,7 +245,7 @@ class Engine:
             while reader is not None and count < max_new_tokens and not deliver():
                 pass
         new = count if reader is not None else max_new_tokens
-        return decoder.sequence[: first + new].t().contiguous()
+        return decoder.sequence[: first + new].t().clone(memory_format=torch.contiguous_format)
 
     @_one_at_a_time
     def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

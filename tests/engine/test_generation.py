@@ -7,7 +7,7 @@ import torch
 
 import chai
 from chai.engine.engine import bucket
-from chai.methods import Chai, ChaiQkv, ChaiStatic, Random, Static
+from chai.methods import Chai, ChaiQkv, ChaiStatic, Mha, Random, Static
 from tests.chai.test_static import make_profile
 from tests.engine.requests import COUNTS, FAMILIES, METHODS, expected, same_start
 from tests.models import HEADS, make_batch, make_model
@@ -180,3 +180,14 @@ def test_gradients_inference_mode_and_autocast_of_the_caller_do_not_matter():
         assert torch.equal(chai.generate(model, batch["input_ids"], METHODS["chai"], 9), wanted)
     model(found).logits.sum().backward()  # the parameters are ordinary ones
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_tokens_of_a_request_outlive_the_next_one():
+    """Also of a single row, whose tokens lie in the engine's memory as they are returned."""
+    model = make_model("llama")
+    first, second = (make_batch([9])["input_ids"] + shift for shift in (0, 1))
+    with chai.Engine(model, Mha(), max_length=64) as engine:
+        tokens = engine.generate(first, 4, stop_tokens=())
+        kept = tokens.clone()
+        engine.generate(second, 4, stop_tokens=())
+    assert torch.equal(tokens, kept) and tokens.is_contiguous()

@@ -27,8 +27,6 @@ Candidates = dict[str, Callable[[], Any]]
 ROUNDS = 7
 #: Bytes that are written before each candidate, so that its inputs come from memory, as they do within a model.
 FLUSHED = 1 << 29
-
-
 #: Cycles (about a millisecond) for which the GPU is kept busy while a candidate's kernels are launched: the time of the
 #: launches, which a CUDA graph does not have, is not measured.
 BUSY_CYCLES = 2_000_000

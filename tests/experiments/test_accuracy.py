@@ -214,7 +214,7 @@ def test_data_that_the_hub_cannot_give_is_one_line(workplace, tmp_path, capfd):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_an_interrupted_run_leaves_no_result_and_completes_later(workplace, tmp_path, how):
     overrides = command(workplace, tmp_path, "method=mha", "batch_size=1", "task=micro_hellaswag")
-    write_tasks(tmp_path / "many", count=200)
+    write_tasks(tmp_path / "many", count=400)
     overrides = [*overrides[:2], f"task.data_dir={tmp_path / 'many'}", *overrides[3:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}
     process = subprocess.Popen(

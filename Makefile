@@ -17,7 +17,7 @@ real: $(VENV)/.real
 	$(BIN)/python -m experiments.real --data "$(DATA)" --limit $(LIMIT)
 	$(BIN)/python -m analysis.tables real
 
-# With a CUDA device: kernels and engine against the CPU, and their speed (about 5 minutes). Without: what can be checked.
+# With a CUDA device: kernels and engine against the CPU, and their speed. Without: what can be checked there.
 # PYTHON=... GPU_ENV= runs in that Python as it is, such as one with a CUDA build of torch.
 GPU_ENV := $(VENV)/.installed
 

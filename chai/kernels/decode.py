@@ -135,6 +135,7 @@ def decode_attention(
         CAP=softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=_most_registers(value_dim),
     )
     _combine[(batch_size * num_heads,)](
         parts,
@@ -156,6 +157,14 @@ def _count_splits(programs: int, size: int, config: DecodeConfig, device: torch.
     """Return in how many slices to divide the tokens, such that the GPU is full and no slice is empty."""
     wanted = -(-config.waves * _multiprocessors(device) // programs)
     return max(1, min(wanted, -(-size // config.block), MOST_SPLITS))
+
+
+def _most_registers(value_dim: int) -> int:
+    """Return how many registers a thread may have: without this limit the compiler sets a lower one, and spills.
+
+    With so many, as many programs fit a multiprocessor as its shared memory allows.
+    """
+    return 168 if value_dim <= 64 else 240
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -347,7 +356,11 @@ def _compiled(config: DecodeConfig, dim: int, group: int = 1) -> Case:
             "CAP": False,
             "stride_ms": 1,
         },
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "maxnreg": _most_registers(dim),
+        },
     )
 
 

@@ -73,7 +73,7 @@ def build_tasks(assignment: Tensor, kv_heads: Tensor, num_value_heads: int, memb
 
 def _num_warps(num_heads: int) -> int:
     """Return warps for matrices of heads, such that they fit the registers."""
-    return max(4, (1 << (num_heads - 1).bit_length()) // 8)
+    return 4 if num_heads <= 32 else min(32, (1 << (num_heads - 1).bit_length()) // 4)
 
 
 @triton.jit(do_not_specialize=["count"])

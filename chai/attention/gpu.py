@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chai.attention.dense import dense_attention
 from chai.attention.fastest import FASTEST, length_class
-from chai.attention.reference import causal_mask
+from chai.attention.reference import causal_mask, padded_mask
 from chai.attention.sdpa import sdpa_attention, wide_sdpa_attention
 from chai.heads import KVHeadMap
 from chai.kernels import available, decode, is_interpreted, prefill
@@ -83,12 +83,7 @@ class GpuInputs:
         q_len, size = self.query.shape[2], self.key.shape[2]
         if self.starts is None and self.kv_len is None:
             return self.mask
-        places = torch.arange(size, device=self.query.device)
-        visible = places < self.kv_len if self.kv_len is not None else causal_mask(q_len, size, places.device)
-        if self.starts is not None:
-            visible = visible & (places >= self.starts[:, None, None, None])
-        if q_len > 1:  # padding sees itself: a softmax over nothing is NaN, which spreads through products
-            visible = visible | torch.eye(size, dtype=torch.bool, device=places.device)[-q_len:]
+        visible = padded_mask(q_len, size, self.starts, self.kv_len, self.query.device)
         return visible.expand(len(self.query), 1, q_len, size)
 
 

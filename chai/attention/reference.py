@@ -91,6 +91,26 @@ def apply_weights(weights: Tensor, value: Tensor) -> Tensor:
     return (grouped @ value[:, :, None]).flatten(1, 2)
 
 
+def padded_mask(q_len: int, kv_len: int, starts: Tensor | None, length: Tensor | None, device: torch.device) -> Tensor:
+    """Return bool ``[B or 1, 1, T, S]`` (true: attend) for left padding and a cache with room behind its tokens.
+
+    Args:
+        q_len: T; the last T of S tokens, unless ``length`` is given.
+        kv_len: S.
+        starts: int32 ``[B]``, the first token of each row that is not padding.
+        length: int32 ``[1]`` on the device, tokens to attend to, for a single query.
+        device: Of the mask.
+    """
+    places = torch.arange(kv_len, device=device)
+    mask = causal_mask(q_len, kv_len, device) if length is None else (places < length)[None, None, None]
+    if starts is None:
+        return mask
+    mask = mask & (places >= starts[:, None, None, None])
+    if length is None:  # padding sees itself: a softmax over nothing is NaN, which spreads through products
+        mask = mask | (places == places[kv_len - q_len :, None])
+    return mask
+
+
 def causal_mask(q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """Return bool ``[1, 1, T, S]``: each of the last T of S tokens sees itself and all tokens before it."""
     return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]

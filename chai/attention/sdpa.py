@@ -62,7 +62,7 @@ def wide_sdpa_attention(
         query, key, pairs, attn_mask=mask, is_causal=mask is None and q_len > 1, scale=scaling
     )
     out = out.unflatten(3, (2, width)).transpose(2, 3).flatten(1, 2)  # [B, 2 N, T, D]
-    # Where each head is among the pairs; what is not there goes to a place behind the last head.
+    # Find the place of each head among the pairs; empty places are written to an extra column.
     place = members.new_empty(batch_size, num_heads + 1)
     index = torch.arange(members[0].numel(), device=place.device).expand(batch_size, -1)
     place.scatter_(1, members.flatten(1), index)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chai.attention import clustered_attention, mha_attention, shared_value_attention
 from chai.attention.gpu import GpuInputs, attention_on_gpu
+from chai.attention.reference import padded_mask
 from chai.engine.layers import Layer
 from chai.heads import take_heads
 from chai.kernels.tasks import Tasks, build_tasks, fill_tasks
@@ -40,14 +41,7 @@ class Visible:
         """Bool ``[B or 1, 1, T, span]``, true: attend; ``None``: causal."""
         if self.starts is None and self.kv_len is None:
             return None
-        key = torch.arange(self.span, device=self.device)
-        query = torch.arange(self.span - self.q_len, self.span, device=self.device)[:, None]
-        mask = (key <= query if self.kv_len is None else key[None] < self.kv_len)[None, None]
-        if self.starts is not None:
-            mask = mask & (key >= self.starts[:, None, None, None])
-            if self.kv_len is None:  # padding sees itself: a softmax over nothing is NaN, which spreads
-                mask = mask | (key == query)
-        return mask
+        return padded_mask(self.q_len, self.span, self.starts, self.kv_len, self.device)
 
 
 def prepare(layer: Layer) -> None:

@@ -49,7 +49,7 @@ def _in_engine(function: F) -> F:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), place:
             return function(engine, *args, **kwargs)
 
-    return wrapper  # type: ignore[return-value]
+    return cast("F", wrapper)
 
 
 def _one_at_a_time(function: F) -> F:
@@ -64,7 +64,7 @@ def _one_at_a_time(function: F) -> F:
         finally:
             engine._running.release()
 
-    return _in_engine(wrapper)  # type: ignore[return-value]
+    return _in_engine(cast("F", wrapper))
 
 
 class Engine:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chai.engine.support import Shape
 from chai.engine.weights import LayerWeights
-from chai.heads import HeadClusters, KVHeadMap
+from chai.heads import HeadClusters, KVHeadMap, pack_kv_heads
 from chai.kernels.tasks import Tasks
 
 
@@ -90,7 +90,7 @@ class Layer:
         buffers.representatives.copy_(clusters.representatives.expand_as(buffers.representatives))
         if self.shape.group > 1:
             read = buffers.representatives // self.shape.group
-            index, stored = pack_read(read, self.shape.num_kv_heads, buffers.stored.shape[1])
+            index, stored = pack_kv_heads(read, self.shape.num_kv_heads, buffers.stored.shape[1])
             buffers.kv_heads.copy_(index)
             if buffers.stored.shape[1] < self.shape.num_kv_heads:
                 buffers.stored.copy_(stored)
@@ -108,18 +108,3 @@ def count_stored(shape: Shape, k: int, group_aware: bool) -> int:
     A group-aware clustering reads the fewest possible, ``ceil(k / group)``.
     """
     return math.ceil(k / shape.group) if group_aware else min(k, shape.num_kv_heads)
-
-
-def pack_read(read: Tensor, num_kv_heads: int, stored: int) -> tuple[Tensor, Tensor]:
-    """Choose the KV heads to store, as :func:`chai.heads.pack_kv_heads`, for a fixed number and without a host read.
-
-    From long ``[B, k]``, the KV head that each representative reads, to the index of each among the stored ones, and
-    to long ``[B, stored]``; rows that need fewer repeat one.
-    """
-    every = torch.arange(num_kv_heads, device=read.device)
-    if stored == num_kv_heads:
-        return read, every.expand(len(read), -1)
-    needed = (read[..., None] == every).any(1)  # [B, H_kv]
-    chosen = (~needed).to(torch.uint8).argsort(stable=True, dim=1)[:, :stored]
-    chosen = torch.where(needed.gather(1, chosen), chosen, chosen[:, :1])
-    return (needed.cumsum(1) - 1).gather(1, read), chosen

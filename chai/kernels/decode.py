@@ -162,7 +162,7 @@ def _count_splits(programs: int, size: int, config: DecodeConfig, device: torch.
 def _most_registers(value_dim: int) -> int:
     """Return how many registers a thread may have: without this limit the compiler sets a lower one, and spills.
 
-    With so many, as many programs fit a multiprocessor as its shared memory allows.
+    At this limit, shared memory and not registers limits the programs on a multiprocessor.
     """
     return 168 if value_dim <= 64 else 240
 

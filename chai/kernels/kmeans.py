@@ -403,7 +403,7 @@ def _padded(count: int, least: int) -> int:
 
 
 def _settings(points: int, clusters: int) -> dict[str, int | bool]:
-    """Return the constant C and the options for so many points and clusters (padded), such that no register spills."""
+    """Return the constant C and the launch options with which no register spills, for padded sizes."""
     if points == clusters == 128:
         chunk, num_warps = 2, 8
     else:
@@ -412,7 +412,7 @@ def _settings(points: int, clusters: int) -> dict[str, int | bool]:
 
 
 def _compiled(points: int, clusters: int) -> Case:
-    """Describe the kernel for so many points and clusters."""
+    """Return the case of a number of points and of clusters."""
     options = _settings(points, clusters)
     constants = {"NEAREST": True, "TIE": TIE, "P": points, "K": clusters, "C": options.pop("C")}
     return Case(

@@ -53,7 +53,7 @@ class Problem:
 def random_problem(seed: int, one_token: bool, kinds: int | None = None) -> Problem:
     """Draw rows, heads, clusters, grouped queries, head sizes, types, lengths, padding and masks.
 
-    With ``kinds``, there are only so many kinds of what a kernel is compiled for: one for each ``seed % kinds``.
+    With ``kinds``, everything that a kernel is compiled for depends on ``seed % kinds`` alone: fewer compilations.
     """
     draw, kind_draw = random.Random(seed), random.Random(f"kind {seed if kinds is None else seed % kinds}")
     torch.manual_seed(seed)

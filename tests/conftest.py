@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: without a GPU they run on the CPU
+os.environ["DISABLE_MULTIPROC"] = "1"  # no pool of lm-eval, whose forks of a process with threads may hang
 
 import hypothesis
 import pytest

@@ -31,6 +31,9 @@ from experiments.evaluation.savings import cache_stats, mean_savings
 from experiments.runs.folder import RunError
 from experiments.system.distributed import ProcessGroup
 
+#: With this variable set, lm-eval computes the bootstrap of a metric without a pool of processes.
+ONE_PROCESS = "DISABLE_MULTIPROC"
+
 
 class MethodLM(HFLM):
     """lm-eval's Hugging Face model, whose forward passes run on a cache of the applied method, which is then measured.
@@ -251,6 +254,20 @@ def without_environment() -> Iterator[None]:
         lm_eval.evaluator.add_env_info = add_env_info
 
 
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Let lm-eval resample scores here, with the same numbers: its pool forks a process with threads, and may hang."""
+    before = os.environ.get(ONE_PROCESS)
+    os.environ[ONE_PROCESS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ONE_PROCESS]
+        else:
+            os.environ[ONE_PROCESS] = before
+
+
 def score(
     lm: MethodLM,
     spec: dict[str, Any],
@@ -265,7 +282,7 @@ def score(
     The samples have ``columns`` of the items as well.
     """
     manager = RecordingManager()
-    with cached_templates(), without_environment(), lm.method(lm.model):
+    with cached_templates(), without_environment(), in_one_process(), lm.method(lm.model):
         output = simple_evaluate(
             model=lm,
             tasks=[spec],

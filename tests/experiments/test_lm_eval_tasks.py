@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config.compose import compose_config
 from experiments.evaluation.groups import group_result
-from experiments.evaluation.lm import auto_batch_size
+from experiments.evaluation.lm import ONE_PROCESS, auto_batch_size
 from experiments.execute import run_config
 from experiments.microworld import world
 from experiments.runs.definitions import metric_key
@@ -185,10 +185,13 @@ def test_generated_and_rolling_tasks_run_under_every_method(workplace, tasks, tm
 
 
 @pytest.mark.parametrize("group", ["own_items", "own_tasks"])
-def test_the_scores_of_a_group_are_those_of_plain_lm_eval(workplace, tasks, tmp_path, group, capsys):
+def test_the_scores_of_a_group_are_those_of_plain_lm_eval(workplace, tasks, tmp_path, group, capsys, monkeypatch):
+    monkeypatch.delenv(ONE_PROCESS)
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("a process with threads is forked"))
     command = overrides_of(workplace, tasks, tmp_path, group)
     config = compose_config([*command, "task.metric=acc", "limit=0.6"])
-    assert run_config(config) == 0
+    assert run_config(config) == 0 and ONE_PROCESS not in os.environ
+    monkeypatch.setenv(ONE_PROCESS, "1")
     results = [result for result, _ in outcomes(tmp_path).values()]
     for result in results:
         result["seconds"] = 1.0

@@ -249,15 +249,20 @@ class ClusteredCache(PrunedCache[PrunedLayer]):
         phase = getattr(self.layers[layer], "phase", None)
         return phase.head_map.clusters if isinstance(phase, Clustered) else None
 
-    def warmup_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, float, float | None]:
+    def warmup_inputs(
+        self, rows: Tensor, with_values: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
         """Return what the heads of some rows (bool ``[B]``), whose warm-up is complete, are clustered by.
 
         Returns:
-            Queries ``[L, b, H, warmup_tokens, D]`` and keys ``[L, b, H_kv, warmup_tokens, D]`` of the warm-up tokens,
-            the factor of the scores, and their bound. Where the factor differs between layers (GPT-2), the queries
-            are multiplied with what it differs by.
+            Queries ``[L, b, H, warmup_tokens, D]``, keys and, if asked for, values ``[L, b, H_kv, warmup_tokens, D]``
+            of the warm-up tokens, the factor of the scores, and their bound. Where the factor differs between layers
+            (GPT-2), the queries are multiplied with what it differs by.
         """
-        positions, queries, keys = self.state.warmup.positions[rows], [], []
+        positions: Tensor = self.state.warmup.positions[rows]
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         first = next(iter(self.clustered_layers.values())).phase
         assert isinstance(first, WarmUp)
         scaling, softcap = first.scaling, first.softcap
@@ -266,8 +271,10 @@ class ClusteredCache(PrunedCache[PrunedLayer]):
             device = layer.keys.device
             own = layer.phase.queries[rows.to(device)].to(rows.device)
             queries.append(own if layer.phase.scaling == scaling else own * (layer.phase.scaling / scaling))
-            keys.append(take_tokens(layer.keys[rows.to(device)], positions.to(device)).to(rows.device))
-        return torch.stack(queries), torch.stack(keys), scaling, softcap
+            for stored, taken in [(layer.keys, keys), (layer.values, values)][: 2 if with_values else 1]:
+                assert stored is not None
+                taken.append(take_tokens(stored[rows.to(device)], positions.to(device)).to(rows.device))
+        return torch.stack(queries), torch.stack(keys), torch.stack(values) if values else None, scaling, softcap
 
     def expect_whole_prompt(self, warmup_tokens: int) -> None:
         """Let every layer cluster its heads in the next call, which begins with the warm-up tokens of all rows."""

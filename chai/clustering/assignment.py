@@ -10,13 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chai.clustering.gqa import gqa_medoids
 from chai.clustering.kmeans import cluster, pairwise_distances, represent
+from chai.clustering.medoids import cheapest_members, medoid_clusters
 from chai.heads import HeadClusters
 from chai.kernels import available
 from chai.kernels.kmeans import MOST_POINTS, kmeans
 
-#: ``nearest``: the member nearest the mean of the cluster. ``lowest``: the member with the lowest head index.
-Representative = Literal["nearest", "lowest"]
+#: ``nearest``: the member nearest the mean of the cluster, which for squared distances is also the medoid, the member
+#: with the least sum of distances to the others. ``lowest``: the member with the lowest head index. ``output``: the
+#: member whose attention changes the layer's output least, ``min_r sum_h |(A_r - A_h) V_h W_O,h|^2``.
+Representative = Literal["nearest", "lowest", "output"]
+#: ``kmeans``: Section 3.5. ``kmedoids``: the k representatives that cost the heads least. ``agglomerative``: average
+#: linkage on the cosine distance, as the authors' release has it.
+Membership = Literal["kmeans", "kmedoids", "agglomerative"]
 
 
 def has_kernel(device: torch.device, num_heads: int) -> bool:
@@ -54,6 +61,45 @@ def kmeans_clusters(
     counts = np.repeat(num_clusters, features.shape[1])
     labels, representatives, _ = cluster(distances, counts, nearest=representative == "nearest")
     return split_layers(labels, representatives, num_clusters, features.device)
+
+
+def feature_distances(features: Tensor) -> Tensor:
+    """Return squared distances ``[L, B, H, H]`` of features ``[L, B, H, F]``; 0 where they differ by rounding alone."""
+    distances = pairwise_distances(features.flatten(0, 1).detach().cpu().float().numpy())
+    return torch.from_numpy(distances).unflatten(0, features.shape[:2]).to(features.device)
+
+
+def clusters_by_cost(
+    cost: Tensor,
+    num_clusters: Sequence[int],
+    membership: Membership = "kmeans",
+    representative: Representative = "nearest",
+    output_cost: Tensor | None = None,
+    kv_heads: int | None = None,
+) -> list[HeadClusters]:
+    """Cluster the heads of each layer and row by costs ``[L, B, H, H]`` of a metric.
+
+    Args:
+        cost: Of head h with representative r at ``[..., h, r]`` (:mod:`chai.clustering.distances`).
+        num_clusters: k of each layer.
+        membership: ``kmeans`` (costs that are squared distances) or ``kmedoids``.
+        representative: Of clusters by K-means.
+        output_cost: ``[L, B, H, H]``, errors of the output, for ``representative="output"``.
+        kv_heads: KV heads, if representatives are to read as few of them as k can; replaces the other choices.
+    """
+    costs = cost.flatten(0, 1).detach().cpu().float().numpy()
+    counts = np.repeat(num_clusters, cost.shape[1])
+    if kv_heads is not None:
+        labels, representatives = gqa_medoids(costs, kv_heads, counts)
+    elif membership == "kmedoids":
+        labels, representatives = medoid_clusters(costs, counts)
+    else:
+        labels, representatives, _ = cluster(costs, counts, nearest=representative != "lowest")
+        if representative == "output":
+            assert output_cost is not None
+            errors = output_cost.flatten(0, 1).detach().cpu().float().numpy()
+            labels, representatives = cheapest_members(errors, labels, counts)
+    return split_layers(labels, representatives, num_clusters, cost.device)
 
 
 def agglomerative_clusters(

@@ -1,14 +1,12 @@
-"""The number of clusters of each layer: rules on the clustering error (paper, Section 3.2, Figure 8), and presets.
+"""The number of clusters of each layer: by the clustering error (paper, Section 3.2, Figure 8), a budget, or a preset.
 
-Every rule takes ``error [..., L, H]``, the error of layer l with k clusters at ``[..., l, k - 1]``, and returns counts
-``[..., L]``.
+The first rules take ``error [..., L, H]``, the error of layer l with k clusters at ``[..., l, k - 1]``, and return
+counts ``[..., L]``. :func:`allocate` divides one budget among the layers, by what each of them loses.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-from chai.clustering.kmeans import compiled
 
 #: A curve whose greatest distance from the chord is below this share of its height is straight, but for rounding.
 STRAIGHT = 1e-6
@@ -46,74 +44,81 @@ def knee(error: np.ndarray) -> np.ndarray:
     return np.where(height[..., 0] > 0, chosen, 1)
 
 
-def budget(
-    error: np.ndarray, num_kv_heads: int, *, saving: float | None = None, share: float | None = None
+def allocate(
+    loss: np.ndarray, cost: np.ndarray, *, most_cost: int | None = None, most_loss: float | None = None
 ) -> np.ndarray:
-    """Choose the best counts under one budget for all layers together, by dynamic programming.
+    """Choose an option for each layer under one budget for all layers together, by dynamic programming.
+
+    The least total loss that costs at most ``most_cost``, or the least total cost with a loss of at most ``most_loss``.
+    Losses of layers are added up as if each were clustered alone.
 
     Args:
-        error: See the module.
-        num_kv_heads: KV heads of each layer; the cost of k clusters of H heads is ``ceil(k * num_kv_heads / H)``.
-        saving: Share of the KV cache bytes to save (0 to 0.5), at the least total error.
-        share: Allowed total error, as a share of that with one cluster in every layer, at the least KV heads.
+        loss: ``[..., L, C]``, of each option in each layer.
+        cost: ``[L, C]``, whole numbers: computed heads, or stored KV heads.
+        most_cost: Budget of the costs; give either this one,
+        most_loss: or the budget of the losses.
+
+    Returns:
+        Indices of options, ``[..., L]``.
 
     Raises:
-        ValueError: Not even one cluster in each layer gives the saving; or neither or both budgets are given.
+        ValueError: The budget cannot be met; or neither or both are given.
     """
-    *batch, num_layers, num_heads = error.shape
-    if (saving is None) == (share is None):
-        raise ValueError("give either a saving or a share of the error")
-    check_saving(saving, num_kv_heads)
-    # Only the largest k of each cost is of interest.
-    costs = -(-np.arange(1, num_heads + 1) * num_kv_heads // num_heads)
-    counts = np.searchsorted(costs, np.arange(1, num_kv_heads + 1), side="right") - 1
-    curves = error.reshape(-1, num_layers, num_heads).astype(np.float64)
-    total = num_layers * num_kv_heads
-    least, chosen = _least_errors(curves[:, :, counts])
+    if (most_cost is None) == (most_loss is None):
+        raise ValueError("give either a budget of the cost or of the loss")
+    *batch, num_layers, num_options = loss.shape
+    curves = loss.reshape(-1, num_layers, num_options).astype(np.float64)
+    total = int(cost.max(1).sum())
+    # least[n]: least loss of the layers so far that cost n together; chosen[l][n]: the option of layer l.
+    least = np.full((len(curves), total + 1), np.inf)
+    least[:, 0] = 0
+    chosen = np.zeros((num_layers, *least.shape), dtype=np.int16)
+    for layer in range(num_layers):
+        best = np.full_like(least, np.inf)
+        for option in range(num_options):
+            step = int(cost[layer, option])
+            losses = np.full_like(least, np.inf)
+            losses[:, step:] = least[:, : total + 1 - step] + curves[:, layer, option, None]
+            better = losses < best
+            best[better] = losses[better]
+            chosen[layer][better] = option
+        least = best
     # Spend the budget.
-    if saving is not None:
-        most = int(np.floor(total * (1 - 2 * saving) + 1e-9))
-        spent = least[:, : most + 1].argmin(1)
+    if most_cost is not None:
+        affordable = least[:, : max(most_cost, -1) + 1]
+        if not affordable.size or not np.isfinite(affordable.min(1)).all():
+            raise ValueError(f"the cost is at least {int(cost.min(1).sum())}; the budget is {most_cost}")
+        spent = affordable.argmin(1)
     else:
-        allowed = share * curves[:, :, 0].sum(1, keepdims=True) + 1e-12
-        spent = (least <= allowed).argmax(1)
+        assert most_loss is not None
+        within = least <= most_loss + 1e-12
+        if not within.any(1).all():
+            raise ValueError(f"the loss is at least {float(least.min(1).max()):.3g}; the budget is {most_loss:g}")
+        spent = within.argmax(1)
     # Walk back through the choices.
     problems, schedule = np.arange(len(curves)), np.empty((len(curves), num_layers), dtype=np.int64)
     for layer in range(num_layers - 1, -1, -1):
-        cost = chosen[layer, problems, spent]
-        schedule[:, layer] = counts[cost - 1] + 1
-        spent = spent - cost
+        schedule[:, layer] = chosen[layer, problems, spent]
+        spent = spent - cost[layer, schedule[:, layer]]
     return schedule.reshape(*batch, num_layers)
 
 
-@compiled
-def _least_errors(options):  # type: ignore[no-untyped-def]
-    """Distribute n KV heads over the layers with the least total error, for every n.
+def allocate_greedily(loss: np.ndarray, cost: np.ndarray, most_cost: int) -> np.ndarray:
+    """Choose an option for each layer by walking down the lower hulls: each step loses least for what it saves.
 
-    Args:
-        options: ``[N, L, C]``, error of a layer with 1 to C KV heads.
-
-    Returns:
-        The least errors ``[N, L * C + 1]``, infinite where n is too small, and the KV heads of layer l where the first
-        l + 1 layers have n in all, ``[L, N, L * C + 1]``.
+    It is what :func:`allocate` is compared with. Losses ``[L, C]``, costs and result as there; each layer begins with
+    its option of the highest cost, and no step exceeds the budget's need by more than one layer's choice.
     """
-    problems, layers, most = options.shape
-    least = np.full((problems, layers * most + 1), np.inf)
-    chosen = np.zeros((layers, problems, layers * most + 1), dtype=np.int16)
-    for problem in range(problems):
-        row = least[problem]
-        row[0] = 0
-        for layer in range(layers):
-            # Downwards, since the errors of fewer KV heads are still those of the layers before.
-            for heads in range((layer + 1) * most, -1, -1):
-                best = np.inf
-                for cost in range(1, min(most, heads) + 1):
-                    error = row[heads - cost] + options[problem, layer, cost - 1]
-                    if error < best:
-                        best = error
-                        chosen[layer, problem, heads] = cost
-                row[heads] = best
-    return least, chosen
+    layers = np.arange(len(loss))
+    current = cost.argmax(1)
+    while cost[layers, current].sum() > most_cost:
+        saved = cost[layers, current][:, None] - cost
+        slope = np.where(saved > 0, (loss - loss[layers, current][:, None]) / np.maximum(saved, 1), np.inf)
+        if not np.isfinite(slope).any():
+            raise ValueError(f"the cost is at least {int(cost.min(1).sum())}; the budget is {most_cost}")
+        layer, option = np.unravel_index(slope.argmin(), slope.shape)
+        current[layer] = option
+    return current
 
 
 def check_saving(saving: float | None, num_kv_heads: int) -> None:

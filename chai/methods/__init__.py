@@ -14,6 +14,7 @@ from chai.methods.base import Method
 
 if TYPE_CHECKING:
     from chai.methods.chai import Chai as Chai
+    from chai.methods.chai_output import ChaiOutput as ChaiOutput
     from chai.methods.chai_qkv import ChaiQkv as ChaiQkv
     from chai.methods.chai_static import ChaiStatic as ChaiStatic
     from chai.methods.dejavu import Dejavu as Dejavu

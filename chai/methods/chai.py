@@ -12,9 +12,17 @@ from transformers import PreTrainedConfig
 
 from chai.attention import clustered_attention
 from chai.cache import ClusteredLayer
-from chai.clustering.assignment import Representative, agglomerative_clusters, has_kernel, kmeans_clusters
+from chai.clustering.assignment import (
+    Membership,
+    Representative,
+    agglomerative_clusters,
+    clusters_by_cost,
+    feature_distances,
+    has_kernel,
+    kmeans_clusters,
+)
+from chai.clustering.distances import EUCLIDEAN, Metric, head_costs
 from chai.clustering.features import attention_features
-from chai.clustering.gqa import gqa_clusters
 from chai.heads import HeadClusters, KVHeadMap, repeat_kv
 from chai.methods.clustering import ClusteringMethod
 from chai.patching.model_info import num_kv_heads
@@ -61,30 +69,41 @@ class Chai(ClusteredHeadAttention):
         seed: Unused (clustering is deterministic).
         profile: See :class:`chai.methods.clustering.ClusteringMethod`.
         tokens: Number of warm-up tokens.
-        membership: ``kmeans`` (Section 3.5) or ``agglomerative`` (average linkage, cosine distance).
-        representative: The member ``nearest`` the mean of the cluster, or the ``lowest`` head index.
+        membership: ``kmeans`` (Section 3.5), ``kmedoids``, or ``agglomerative`` (average linkage, cosine distance).
+        representative: Of a cluster: the member ``nearest`` its mean, the ``lowest`` head index, or the member with the
+            least error of the layer's ``output``.
         features: ``causal`` attention of the warm-up tokens, or ``unmasked``.
         group_aware: For grouped-query models: choose representatives that read as few KV heads as k of them can, so
             that whole KV heads leave the cache; replaces ``membership`` and ``representative``.
+        metric: Distance between heads (:mod:`chai.clustering.distances`).
 
     Raises:
-        ValueError: A value outside its choices.
+        ValueError: A value outside its choices, or choices that exclude each other.
     """
 
     tokens: int = 5
-    membership: Literal["kmeans", "agglomerative"] = "kmeans"
+    membership: Membership = "kmeans"
     representative: Representative = "nearest"
     features: Literal["causal", "unmasked"] = "causal"
     group_aware: bool = False
+    metric: Metric = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         hints = get_type_hints(type(self))
-        for name in ("membership", "representative", "features"):
+        for name in ("membership", "representative", "features", "metric"):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"{name} is '{getattr(self, name)}'; valid: {', '.join(get_args(hints[name]))}")
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}; valid: 1 or more")
+        if self.group_aware:
+            return
+        if self.membership == "kmeans" and self.metric not in EUCLIDEAN:
+            raise ValueError(f"metric={self.metric} has no means; valid: membership=kmedoids, or another metric")
+        if self.membership == "agglomerative" and self.metric != "attention":
+            raise ValueError("membership=agglomerative has its own metric; valid: membership=kmeans, or no metric")
+        if self.membership != "kmeans" and self.representative == "output":
+            raise ValueError(f"membership={self.membership} has its own representatives; valid: metric=output")
 
     @property
     def warmup_tokens(self) -> int:
@@ -93,7 +112,13 @@ class Chai(ClusteredHeadAttention):
 
     def clusters_on(self, device: torch.device, num_heads: int) -> bool:
         """Whether there is a kernel for these clusters."""
-        return self.membership == "kmeans" and not self.group_aware and has_kernel(device, num_heads)
+        by_attention = self.metric == "attention" and self.representative != "output"
+        return self.membership == "kmeans" and by_attention and not self.group_aware and has_kernel(device, num_heads)
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the error of the layer's output decides."""
+        return self.metric == "output" or self.representative == "output"
 
     def cluster_heads(
         self,
@@ -103,18 +128,30 @@ class Chai(ClusteredHeadAttention):
         key: Tensor,
         scaling: float,
         softcap: float | None = None,
+        outputs: Tensor | None = None,
     ) -> list[HeadClusters]:
         """Cluster heads by their attention among the warm-up tokens (Section 3.5)."""
         num_heads, num_kv = query.shape[2], key.shape[2]
         # One feature vector per head: its flattened attention matrix.
         key = repeat_kv(key, num_heads, dim=2)
         features = attention_features(query, key, scaling, self.features == "causal", softcap)  # [L, B, H, t * t]
-        if self.group_aware:
-            return gqa_clusters(features, num_kv, num_clusters)
+        kv_heads = num_kv if self.group_aware else None
         # Group the heads, and choose a representative for each group.
-        if self.membership == "kmeans":
-            return kmeans_clusters(features, num_clusters, self.representative)
-        return agglomerative_clusters(features, num_clusters, self.representative)
+        if self.metric == "attention" and not self.needs_outputs and kv_heads is None:
+            if self.membership == "kmeans":
+                return kmeans_clusters(features, num_clusters, self.representative)
+            if self.membership == "agglomerative":
+                return agglomerative_clusters(features, num_clusters, self.representative)
+        weights = features.unflatten(-1, (query.shape[3], -1))
+        errors = head_costs("output", weights, outputs) if self.needs_outputs else None
+        if self.metric == "attention":
+            cost = feature_distances(features)
+        elif self.metric == "output":
+            assert errors is not None
+            cost = errors
+        else:
+            cost = head_costs(self.metric, weights)
+        return clusters_by_cost(cost, num_clusters, self.membership, self.representative, errors, kv_heads)
 
     def note(self, config: PreTrainedConfig) -> str:
         """Return how much of the KV cache a grouped-query model saves."""

@@ -33,6 +33,7 @@ class Random(ClusteredHeadAttention):
         key: Tensor,
         scaling: float,
         softcap: float | None = None,
+        outputs: Tensor | None = None,
     ) -> list[HeadClusters]:
         """Draw the clusters, the same for every row."""
         batch_size, num_heads = query.shape[1:3]

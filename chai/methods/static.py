@@ -61,6 +61,7 @@ class Static(ClusteredHeadAttention):
         key: Tensor,
         scaling: float,
         softcap: float | None = None,
+        outputs: Tensor | None = None,
     ) -> list[HeadClusters]:
         """Return the clusters of the head profile, the same for every row."""
         assert self._profile is not None

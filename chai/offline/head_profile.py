@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 from transformers import PreTrainedConfig
 
+from chai.clustering.distances import EUCLIDEAN, Metric
+from chai.clustering.gqa import gqa_medoids
 from chai.clustering.kmeans import cluster
+from chai.clustering.medoids import medoid_clusters, refine_jointly
 from chai.clustering.metrics import adjusted_rand, changed_heads
 from chai.errors import ChaiError
 from chai.heads import HeadClusters
@@ -54,22 +57,59 @@ class HeadProfile:
 
     about: dict[str, Any]  # content of profile.json
     arrays: dict[str, np.ndarray]  # the tensors
+    _found: dict[Any, HeadClusters] = field(default_factory=dict, repr=False)  # clusters, by what was asked for
 
     @property
     def num_clusters(self) -> list[int]:
         """Number of clusters of each layer."""
         return [int(k) for k in self.arrays["clusters"]]
 
-    def clusters(self, layer: int, k: int | None = None) -> HeadClusters:
-        """Return the clusters that fit all samples best, for one row; k is that of the profile by default."""
-        if k is None or k == self.num_clusters[layer]:
-            k = self.num_clusters[layer]
+    def clusters(
+        self, layer: int, k: int | None = None, metric: Metric = "attention", kv_heads: int | None = None
+    ) -> HeadClusters:
+        """Return the clusters that fit all samples best, for one row.
+
+        Args:
+            layer: Index of the layer.
+            k: Number of clusters; that of the profile by default.
+            metric: Distance between heads (:mod:`chai.clustering.distances`).
+            kv_heads: KV heads of the model, if representatives are to read as few of them as k can.
+
+        Raises:
+            ProfileError: The profile does not have the metric.
+        """
+        k = self.num_clusters[layer] if k is None else k
+        asked = (layer, k, metric, kv_heads)
+        if asked not in self._found:
+            self._found[asked] = self._find_clusters(*asked)
+        return self._found[asked]
+
+    def _find_clusters(self, layer: int, k: int, metric: Metric, kv_heads: int | None) -> HeadClusters:
+        if metric == "attention" and kv_heads is None and k == self.num_clusters[layer]:
             assignment, representatives = self.arrays["assignment"][layer], self.arrays["representatives"][layer, :k]
         else:
-            distances = self.arrays["distances"][layer : layer + 1].astype(np.float32)
-            labels, heads, _ = cluster(distances, np.array([k]), nearest=True)
+            gram = self.arrays["gram"][layer : layer + 1] if metric == "output" and "gram" in self.arrays else None
+            cost = self.costs(metric)[layer : layer + 1]
+            labels, heads = static_clusters(cost, np.array([k]), metric, gram, kv_heads)
             assignment, representatives = labels[0], heads[0]
         return HeadClusters(torch.from_numpy(assignment)[None], torch.from_numpy(representatives)[None])
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean number of tokens of a sample."""
+        corpus = self.about["corpus"]
+        return float(corpus["tokens"] / corpus["samples"])
+
+    def costs(self, metric: Metric) -> np.ndarray:
+        """Return the costs ``[L, H, H]`` of a metric (fp32), mean of the samples (ProfileError: not gathered)."""
+        name = "distances" if metric == "attention" else f"cost_{metric}"
+        if name not in self.arrays:
+            valid = ["attention", *(name.removeprefix("cost_") for name in self.arrays if name.startswith("cost_"))]
+            raise ProfileError(
+                f"the profile of {self.about['model']['name']} has no metric '{metric}'; valid: {', '.join(valid)}, or "
+                f"a profile with profile.metrics=[{metric}]"
+            )
+        return self.arrays[name].astype(np.float32)
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a model of another shape (ProfileError: names the differences)."""
@@ -121,12 +161,65 @@ class HeadProfile:
         return profile
 
 
+def static_clusters(
+    cost: np.ndarray,
+    counts: np.ndarray,
+    metric: Metric,
+    gram: np.ndarray | None = None,
+    kv_heads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster the heads of each problem by costs of a metric, offline.
+
+    K-means where the costs are squared distances, else k-medoids; k-medoids as well where few KV heads are to be read.
+
+    Args:
+        cost: ``[N, H, H]`` fp32.
+        counts: ``[N]``, k of each problem.
+        metric: Of the costs.
+        gram: ``[N, H * H, H * H]``, products of the errors of the output: heads are then assigned such that the error
+            of all of them together is small (:func:`chai.clustering.medoids.refine_jointly`).
+        kv_heads: KV heads, if the representatives are to read as few as possible.
+
+    Returns:
+        labels ``[N, H]`` and representatives ``[N, k_max]`` (padded with H).
+    """
+    if kv_heads is not None:
+        labels, representatives = gqa_medoids(cost, kv_heads, counts)
+    elif metric in EUCLIDEAN:
+        labels, representatives, _ = cluster(cost, counts, nearest=True)
+    else:
+        labels, representatives = medoid_clusters(cost, counts)
+    if gram is not None:
+        labels = refine_jointly(gram, labels, representatives, counts)
+    return labels, representatives
+
+
+def static_maps(
+    statistics: HeadStatistics, metric: Metric, counts: list[int], kv_heads: int | None = None
+) -> list[dict[int, HeadClusters]]:
+    """Return the static clusters of each layer, by number of clusters, as :meth:`HeadProfile.clusters` has them."""
+    sums, samples = statistics.sums, statistics.samples
+    cost = (sums["distances" if metric == "attention" else f"cost_{metric}"] / samples).astype(np.float32)
+    gram = (sums["gram"] / samples).astype(np.float32) if metric == "output" and "gram" in sums else None
+    maps: list[dict[int, HeadClusters]] = [{} for _ in cost]
+    for k in counts:
+        labels, heads = static_clusters(cost, np.full(len(cost), k), metric, gram, kv_heads)
+        for layer, own in enumerate(maps):
+            own[k] = HeadClusters(torch.from_numpy(labels[layer])[None], torch.from_numpy(heads[layer, :k])[None])
+    return maps
+
+
 def build_profile(
-    statistics: HeadStatistics, num_clusters: list[int], about: dict[str, Any], warmup_tokens: int = 5
+    statistics: HeadStatistics,
+    num_clusters: list[int],
+    about: dict[str, Any],
+    warmup_tokens: int = 5,
+    further: dict[str, np.ndarray] | None = None,
 ) -> HeadProfile:
     """Build the head profile from statistics and the chosen numbers of clusters.
 
-    ``about`` has model, corpus, features, rule and versions; ``warmup_tokens`` is a mark in Figure 9.
+    ``about`` has model, corpus, features, rule and versions; ``warmup_tokens`` is a mark in Figure 9; ``further`` are
+    more arrays (sensitivities).
     """
     sums, samples, distances = statistics.sums, statistics.samples, statistics.distances.astype(np.float32)
     assignment, representatives, _ = cluster(distances, np.array(num_clusters), nearest=True)
@@ -154,6 +247,9 @@ def build_profile(
         "assignment_by_k": static_assignments(distances),
         **{name: sums[name] / samples for name in ("entropy", "first_token", "own_token")},
         **series,
+        **{name: (mean / samples).astype(np.float32) for name, mean in sums.items() if name.startswith("cost_")},
+        **({"gram": (sums["gram"] / samples).astype(np.float32)} if "gram" in sums else {}),
+        **(further or {}),
     }
     if (sample_errors := statistics.sample_errors) is not None:  # gathered by this version from the first sample on
         arrays |= {"sample_error": sample_errors}

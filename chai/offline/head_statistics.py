@@ -26,12 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from chai.clustering.distances import Metric, head_costs, output_errors, squared_distances
 from chai.clustering.kmeans import pairwise_distances, sweep
 from chai.clustering.metrics import within_and_between
 from chai.heads import repeat_kv
 
 Features = Literal["causal", "last_row"]
 BLOCK_BYTES = 1 << 24  # of attention weights at a time
+#: Metrics that follow from the squared distances of the attention, and its norms.
+BY_DISTANCE = ("attention", "cosine")
 ENTROPY_ROWS = 64  # evenly spread rows of a sample whose entropy is averaged
 
 
@@ -51,6 +54,8 @@ class StatisticsOptions:
     map_tokens: int = 32  # tokens of the saved maps
     trace_tokens: int = 20  # tokens up to which the clusters are tracked
     trace_samples: int = 64  # samples in which they are
+    metrics: tuple[Metric, ...] = ()  # further distances between heads (:mod:`chai.clustering.distances`)
+    joint: bool = False  # products of the errors of the output of all pairs of heads
 
 
 @dataclass
@@ -65,6 +70,8 @@ class LayerSamples:
     entropy: Tensor  # [B, H], relative to that of uniform attention, mean of some rows
     first_token: Tensor  # [B, H], share of the attention on the first token, mean of the rows but the first
     own_token: Tensor  # [B, H], share of the attention on the token itself, mean of the rows but the first
+    costs: dict[Metric, Tensor] = field(default_factory=dict)  # [B, H, H] of each further metric
+    gram: Tensor | None = None  # [B, H * H, H * H], products of the errors of the output, if asked for
 
 
 def gather(
@@ -75,6 +82,8 @@ def gather(
     lengths: Tensor,
     options: StatisticsOptions,
     softcap: float | None = None,
+    outputs: Tensor | None = None,
+    sketch: Tensor | None = None,
 ) -> LayerSamples:
     """Gather the statistics of one layer for a batch of samples.
 
@@ -86,6 +95,8 @@ def gather(
         lengths: ``[B]`` (long), real tokens; the rest is padding.
         options: What to gather; no sample is shorter than ``trace_tokens``.
         softcap: Bound of the scores, ``softcap * tanh(score / softcap)``; ``None``: unbounded.
+        outputs: ``[B, H, T, D]``, ``V_h F_h`` for the metric ``output``.
+        sketch: ``[B, H, T, width]``, ``V_h W_O,h`` or a random projection of it, for the products.
     """
     batch_size, num_heads, q_len, _ = query.shape
     device, history = query.device, options.trace_tokens
@@ -99,6 +110,8 @@ def gather(
     last_of_map, shortest = lengths.clamp(max=options.map_tokens) - 1, int(lengths.min())
     entropy_rows = positions[1 :: max(1, q_len // ENTROPY_ROWS)]  # the first row has no choice
     block = min(q_len, max(1, BLOCK_BYTES // (4 * batch_size * num_heads * q_len)))
+    costs = {name: torch.zeros_like(distances) for name in options.metrics if name not in BY_DISTANCE}
+    gram = query.new_zeros(batch_size, num_heads**2, num_heads**2) if options.joint else None
     scratch = query.new_empty(2, batch_size * num_heads * block * q_len)  # allocating it for each block is slow
     for begin in range(0, q_len, block):
         # Attention of a block of query rows.
@@ -127,29 +140,30 @@ def gather(
         own_token += weights[:, :, rows - begin, rows].sum(2)
         some = entropy_rows[(entropy_rows >= begin) & (entropy_rows < end)]
         entropy += (torch.special.entr(weights[:, :, some - begin]).sum(-1) / (some + 1).log()).sum(2)
+        # Distances between heads, and errors of the output.
+        if options.features == "causal":
+            for name, cost in costs.items():
+                cost += head_costs(name, weights, None if outputs is None else outputs[:, :, :end])
+        if gram is not None:
+            assert sketch is not None
+            errors = output_errors(weights, sketch[:, :, :end]).flatten(2)
+            gram += errors @ errors.transpose(1, 2)
         if options.features == "causal":
             flat = weights.flatten(2)
             squares += torch.linalg.vector_norm(flat, dim=2).square()
             distances += squared_distances(flat, in_place=True)
     if options.features == "last_row":
         distances, squares = squared_distances(row), row.square().sum(2)
+        costs = {name: head_costs(name, row[:, :, None], outputs) for name in costs}
+    if "cosine" in options.metrics:  # of the whole vectors, which blocks do not add up to
+        norms = squares.sqrt().clamp(min=1e-12)
+        products = (squares[:, :, None] + squares[:, None] - distances) / 2
+        costs["cosine"] = (1 - products / (norms[:, :, None] * norms[:, None])).clamp(min=0)
     # Means over the rows that have a choice.
     entropy /= (entropy_rows < lengths[:, None]).sum(1, keepdim=True)
     choices = (lengths - 1)[:, None]
     first_token, own_token = (first_token - 1) / choices, (own_token - 1) / choices
-    return LayerSamples(distances, squares, steps, row, map_row, entropy, first_token, own_token)
-
-
-def squared_distances(points: Tensor, *, in_place: bool = False) -> Tensor:
-    """Compute squared distances ``[..., H, H]`` between points ``[..., H, F]`` by a product.
-
-    ``in_place`` allows to overwrite the points.
-    """
-    mean = points.mean(-2, keepdim=True)  # products of near points would cancel otherwise
-    points = points.sub_(mean) if in_place else points - mean
-    products = points @ points.transpose(-1, -2)
-    squares = products.diagonal(dim1=-2, dim2=-1)
-    return (squares[..., :, None] + squares[..., None, :] - 2 * products).clamp(min=0)
+    return LayerSamples(distances, squares, steps, row, map_row, entropy, first_token, own_token, costs, gram)
 
 
 def correlation(distances: np.ndarray, squares: np.ndarray, entries: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -183,7 +197,8 @@ class HeadStatistics:
             ``distances``, ``correlation`` ``[L, H, H]``, ``sizes``, ``sizes_square`` ``[L, H, H]`` (of the i-th
             largest of k clusters at ``k - 1, i``), ``within``, ``between`` ``[L, H]`` (mean correlation of two heads
             that share one of k clusters, and that do not, at ``k - 1``; NaN without such heads), ``entropy``,
-            ``first_token``, ``own_token`` ``[L, H]``, and for ``last_row`` ``rows`` ``[L, H, tokens]``.
+            ``first_token``, ``own_token`` ``[L, H]``, for ``last_row`` ``rows`` ``[L, H, tokens]``, ``cost_NAME``
+            ``[L, H, H]`` of further metrics, and for ``joint`` ``gram`` ``[L, H * H, H * H]``.
         series: By name, one fp32 array per sample: ``sample_error`` ``[L, H]`` (as ``error``) of every sample; of the
             first ones ``maps`` ``[L, H, map_tokens]``, ``sample_correlation`` ``[L, H, H]``,
             ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the samples in ``steps``).
@@ -205,6 +220,9 @@ class HeadStatistics:
         square = ("distances", "correlation", "sizes", "sizes_square")
         flat = ("error", "error_square", "within", "between", "entropy", "first_token", "own_token")
         shapes = dict.fromkeys(square, (layers, heads, heads)) | dict.fromkeys(flat, (layers, heads))
+        shapes |= {f"cost_{name}": (layers, heads, heads) for name in self.options.metrics if name != "attention"}
+        if self.options.joint:
+            shapes["gram"] = (layers, heads**2, heads**2)
         if self.options.features == "last_row":
             shapes["rows"] = (layers, heads, self.options.tokens)
         self.sums = {name: np.zeros(shape) for name, shape in shapes.items()} | self.sums
@@ -240,6 +258,12 @@ class HeadStatistics:
             self.sums[name] += value.reshape(len(layers), len(tokens), *value.shape[1:]).sum(1)
         for name in ("distances", "entropy", "first_token", "own_token"):
             self.sums[name] += host(name).sum(1, dtype=np.float64)
+        for name in self.options.metrics:
+            if name != "attention":
+                cost = np.stack([layer.costs[name].cpu().numpy() for layer in layers])
+                self.sums[f"cost_{name}"] += cost.sum(1, dtype=np.float64)
+        if self.options.joint:
+            self.sums["gram"] += host("gram").sum(1, dtype=np.float64)
         if not causal:
             row = host("row")
             self.sums["rows"][:, :, : row.shape[3]] += row.sum(1, dtype=np.float64)

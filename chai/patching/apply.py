@@ -245,13 +245,9 @@ def patched(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pre
         yield model
 
 
-#: A function of the layer's index, query, key, scaling, mask and soft cap.
-Callback = Callable[[int, Tensor, Tensor, float, "Tensor | None", "float | None"], None]
-
-
 @contextmanager
-def capture(model: PreTrainedModel, callback: Callback) -> Iterator[PreTrainedModel]:
-    """Call ``callback`` with each layer's queries and keys inside the block; the model computes its own attention.
+def capture(model: PreTrainedModel, callback: Callable[[AttentionInputs], None]) -> Iterator[PreTrainedModel]:
+    """Call ``callback`` with each layer's inputs inside the block; the model computes its own attention.
 
     The mask is bool (true: attend), ``[B or 1, 1, T, S]``, or ``None``: causal.
 
@@ -261,7 +257,7 @@ def capture(model: PreTrainedModel, callback: Callback) -> Iterator[PreTrainedMo
 
     class Capture(ForwardPass):
         def attend(self, inputs: AttentionInputs) -> Tensor:
-            callback(inputs.layer_idx, inputs.query, inputs.key, inputs.scaling, inputs.mask, inputs.softcap)
+            callback(inputs)
             return inputs.stock()
 
     def forward(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:

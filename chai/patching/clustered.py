@@ -34,6 +34,7 @@ from chai.patching.apply import (
 )
 from chai.patching.devices import layer_devices
 from chai.patching.model_info import check_family, layer_shape, num_kv_heads, sliding_windows
+from chai.patching.outputs import HeadOutputs
 from chai.patching.projections import sliced_projections
 from chai.patching.rotary import part_of_positions, whole_call_frequencies
 
@@ -55,6 +56,11 @@ class ClusteringSteps(ABC):
         """Real tokens of multi-head attention at the start of a request; 0: the clusters do not depend on it."""
         return 0
 
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether :meth:`cluster_heads` looks at the error of the layer's output."""
+        return False
+
     def clusters_on(self, device: torch.device, num_heads: int) -> bool:
         """Whether :meth:`cluster_heads` runs on a device without a read of the host."""
         return False
@@ -68,11 +74,13 @@ class ClusteringSteps(ABC):
         key: Tensor,
         scaling: float,
         softcap: float | None = None,
+        outputs: Tensor | None = None,
     ) -> list[HeadClusters]:
         """Cluster the heads of ``L`` layers, each into its number of clusters, by the warm-up tokens of each row.
 
         Query is ``[L, B, H, warmup_tokens, D]``, key ``[L, B, H_kv, warmup_tokens, D]``; the model's attention among
-        them is that of :func:`chai.attention.attention_weights`.
+        them is that of :func:`chai.attention.attention_weights`. If :attr:`needs_outputs`, outputs are ``[L, B, H,
+        warmup_tokens, D]``, the values of the heads as :class:`chai.patching.outputs.HeadOutputs` has them.
         """
 
     @abstractmethod
@@ -127,6 +135,7 @@ class _Requests:
     def __init__(self, steps: ClusteringSteps, num_clusters: tuple[int, ...], model: PreTrainedModel) -> None:
         self.steps, self.num_clusters, self.config = steps, num_clusters, model.config
         self.shape = layer_shape(model, steps.shares_values)
+        self.head_outputs = HeadOutputs(model) if steps.needs_outputs else None
         devices = layer_devices(model)
         self.on_cpu = all(device.type == "cpu" for device in devices)
         # With grouped queries, the host reads which KV heads to store.
@@ -156,7 +165,7 @@ class _Requests:
             if not state.is_clustered and not padded and cache.get_seq_length() == 0 and self.in_one_pass(cache, call):
                 cache.expect_whole_prompt(self.steps.warmup_tokens)
             if state.is_clustered:
-                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded)):
+                with running(ClusteredPass(self.steps, self.num_clusters, cache, padded, self.head_outputs)):
                     return call.finish(decoder.forward(**call.kwargs))
             # Split the tokens wherever some row completes its warm-up.
             real, offset, outputs, begin = call.real_tokens(), cache.get_seq_length(), [], 0
@@ -165,7 +174,7 @@ class _Requests:
                 done = state.warmup.clustered.nonzero()[:, 0]
                 rows = done if len(done) else None
                 new = None if state.is_clustered else state.warmup.add(real[:, begin:end], offset + begin)
-                forward_pass = ClusteredPass(self.steps, self.num_clusters, cache, padded, new, rows)
+                forward_pass = ClusteredPass(self.steps, self.num_clusters, cache, padded, self.head_outputs, new, rows)
                 with running(forward_pass), part_of_positions(positions, begin, end):
                     outputs.append(decoder.forward(**call.part(begin, end)))
                 self.cluster_complete_rows(cache)
@@ -182,7 +191,7 @@ class _Requests:
             num_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
             query = torch.empty(len(layers), call.batch_size, num_heads, 0, 1, device=call.device)
             key = torch.empty(len(layers), call.batch_size, kv_heads, 0, 1, device=call.device)
-            self.cluster_rows(cache, ~state.warmup.clustered, query, key, 1.0)
+            self.cluster_rows(cache, ~state.warmup.clustered, query, key, None, 1.0)
 
     def in_one_pass(self, cache: ClusteredCache, call: DecoderCall) -> bool:
         """Whether a prompt is faster in one pass, in which each layer clusters its heads as the pass reaches it.
@@ -206,7 +215,7 @@ class _Requests:
             return
         rows = state.warmup.complete & ~state.warmup.clustered
         if bool(rows.any()):
-            self.cluster_rows(cache, rows, *cache.warmup_inputs(rows))
+            self.cluster_rows(cache, rows, *cache.warmup_inputs(rows, with_values=self.head_outputs is not None))
 
     def cluster_rows(
         self,
@@ -214,13 +223,15 @@ class _Requests:
         rows: Tensor,
         query: Tensor,
         key: Tensor,
+        value: Tensor | None,
         scaling: float,
         softcap: float | None = None,
     ) -> None:
         """Cluster the heads of some rows in all layers; evict once all rows have their clusters."""
         layers = cache.clustered_layers
+        outputs = None if self.head_outputs is None or value is None else self.head_outputs(list(layers), value)
         clusters = self.steps.cluster_heads(
-            list(layers), [self.num_clusters[index] for index in layers], query, key, scaling, softcap
+            list(layers), [self.num_clusters[index] for index in layers], query, key, scaling, softcap, outputs
         )
         state = cache.state
         state.warmup.clustered = state.warmup.clustered | rows
@@ -245,6 +256,7 @@ class ClusteredPass(ForwardPass):
     num_clusters: tuple[int, ...]  # k of each layer
     cache: ClusteredCache  # of the call
     has_padding: bool  # some token may not see all tokens before it
+    head_outputs: HeadOutputs | None = None  # if the clusters depend on the outputs of the heads
     new_tokens: tuple[Tensor, Tensor] | None = None
     clustered_rows: Tensor | None = None
 
@@ -292,7 +304,8 @@ class ClusteredPass(ForwardPass):
         # Cluster, and evict.
         index = inputs.layer_idx
         counts = [self.num_clusters[index]]
-        (clusters,) = self.steps.cluster_heads([index], counts, query[None], key[None], scaling, softcap)
+        outputs = None if self.head_outputs is None else self.head_outputs([index], value[None])
+        (clusters,) = self.steps.cluster_heads([index], counts, query[None], key[None], scaling, softcap, outputs)
         self.steps.evict(layer, clusters)
         assert isinstance(layer.phase, Clustered) and layer.keys is not None and layer.values is not None
         # Warm-up tokens.

@@ -7,6 +7,8 @@ REMEDIES = {
     "train_neurons": "train it with experiment.mlp=true",
     "make_profile": "make one: python run.py experiment=profile model=NAME, then set method.profile=FOLDER "
     "(in a sweep over methods: model.profile=FOLDER)",
+    "make_output_profile": "make one: python run.py experiment=profile model=NAME profile.rule=sensitivity "
+    "profile.heads=N, then set method.profile=FOLDER",
     "no_source": "set model.path or model.hub_id",
     "pickled_weights": "convert them, or set model.safetensors_only=false if you trust them",
     "memory": "model.dtype=float16 halves fp32, model.device_map=auto spreads the model over GPUs",

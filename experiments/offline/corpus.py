@@ -42,6 +42,16 @@ def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
     return (" ".join(text for text, _ in pieces) for pieces in documents)
 
 
+def long_texts(
+    corpus: CorpusConfig, seed: int, skip: int, tokenizer: PreTrainedTokenizerBase, least: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of texts read so far and the token ids of each text of ``least`` tokens or more."""
+    for read, text in enumerate(read_texts(corpus, seed, skip), skip + 1):
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) >= least:
+            yield read, ids
+
+
 def is_shuffled(corpus: CorpusConfig, seed: int) -> bool:
     """Return whether the texts are read in a random order: those of a file or of the hub, unless the seed is 0."""
     return seed != 0 and (corpus.path is not None or corpus.hub_id is not None)

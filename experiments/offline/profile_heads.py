@@ -6,32 +6,32 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai.clustering.num_clusters import budget, check_saving, knee, plateau
+from chai.clustering.num_clusters import knee, plateau
 from chai.loading import load_model, load_tokenizer
 from chai.offline import head_statistics
 from chai.offline.head_profile import build_profile, model_shape
-from chai.offline.head_statistics import Features, HeadStatistics, LayerSamples, StatisticsError, StatisticsOptions
-from chai.offline.stability import Rule, Stability, measure_stability
-from chai.patching.apply import capture
+from chai.offline.head_statistics import HeadStatistics, LayerSamples, StatisticsError, StatisticsOptions
+from chai.offline.stability import Stability, measure_stability
+from chai.patching.apply import AttentionInputs, capture
 from chai.patching.devices import input_device
-from chai.patching.model_info import check_family, num_kv_heads
+from chai.patching.model_info import check_family
+from chai.patching.outputs import HeadOutputs
 from experiments.config.schema import ConfigError
-from experiments.offline.corpus import describe_source, is_shuffled, read_texts
+from experiments.offline.corpus import describe_source, is_shuffled, long_texts
+from experiments.offline.profile_options import RULE_OPTIONS, WARMUP_TOKENS, Options
+from experiments.offline.sensitivities import SENSITIVITIES, Sensitivity, check_budget, measured_sensitivity
 from experiments.offline.training_loop import progress_bar
 from experiments.runs.code import versions
-from experiments.runs.experiment import Run, require_minimum, run_single
+from experiments.runs.experiment import Run, run_single
 from experiments.runs.files import digest, write_atomically
 from experiments.runs.folder import RunError
 from experiments.runs.identity import run_identity, settings_id
@@ -41,38 +41,8 @@ from experiments.tables.head_profile import show_head_profile
 
 STATISTICS = "statistics.safetensors"
 CHECKPOINT_SECONDS = 30.0
-WARMUP_TOKENS = 5  # after which CHAI clusters (paper, section 3.3)
-#: Options that are applied to the statistics: changing them needs no other pass over the corpus.
-RULE_OPTIONS = ("combine", "rule", "tolerance", "saving", "error")
-RuleName = Literal["plateau", "knee", "saving", "error"]
-
-
-@dataclass
-class Options:
-    """``profile.*``: see conf/experiment/profile.yaml."""
-
-    samples: int
-    tokens: int
-    features: Features
-    combine: Literal["per_sample", "concatenated", "averaged"]
-    rule: RuleName
-    tolerance: float
-    saving: float
-    error: float
-    kept: int
-    map_tokens: int
-    history: int
-    history_samples: int
-
-    def __post_init__(self) -> None:
-        require_minimum(self, samples=1, kept=1, map_tokens=2, history_samples=1, history=WARMUP_TOKENS + 1)
-        if self.tokens < self.history:
-            raise ValueError(f"tokens is {self.tokens}; valid: {self.history} (history) or more")
-        for name, maximum in {"tolerance": 1.0, "saving": 0.5, "error": 1.0}.items():
-            if not 0 < getattr(self, name) < maximum:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid: between 0 and {maximum:g}")
-        if self.combine == "averaged" and self.features != "last_row":
-            raise ValueError("combine=averaged needs features=last_row: causal matrices are too large to keep")
+#: Up to this many heads, the products of the errors of all pairs of heads are kept (H^4 numbers for each layer).
+JOINT_HEADS = 16
 
 
 def run(config: DictConfig) -> int:
@@ -81,7 +51,9 @@ def run(config: DictConfig) -> int:
     def show(path: Path, options: Options) -> None:
         show_head_profile(path)
 
-    return run_single(config, Options, check=_check, work=_work, show=show, section="profile", keep=(STATISTICS,))
+    return run_single(
+        config, Options, check=_check, work=_work, show=show, section="profile", keep=(STATISTICS, SENSITIVITIES)
+    )
 
 
 def _check(run: Run[Options]) -> None:
@@ -89,7 +61,8 @@ def _check(run: Run[Options]) -> None:
     options = run.options
     try:
         check_family(run.architecture)
-        check_saving(options.saving if options.rule == "saving" else None, num_kv_heads(run.architecture))
+        if options.rule == "sensitivity":
+            check_budget(options, run.architecture)
     except ValueError as error:
         raise ConfigError(f"profile: {error}") from None
 
@@ -99,8 +72,8 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     began = time.perf_counter()
     config, options = run.config, run.options
     statistics = _statistics(run)
-    stability = _stability(run, statistics)
-    parameter = "tolerance" if options.rule == "plateau" else options.rule
+    sensitivity = measured_sensitivity(run, statistics) if options.sensitivity_texts else None
+    stability = _stability(run, statistics, sensitivity)
     about = {
         "model": {
             "name": config.model.name,
@@ -119,16 +92,18 @@ def _work(run: Run[Options]) -> dict[str, Any]:
         },
         "features": options.features,
         "rule": {
-            "name": "budget" if options.rule in ("saving", "error") else options.rule,
-            **({} if options.rule == "knee" else {parameter: getattr(options, parameter)}),
+            "name": options.rule,
+            **rule_parameters(options),
             "combine": options.combine,
         },
-        "rules": counts_of_every_rule(statistics, options, num_kv_heads(run.architecture)),
+        "rules": counts_of_every_rule(statistics, options, sensitivity),
+        "sensitivity": None if sensitivity is None else sensitivity.to_json(),
         "stability": stability.to_json() if stability else None,
         "versions": versions(),
     }
     num_clusters = about["rules"][options.rule]
-    profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS)
+    further = {} if sensitivity is None else {"sensitivity": sensitivity.kl}
+    profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS, further)
     profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
     error = profile.arrays["error"]
     remaining = sum(error[layer, k - 1] for layer, k in enumerate(profile.num_clusters))
@@ -153,35 +128,33 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     }
 
 
-def make_rule(options: Options, num_kv_heads: int) -> Rule:
-    """Return the requested rule as a function from errors ``[..., L, H]`` to counts ``[..., L]``."""
-
-    def rule(error: np.ndarray) -> np.ndarray:
-        if options.rule == "plateau":
-            return plateau(error, options.tolerance)
-        if options.rule == "knee":
-            return knee(error)
-        if options.rule == "saving":
-            return budget(error, num_kv_heads, saving=options.saving)
-        return budget(error, num_kv_heads, share=options.error)
-
-    return rule
+def rule_parameters(options: Options) -> dict[str, Any]:
+    """Return what the requested rule depends on, as it is written to ``profile.json``."""
+    if options.rule == "plateau":
+        return {"tolerance": options.tolerance}
+    if options.rule == "sensitivity":
+        amount = {"heads": options.heads, "kv_bytes": options.saving, "kl": options.kl}[options.budget]
+        return {"budget": options.budget, "amount": amount, "metric": options.metric}
+    return {}
 
 
-def counts_of_every_rule(statistics: HeadStatistics, options: Options, num_kv_heads: int) -> dict[str, list[int]]:
-    """Return the counts of each rule with the run's parameters; without a saving that the model cannot reach."""
-    error, counts = statistics.errors(options.combine), {}
-    for name in get_args(RuleName):
-        try:
-            counts[name] = make_rule(replace(options, rule=name), num_kv_heads)(error).tolist()
-        except ValueError:  # the requested rule itself has been checked before
-            continue
+def counts_of_every_rule(
+    statistics: HeadStatistics, options: Options, sensitivity: Sensitivity | None
+) -> dict[str, list[int]]:
+    """Return the counts of each rule with the run's parameters; those by sensitivity if it was measured."""
+    error = statistics.errors(options.combine)
+    counts = {"plateau": plateau(error, options.tolerance).tolist(), "knee": knee(error).tolist()}
+    if sensitivity is not None and options.rule == "sensitivity":
+        counts["sensitivity"] = sensitivity.rule(options)(sensitivity.losses.mean(0)).tolist()
     return counts
 
 
-def _stability(run: Run[Options], statistics: HeadStatistics) -> Stability | None:
+def _stability(run: Run[Options], statistics: HeadStatistics, sensitivity: Sensitivity | None) -> Stability | None:
     """Measure how far the counts depend on the texts; say why if that cannot be known."""
     options, errors = run.options, statistics.sample_errors
+    if options.rule == "sensitivity":
+        assert sensitivity is not None
+        return measure_stability(sensitivity.losses, sensitivity.rule(options), run.config.seed)
     if options.combine != "per_sample":
         log_info(f"no interval of the numbers of clusters: combine={options.combine} has no error of single texts")
     elif errors is None:
@@ -190,7 +163,9 @@ def _stability(run: Run[Options], statistics: HeadStatistics) -> Stability | Non
             "single texts (force=true gathers them again)"
         )
     else:
-        return measure_stability(errors, make_rule(options, num_kv_heads(run.architecture)), run.config.seed)
+        tolerance = options.tolerance
+        rule = knee if options.rule == "knee" else lambda error: plateau(error, tolerance)
+        return measure_stability(errors, rule, run.config.seed)
     return None
 
 
@@ -206,9 +181,15 @@ def _statistics(run: Run[Options]) -> HeadStatistics:
         map_tokens=options.map_tokens,
         trace_tokens=options.history,
         trace_samples=options.history_samples,
+        metrics=options.gathered,
+        joint="output" in options.gathered and architecture.num_attention_heads <= JOINT_HEADS,
     )
     identity = run_identity(run.config)
-    identity["profile"] = {key: value for key, value in identity["profile"].items() if key not in RULE_OPTIONS}
+    identity["profile"] = {
+        key: value for key, value in identity["profile"].items() if key not in (*RULE_OPTIONS, "metrics")
+    }
+    if options.gathered:
+        identity["profile"]["metrics"] = list(options.gathered)
     note = {"statistics": digest(identity)}
     if is_shuffled(run.config.corpus, run.config.seed):
         note["order"] = "shuffled"  # earlier versions read the first texts whatever the seed
@@ -234,6 +215,10 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
     """Run the model over the rest of the corpus, and add to the statistics."""
     config, options, folder = run.config, run.options, run.folder
     model, tokenizer = load_model(run.source), load_tokenizer(run.source)
+    try:
+        head_outputs = HeadOutputs(model) if "output" in options.gathered else None
+    except ValueError as error:
+        raise ConfigError(f"profile.metrics: {error}") from None
     log_info(f"head profile of {config.model.name} on {config.corpus.name}: {options.samples} samples")
     if statistics.samples:
         log_info(f"resuming after {statistics.samples} samples")
@@ -244,7 +229,7 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
         bar = progress.add_task("", total=options.samples, completed=statistics.samples, scalars="")
         samples = itertools.islice(_samples(run, statistics, tokenizer), options.samples - statistics.samples)
         while batch := list(itertools.islice(samples, config.batch_size)):
-            layers = look(model, [ids for _, ids in batch], statistics.options)
+            layers = look(model, [ids for _, ids in batch], statistics.options, head_outputs)
             statistics.add(layers, [tokenizer.convert_ids_to_tokens(ids) for _, ids in batch])
             statistics.read = batch[-1][0]
             peak = max(peak, process.memory_info().rss)
@@ -273,24 +258,29 @@ def _samples(
     run: Run[Options], statistics: HeadStatistics, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the number of texts read so far and the token ids of each text that is not too short."""
-    texts = read_texts(run.config.corpus, run.config.seed, statistics.read)
-    for read, text in enumerate(texts, statistics.read + 1):
-        ids = tokenizer(text)["input_ids"][: statistics.options.tokens]
-        if len(ids) >= run.options.history:
-            yield read, ids
+    config = run.config
+    for read, ids in long_texts(config.corpus, config.seed, statistics.read, tokenizer, run.options.history):
+        yield read, ids[: statistics.options.tokens]
 
 
 @torch.inference_mode()
-def look(model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptions) -> list[LayerSamples]:
+def look(
+    model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptions, head_outputs: HeadOutputs | None = None
+) -> list[LayerSamples]:
     """Return each layer's attention statistics of a batch of texts, padded on the right, where no real token looks."""
     lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
     ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(lengths.device)
     layers: list[LayerSamples] = []
 
-    def gather_layer(
-        layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, softcap: float | None
-    ) -> None:
-        layers.append(head_statistics.gather(query, key, scaling, mask, lengths.to(query.device), wanted, softcap))
+    def gather_layer(inputs: AttentionInputs) -> None:
+        outputs = sketch = None
+        if head_outputs is not None:
+            outputs = head_outputs([inputs.layer_idx], inputs.value[None])[0]
+            sketch = head_outputs.sketch(inputs.layer_idx, inputs.value) if wanted.joint else None
+        layers.append(head_statistics.gather(
+            inputs.query, inputs.key, inputs.scaling, inputs.mask, lengths.to(inputs.query.device), wanted,
+            inputs.softcap, outputs, sketch,
+        ))  # fmt: skip
 
     with capture(model, gather_layer):
         model.get_decoder()(ids, use_cache=False)

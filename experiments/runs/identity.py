@@ -32,6 +32,13 @@ ADDED = (
     "task.overrides", "task.fewshot_fingerprint", "task.apply_chat_template", "task.key", "task.filler",
     "task.lengths", "task.depths", "task.items_per_cell", "task.seed", "experiment.document_tokens",
 )  # fmt: skip
+#: Keys that earlier versions did not have, and the value with which a run is the one that it was without them.
+ADDED_DEFAULTS = {
+    "method.metric": "attention", "profile.metrics": None, "profile.budget": "heads", "profile.heads": None,
+    "profile.kl": 0.1, "profile.metric": "output", "profile.sensitivity_texts": None, "profile.sensitivity_tokens": 256,
+}  # fmt: skip
+#: A key that earlier versions had, with the value that all runs of it share now.
+REMOVED = {"profile.error": 0.1}
 #: Numbers that SpAtten's runs had before `method.pruning` and `method.preset` were settings: those of preset=linear.
 SPATTEN = {"tokens": 0.5, "heads": 0.75, "values": 1.0, "unpruned_tokens": 0.15, "unpruned_heads": 0.3}
 #: Keys of a model that belong to its weights.
@@ -51,6 +58,14 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
         section, name = _section(identity, key)
         if section.get(name) in (None, {}):
             section.pop(name, None)
+    for key, default in ADDED_DEFAULTS.items():
+        section, name = _section(identity, key)
+        if name in section and section[name] == default:
+            del section[name]
+    for key, value in REMOVED.items():
+        section, name = _section(identity, key)
+        if section:
+            section[name] = value
     for key, file in BY_CONTENT.items():
         section, name = _section(identity, key)
         if section.get(name) is not None:

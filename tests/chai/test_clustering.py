@@ -13,9 +13,13 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from chai.clustering.assignment import agglomerative_clusters, choose_representatives
+from chai.clustering.assignment import (
+    agglomerative_clusters,
+    choose_representatives,
+    clusters_by_cost,
+    feature_distances,
+)
 from chai.clustering.features import attention_features
-from chai.clustering.gqa import gqa_clusters
 from chai.heads import HeadClusters
 from tests.chai.kmeans_points import kmeans
 
@@ -34,6 +38,10 @@ def planted(problems: int, points: int, k: int, noise: float, seed: int = 0) -> 
     labels = torch.stack([torch.arange(points) % k for _ in range(problems)])
     chosen = centres.gather(1, labels[..., None].expand(-1, -1, 25))
     return chosen + noise * torch.randn(chosen.shape, generator=generator), labels
+
+
+def gqa_clusters(points: torch.Tensor, kv_heads: int, counts: list[int]) -> list[HeadClusters]:
+    return clusters_by_cost(feature_distances(points), counts, kv_heads=kv_heads)
 
 
 @torch.no_grad()

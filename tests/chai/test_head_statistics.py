@@ -257,8 +257,9 @@ def test_observing_shows_what_the_model_attends_to_and_changes_nothing(family):
     )
     rows = {}
 
-    def look(layer, query, key, scaling, mask, softcap):
-        rows[layer] = gather(query, key, scaling, mask, torch.tensor([12, 12]), wanted).row
+    def look(inputs):
+        lengths = torch.tensor([12, 12])
+        rows[inputs.layer_idx] = gather(inputs.query, inputs.key, inputs.scaling, inputs.mask, lengths, wanted).row
 
     with capture(model, look):
         torch.testing.assert_close(model(batch["input_ids"]).logits, expected)

@@ -1,0 +1,126 @@
+"""CHAI by the error of the layer's output: a map from the offline phase, which a request's own tokens may correct.
+
+Beyond the paper; docs/findings.md has what it is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from chai.clustering.assignment import clusters_by_cost
+from chai.clustering.distances import Metric, head_costs
+from chai.clustering.features import attention_features
+from chai.clustering.num_clusters import resolve_clusters
+from chai.errors import ChaiError
+from chai.heads import HeadClusters, repeat_kv
+from chai.methods.chai import ClusteredHeadAttention
+from chai.patching.model_info import num_kv_heads
+
+
+@dataclass
+class ChaiOutput(ClusteredHeadAttention):
+    """Heads are grouped by what the layer's output loses: ``e_hr = |(A_r - A_h) V_h W_O,h|^2`` for head h and r.
+
+    Offline, ``E_hr`` is the mean of ``e_hr`` per token over a corpus, and the number of clusters of each layer follows
+    from the measured sensitivity of the model's next-token distribution (``profile.rule=sensitivity``). The
+    representatives and clusters of a layer are the k-medoids of E.
+
+    A request may correct this map. With the sum ``e_hr`` over its n warm-up tokens, the costs are
+
+        (p E_hr + e_hr) / (p + n),
+
+    the mean of p tokens of the corpus and n of the request. Without p (``prior=null``) the map is that of the corpus.
+
+    Attributes:
+        clusters: k of each layer; by default those of the head profile.
+        seed: Unused (nothing is random).
+        profile: Folder of a head profile with ``profile.metrics=[output]``.
+        tokens: Warm-up tokens, which run with all heads.
+        prior: p, the number of tokens that the corpus counts as; ``None``: no correction.
+        metric: Distance between heads of the static map; corrections need ``output``.
+        group_aware: Choose representatives that read as few KV heads as k of them can, so that whole KV heads leave the
+            cache; ``None``: as the head profile's counts were chosen.
+
+    Raises:
+        ChaiError: The head profile is missing, or does not have the metric.
+        ValueError: A value outside its choices.
+    """
+
+    tokens: int = 5
+    prior: float | None = None
+    metric: Metric = "output"
+    group_aware: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._profile is None:
+            raise ChaiError("a head profile of this model is needed", remedy="make_output_profile")
+        self._profile.costs(self.metric)
+        if self.tokens < 0:
+            raise ValueError(f"tokens is {self.tokens}; valid: 0 or more")
+        if self.prior is not None:
+            if self.prior < 0:
+                raise ValueError(f"prior is {self.prior:g}; valid: 0 or more, or null")
+            if self.metric != "output" or self.tokens == 0:
+                raise ValueError("prior weighs errors of the output of first tokens; valid: metric=output, tokens >= 1")
+
+    @property
+    def warmup_tokens(self) -> int:
+        """Tokens that run with all heads."""
+        return self.tokens
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the request's own tokens count."""
+        return self.prior is not None
+
+    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
+        """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
+        assert self._profile is not None
+        self._profile.check(config)
+        if self.clusters is None:
+            return self._profile.num_clusters
+        return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
+
+    def cluster_heads(
+        self,
+        layers: Sequence[int],
+        num_clusters: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        outputs: Tensor | None = None,
+    ) -> list[HeadClusters]:
+        """Return the map of the corpus, or its correction by the request's warm-up tokens."""
+        assert self._profile is not None
+        kv_heads = key.shape[2] if self._is_group_aware else None
+        if self.prior is None:
+            pairs = zip(layers, num_clusters, strict=True)
+            rows = [self._profile.clusters(layer, k, self.metric, kv_heads) for layer, k in pairs]
+            return [row.repeat(query.shape[1], query.device) for row in rows]
+        num_heads, tokens = query.shape[2:4]
+        weights = attention_features(query, repeat_kv(key, num_heads, dim=2), scaling, softcap=softcap)
+        own = head_costs("output", weights.unflatten(-1, (tokens, tokens)), outputs)  # [L, B, H, H]
+        per_token = self._profile.costs("output")[list(layers)] / self._profile.mean_tokens
+        corpus = torch.from_numpy(per_token).to(own.device)[:, None]
+        cost = (self.prior * corpus + own) / (self.prior + tokens)
+        return clusters_by_cost(cost, num_clusters, "kmedoids", kv_heads=kv_heads)
+
+    @property
+    def _is_group_aware(self) -> bool:
+        assert self._profile is not None
+        if self.group_aware is not None:
+            return self.group_aware
+        return bool((self._profile.about.get("sensitivity") or {}).get("group_aware"))
+
+    def note(self, config: PreTrainedConfig) -> str:
+        """Return whether keys leave the cache of a grouped-query model."""
+        if num_kv_heads(config) == config.num_attention_heads or self._is_group_aware:
+            return ""
+        return "grouped queries: keys stay in the cache while a representative reads them (group_aware=true drops some)"

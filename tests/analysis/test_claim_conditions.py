@@ -10,6 +10,7 @@ import yaml
 
 from analysis import figures
 from analysis.report import page as pages
+from analysis.report import plots
 from analysis.report.accuracy import exact_points
 from analysis.report.claims import NOT_IMPLEMENTED
 from analysis.report.content import collect
@@ -25,7 +26,9 @@ FEW_LAYERS = "2 layers, the paper's model has 32"
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
+    """They have tests of their own, and take the most time."""
     monkeypatch.setattr(figures, "names", list)
+    monkeypatch.setattr(plots, "tradeoff", lambda *_: [])
 
 
 def board(root):

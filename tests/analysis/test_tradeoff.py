@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -49,19 +50,32 @@ def save(root, method, settings, operations, seconds, lost, tasks=TASKS, **more)
         scored.save(root, method, task, answers, settings, result=fields(operations, seconds, method), **more)
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """All runs; for a test that adds some, ``own`` is a copy."""
+    folder = tmp_path_factory.mktemp("results")
     for run in RUNS:
-        save(tmp_path, *run)
-    return tmp_path
+        save(folder, *run)
+    return folder
 
 
-def test_every_method_at_its_operations(root):
-    figure, data = fig1.draw(Results(root))
+@pytest.fixture
+def own(root, tmp_path):
+    return shutil.copytree(root, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def drawn(root):
+    """Figure 1 of all runs, and its data."""
+    return fig1.draw(Results(root))
+
+
+def test_every_method_at_its_operations(drawn):
+    figure, data = drawn
     assert len(data) == len(RUNS) and data.label.is_unique
-    drawn = sorted((row.method, row.cost, row.accuracy) for row in data.itertuples())
+    points = sorted((row.method, row.cost, row.accuracy) for row in data.itertuples())
     expected = sorted((method, 100 * ops / MHA, 100 * (160 - lost) / 200) for method, _, ops, _, lost in RUNS)
-    for one, other in zip(drawn, expected, strict=True):
+    for one, other in zip(points, expected, strict=True):
         assert one == (other[0], pytest.approx(other[1]), pytest.approx(other[2]))
     (axes,) = figure.axes
     assert axes.get_xlabel() == "operations of a prompt of 2,048 tokens (% of MHA's 28 TFLOP)"
@@ -74,8 +88,8 @@ def test_every_method_at_its_operations(root):
     assert "simulated: DejaVu" in small.replace("\n", " ") and "85 runs" in small
 
 
-def test_series_connect_fixed_numbers_in_their_order(root):
-    figure, data = fig1.draw(Results(root))
+def test_series_connect_fixed_numbers_in_their_order(drawn):
+    figure, data = drawn
     colour = style.look("random")["color"]
     (line,) = [
         one for one in figure.axes[0].lines
@@ -85,11 +99,11 @@ def test_series_connect_fixed_numbers_in_their_order(root):
     assert list(line.get_xdata()) == list(expected.cost) and list(line.get_ydata()) == list(expected.accuracy)
 
 
-def test_both_readings_of_the_numbers_of_heads_are_drawn_apart(root):
+def test_both_readings_of_the_numbers_of_heads_are_drawn_apart(own):
     """4, 8, 16, 24 heads kept; and combined, which leaves 29, 25, 17, 9 clusters of 32 heads."""
     for k in (29, 25, 17, 9):
-        save(root, "random", {"clusters": k, "seed": 0}, 24_000 + 120 * k, 7, 130 - 4 * k)
-    figure, data = fig1.draw(Results(root))
+        save(own, "random", {"clusters": k, "seed": 0}, 24_000 + 120 * k, 7, 130 - 4 * k)
+    figure, data = fig1.draw(Results(own))
     series = data[(data.method == "random") & data.settings.str.startswith("clusters")]
     assert set(series[series.reading == "kept"].settings) == {f"clusters={k}" for k in (4, 8, 16, 24)}
     assert set(series[series.reading == "combined"].settings) == {f"clusters={k}" for k in (29, 25, 17, 9)}
@@ -111,14 +125,14 @@ def test_both_readings_of_the_numbers_of_heads_are_drawn_apart(root):
     assert (
         "n = 4, 8, 16, 24, read as heads kept (k = n, filled) and as heads combined (k = 32 - n + 1, hollow)" in small
     )
-    plot = plots.tradeoff(Results(root), "x", load_scores(Results(root)))[0]
+    plot = plots.tradeoff(Results(own), "x", load_scores(Results(own)))[0]
     names = {trace["name"]: trace["marker"]["symbol"] for trace in json.loads(plot.spec)["data"] if "marker" in trace}
     assert (names["random, n kept"], names["random, n combined"]) == ("square", "square-open")
     assert "read as heads kept" in plot.note
 
 
-def test_the_interval_is_that_of_the_paired_change(root):
-    _, data = fig1.draw(Results(root))
+def test_the_interval_is_that_of_the_paired_change(drawn):
+    _, data = drawn
     chai = data[data.method == "chai"].iloc[0]
     change = compare(
         *(pd.DataFrame({"doc_id": range(200), "doc_hash": "a", "acc": outcomes(150, n)}) for n in (0, 4)), "acc"
@@ -135,9 +149,9 @@ def test_the_front_is_what_nothing_else_beats():
     assert on_front(pd.Series([3, 3]), pd.Series([4, 4])) == [True, True]
 
 
-def test_only_tasks_that_all_methods_have_count(root):
-    save(root, "chai", {**CHAI, "tokens": 8}, 25_000, 9.0, 0, tasks=("piqa",))
-    figure, data = fig1.draw(Results(root))
+def test_only_tasks_that_all_methods_have_count(own):
+    save(own, "chai", {**CHAI, "tokens": 8}, 25_000, 9.0, 0, tasks=("piqa",))
+    figure, data = fig1.draw(Results(own))
     assert len(data) == len(RUNS)
     assert "Not shown, without these tasks beside MHA: CHAI tokens=8." in figure.texts[-1].get_text().replace("\n", " ")
 
@@ -151,11 +165,11 @@ def test_fewer_tasks_where_that_leaves_more_methods(tmp_path):
     assert "mean of PIQA, HellaSwag (400 items)" in figure.get_suptitle()
 
 
-def test_time_from_scoring_and_from_latency_runs_stand_apart(root):
-    synthetic.save(root, "latency", synthetic.latency(), "aaaaaaaaaaaa", model="llama7b-random")
+def test_time_from_scoring_and_from_latency_runs_stand_apart(own):
+    synthetic.save(own, "latency", synthetic.latency(), "aaaaaaaaaaaa", model="llama7b-random")
     other = [16] * 32
-    synthetic.save(root, "latency", synthetic.latency(other), "bbbbbbbbbbbb", heads_kept=other)  # other counts
-    results = Results(root)
+    synthetic.save(own, "latency", synthetic.latency(other), "bbbbbbbbbbbb", heads_kept=other)  # other counts
+    results = Results(own)
     figure, data = fig14.draw(results)
     scoring, first = figure.axes
     assert scoring.get_xlabel() == "time to score the tasks\n(% of MHA's 50 s)"

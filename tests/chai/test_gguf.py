@@ -7,10 +7,14 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
@@ -116,33 +120,29 @@ def test_a_missing_package_and_a_full_disk_are_named(cache, tmp_path, monkeypatc
     assert raised.value.remedy == "gguf"
 
 
-FULL_DISK = """
-import resource, sys
-from chai.loading import ModelError, ModelSource, load_config, load_model, load_tokenizer
-for limit in map(int, sys.argv[2:]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for load in (load_config, load_model, load_tokenizer):
-        try:
-            load(ModelSource("small", gguf=sys.argv[1], device="cpu"))
-        except ModelError as error:
-            print(limit, error)
-"""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let writes beyond a size in bytes fail, as on a full disk; the output of a test is a file, too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_while_weights_are_written_is_named(cache, tmp_path):
-    limits = (100_000, 16)  # bytes: less than the weights, and less than any file
-    path = write_gguf(small_model(), tmp_path / "small.gguf")
-    command = [sys.executable, "-c", FULL_DISK, str(path), *map(str, limits)]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
-    told = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    for _, line in told:
-        assert re.fullmatch(
-            rf"the converted model of small.gguf takes 0.\d\d MB; writing to {cache} failed: .*File too large.* "
-            r"\(set XDG_CACHE_HOME to a folder with enough space\)",
-            line,
-        )
-    assert [int(limit) for limit, _ in told] == [100_000] * 3 + [16] * 3
+@pytest.mark.parametrize("limit", [100_000, 16])  # bytes: less than the weights, and less than any file
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
+def test_a_disk_that_fills_while_weights_are_written_is_named(cache, tmp_path, load, limit):
+    source = ModelSource("small", gguf=str(write_gguf(small_model(), tmp_path / "small.gguf")), device="cpu")
+    with pytest.raises(ModelError) as raised, largest_file(limit):
+        load(source)
+    assert re.fullmatch(
+        rf"the converted model of small.gguf takes 0.\d\d MB; writing to {cache} failed: .*File too large.* "
+        r"\(set XDG_CACHE_HOME to a folder with enough space\)",
+        str(raised.value),
+    )
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 

@@ -44,7 +44,7 @@ def run(model: PreTrainedModel, method: Method, device: str) -> tuple[torch.Tens
     with torch.no_grad(), method(model):
         cache = method.new_cache(model)
         logits = model(**batch, past_key_values=cache).logits.to("cpu")
-        text = model.generate(**batch, max_new_tokens=5, num_beams=2, do_sample=False).tolist()
+        text = model.generate(**batch, max_new_tokens=3, num_beams=2, do_sample=False).tolist()
     return logits[make_batch(ROWS)["attention_mask"].bool()], text, [str(layer.keys.device) for layer in cache.layers]
 
 

@@ -43,7 +43,7 @@ def narrow(name: str) -> list[str]:
 
 @functools.cache
 def model(name: str) -> Path:
-    """Return the folder of a model of the configuration: random weights, small widths, all words of its vocabulary."""
+    """Return the folder of a model of the configuration: random weights, small widths."""
     from omegaconf import OmegaConf
 
     return save(name, OmegaConf.to_container(OmegaConf.create(architecture_of(name))) | shape(name))
@@ -53,19 +53,20 @@ def model(name: str) -> Path:
 def own_llama() -> Path:
     """Return the folder of a LLaMA that is not in the configuration."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
-    return save("my-llama", {"model_type": "llama", "vocab_size": 32000, **sizes})
+    return save("my-llama", {"model_type": "llama", **sizes})
 
 
 def save(name: str, architecture: dict[str, Any]) -> Path:
-    """Write random weights of an architecture, with the tokenizer of the embedded model."""
+    """Write random weights of an architecture, with the tokenizer of the embedded model and its words alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from experiments.microworld.tokenizer import build_tokenizer
+    from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 
     torch.manual_seed(0)
     kind = architecture.pop("model_type")
-    config = AutoConfig.for_model(kind, **{**architecture, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    words = {"vocab_size": len(vocabulary()), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **{**architecture, **words})
     AutoModelForCausalLM.from_config(config).save_pretrained(ROOT / name)
     build_tokenizer().save_pretrained(ROOT / name)
     return (ROOT / name).absolute()

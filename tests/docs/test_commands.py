@@ -13,6 +13,7 @@ from tests.docs.walk import walk
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("_compiled_kmeans")
 def test_the_commands_of_the_tables_run(tmp_path, record_property):
     """One test, for its process pays the imports once; tests/docs/test_examples.py walks the other pages."""
     done = walk(TABLES, tmp_path)

@@ -5,6 +5,7 @@ and each command is run there, at a small size; so are those of all pages but th
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -30,14 +31,16 @@ print(found.assignment[0].tolist(), found.representatives[0].tolist())
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("_compiled_kmeans")
 def test_the_examples_and_the_commands_beside_them_work(tmp_path, record_property):
     """One test, for all commands are run in one process."""
     assert {block.path for page in EXAMPLES for block in blocks(page) if block.path is not None} == WRITTEN
-    done = walk(EXAMPLES, tmp_path)
+    done = walk(EXAMPLES, tmp_path, [shlex.join(["python", "-c", CODE])])
     for name, value in done.properties():
         record_property(name, value)
     assert not done.failed, "\n\n".join(done.failed)
     assert len(done.outcomes) > 20
+    assert done.more[0].output.strip() == "[0, 0, 0, 1, 1, 1, 2, 2] [0, 3, 6]"
     for check in (check_method, check_own_cache, check_model, check_task):
         check(done.project)
 
@@ -47,20 +50,12 @@ def results(project, pattern):
     return [json.loads(path.read_text()) for path in sorted(project.glob(f"results/{pattern}/*/result.json"))]
 
 
-def python(project, *arguments):
-    """Run Python in the project; return what it printed."""
-    done = subprocess.run([sys.executable, *arguments], cwd=project, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def check_method(project):
     """The method runs beside the others, and its clusters are blocks of adjacent heads."""
     found = results(project, "accuracy/tiny/neighbours/*")
     assert sorted(result["savings"]["heads_kept"] for result in found) == [[2] * 4, [8, 6, 4, 4]]
     assert all(result["savings"]["kind"] == "real" for result in found)
     assert all(result["savings"]["kv_bytes"] < result["savings"]["kv_bytes_mha"] for result in found)
-    assert python(project, "-c", CODE).strip() == "[0, 0, 0, 1, 1, 1, 2, 2] [0, 3, 6]"
 
 
 def check_own_cache(project):
@@ -75,7 +70,9 @@ def check_own_cache(project):
     assert (rows.cache_bytes == rows.formula_bytes).all()
     (latency,) = results(project, "latency/tiny/sinks/none")
     assert {"model_prefill", "model_decode"} <= latency["metrics"].keys()
-    python(project, "-m", "analysis.figures", "fig1", "fig11", "--model", "tiny", "--out", "figures")
+    command = [sys.executable, "-m", "analysis.figures", "fig1", "fig11", "--model", "tiny", "--out", "figures"]
+    drawn = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    assert drawn.returncode == 0, drawn.stderr[-2000:]
     assert {path.name for path in (project / "figures").glob("*.png")} >= {"fig1.png", "fig11.png"}
 
 

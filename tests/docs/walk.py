@@ -2,8 +2,9 @@
 
 ``walk`` makes the copy and starts ``python -m tests.docs.walk`` in it, so that the many imports are paid once. Settings
 are added for size only (few items, short texts, one task, seed, cluster count and sparsity of a table, narrow models
-with the real number of heads and the real vocabulary), and for a CPU without a network (``machine.py``): data from
-files, weights in float32, and one job after the other where the command starts several processes.
+with the real number of heads, and with the real vocabulary where no folder is read), and for a CPU without a network
+(``machine.py``): data from files, weights in float32, and one job after the other where the command starts several
+processes.
 """
 
 from __future__ import annotations
@@ -77,20 +78,25 @@ class Walk:
 
     project: Path
     outcomes: list[Outcome]
+    more: list[Outcome]  # of commands that are not of the pages
     elsewhere: list[str]
 
     @property
     def failed(self) -> list[str]:
         """Each command that ended with another exit code than 0, with the end of its output."""
-        return [f"{one.command}\nexit code {one.code}\n{one.output[-2000:]}" for one in self.outcomes if one.code]
+        ended = [*self.outcomes, *self.more]
+        return [f"{one.command}\nexit code {one.code}\n{one.output[-2000:]}" for one in ended if one.code]
 
     def properties(self) -> list[tuple[str, list[str]]]:
         """Return what the summary of the test run counts."""
         return [("commands run", [one.command for one in self.outcomes]), ("commands elsewhere", self.elsewhere)]
 
 
-def walk(pages: Sequence[Path], folder: Path) -> Walk:
-    """Write the files of the pages into a copy of the project in ``folder``, and run all their commands there."""
+def walk(pages: Sequence[Path], folder: Path, more: Sequence[str] = ()) -> Walk:
+    """Write the files of the pages into a copy of the project in ``folder``, and run all their commands there.
+
+    The commands ``more`` are run after those of the pages.
+    """
     project = folder / "project"
     for part in PARTS:
         source, target = REPOSITORY / part, project / part
@@ -113,12 +119,14 @@ def walk(pages: Sequence[Path], folder: Path) -> Walk:
     file = folder / "outcomes.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "tests.docs.walk", str(file)],
-        cwd=project, env=environment, input=json.dumps(run), capture_output=True, text=True, timeout=TIMEOUT_S,
+        cwd=project, env=environment, input=json.dumps([*run, *more]), timeout=TIMEOUT_S,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = [Outcome(**json.loads(line)) for line in file.read_text().splitlines()]
-    assert [one.command for one in outcomes] == run
-    return Walk(project, outcomes, [command for command in asked if elsewhere(command) is not None])
+    assert [one.command for one in outcomes] == [*run, *more]
+    covered = [command for command in asked if elsewhere(command) is not None]
+    return Walk(project, outcomes[: len(run)], outcomes[len(run) :], covered)
 
 
 def stage(command: str) -> int:

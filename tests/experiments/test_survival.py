@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.cli import main
 from experiments.config.compose import compose_config
 from experiments.config.schema import REPOSITORY
 from experiments.evaluation.lm import MethodLM
@@ -27,19 +28,19 @@ from experiments.runs.folder import RunFolder
 from experiments.runs.locks import RunLock, RunLocked, lock_owner, lock_path
 from experiments.system import interrupts as signals
 
-#: Runs the command line in a process that sends itself a signal at its n-th forward pass.
-AT_THE_NTH = """
-import os, sys
+#: Runs the command line in a process that is killed at its n-th forward pass.
+KILLED_AT_THE_NTH = """
+import os, signal, sys
 from experiments.cli import main
 from experiments.evaluation.lm import MethodLM
-number, left, call = int(sys.argv[1]), [int(sys.argv[2])], MethodLM._model_call
+left, call = [int(sys.argv[1])], MethodLM._model_call
 def counted(self, *args, **kwargs):
     left[0] -= 1
     if left[0] == 0:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGKILL)
     return call(self, *args, **kwargs)
 MethodLM._model_call = counted
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(sys.argv[2:]))
 """
 HOLD = "import sys, time; from pathlib import Path; from experiments.runs.locks import RunLock\n" \
     "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(600)"  # fmt: skip
@@ -72,30 +73,46 @@ def answered(folder) -> int:
     return sum(len(json.loads(line)["answers"]) for line in lines)
 
 
-def in_a_process(number, nth, arguments):
+def signal_at(monkeypatch, number, nth) -> None:
+    """Let this process send itself a signal at its n-th forward pass."""
+    call, forwards = MethodLM._model_call, []
+
+    def counted(self, *args, **kwargs):
+        forwards.append(1)
+        if len(forwards) == nth:
+            os.kill(os.getpid(), number)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(MethodLM, "_model_call", counted)
+
+
+def test_a_killed_run_leaves_no_result_and_resumes(workplace, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", AT_THE_NTH, str(int(number)), str(nth), *arguments],
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_NTH, "7", *command(workplace, tmp_path)],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-
-
-def test_a_killed_run_resumes(workplace, tmp_path):
-    assert in_a_process(signal.SIGKILL, 7, command(workplace, tmp_path)).returncode == -signal.SIGKILL
+    assert killed.returncode == -signal.SIGKILL
     (folder,) = tmp_path.glob("accuracy/*/*/*/*")
+    assert not (folder / "result.json").exists()
     assert read_json(folder / "status.json")["state"] == "running" and lock_owner(folder) is None
     saved = answered(folder)
     assert 6 * 4 <= saved < 48
+    assert run_config(compose_config(command(workplace, tmp_path, "batch_size=64"))) == 0  # another run
+    assert not (folder / "result.json").exists()
     assert run_config(compose_config(command(workplace, tmp_path))) == 0
     assert read_json(folder / "result.json")["resumed"] == saved
+    assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
-def test_a_signal_ends_a_sweep_between_two_batches(workplace, tmp_path):
-    overrides = ["-m", *command(workplace, tmp_path, "seed=1,2")]
-    ended = in_a_process(signal.SIGTERM, 5, overrides)
-    assert ended.returncode == 128 + signal.SIGTERM
-    assert "interrupted by SIGTERM: rerun the same command to resume" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_a_signal_ends_a_sweep_between_two_batches(workplace, tmp_path, monkeypatch, capfd):
+    signal_at(monkeypatch, signal.SIGTERM, 5)
+    with pytest.raises(SystemExit) as ended:
+        main(["-m", *command(workplace, tmp_path, "seed=1,2")])
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = capfd.readouterr().err
+    assert "interrupted by SIGTERM: rerun the same command to resume" in said
+    assert "Traceback" not in said
     (folder,) = tmp_path.glob("accuracy/*/*/*/*")  # the second run wasn't started
     found = read_json(folder / "status.json")
     assert (found["state"], found["error"]) == ("failed", "interrupted by SIGTERM")
@@ -105,15 +122,7 @@ def test_a_signal_ends_a_sweep_between_two_batches(workplace, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_signals_save_and_say_so(workplace, tmp_path, monkeypatch, number):
-    call, forwards = MethodLM._model_call, []
-
-    def counted(self, *args, **kwargs):
-        forwards.append(1)
-        if len(forwards) == 5:
-            os.kill(os.getpid(), number)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(MethodLM, "_model_call", counted)
+    signal_at(monkeypatch, number, 5)
     config = compose_config(command(workplace, tmp_path))
     with pytest.raises(SystemExit) as ended:
         run_config(config)

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.cli import main
 from experiments.config.compose import compose_config
-from experiments.config.schema import REPOSITORY, ConfigError
+from experiments.config.schema import ConfigError
 from experiments.runs.code import current_code, snapshot
 from experiments.runs.files import read_json, write_json
 from experiments.runs.folder import RunFolder
@@ -221,16 +221,14 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     assert local.visible_gpus() == ["2", "5"]
 
 
-def test_a_job_from_a_snapshot_leaves_its_outcome(tmp_path):
-    """The whole way once: a process from the snapshot, relative paths from where it was launched."""
-    command = [sys.executable, str(REPOSITORY / "run.py"), "-m", "hydra/launcher=local", "task=micro_piqa", "limit=2"]
-    done = subprocess.run(
-        [*command, "method=random", "method.clusters=4,99", "device=cpu"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "] done: accuracy/tiny/random/micro_piqa/" in done.stdout
-    assert "(method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16)" in done.stdout
+def test_a_job_from_a_snapshot_leaves_its_outcome(tmp_path, monkeypatch, capfd):
+    """The whole way once: processes from the snapshot, relative paths from where it was launched."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", "hydra/launcher=local", "task=micro_piqa", "limit=2", "device=cpu"]
+    assert main([*arguments, "method=random", "method.clusters=4,99"]) == 1
+    shown = capfd.readouterr().out
+    assert "] done: accuracy/tiny/random/micro_piqa/" in shown
+    assert "(method: clusters: 99 clusters in a layer of 16 heads; valid: 1 to 16)" in shown
     (result,) = (tmp_path / "results").glob("accuracy/tiny/random/micro_piqa/*/result.json")
     assert json.loads(result.read_text())["versions"]["code"] == str(current_code())
 

@@ -18,6 +18,7 @@ from chai.kernels.decode import CONFIGS, DecodeConfig, decode_attention
 from chai.kernels.prefill import PrefillConfig, candidates, default_config, prefill_attention
 from chai.kernels.tasks import build_tasks, empty_tasks, fill_tasks
 from experiments.gpu.problems import Problem, is_exact, random_problem, relative_error, solve
+from tests.kernels.launches import Launches
 
 PER_TEST, TESTS = 13, 8  # 104 shapes of each kernel
 
@@ -95,11 +96,11 @@ def test_groups_too_large_for_the_kernels() -> None:
     """Falcon-7B has 71 query heads on one KV head."""
     for num_heads, fits in ((32, True), (33, False), (71, False)):
         query, key = torch.randn(1, num_heads, 1, 16).half(), torch.randn(1, 1, 8, 16).half()
-        inputs = GpuInputs(query, key, key, 0.25)
-        assert has_kernels(inputs) is fits
-        heads = torch.arange(num_heads)[None]
-        head_map = KVHeadMap(HeadClusters(heads, heads), torch.zeros_like(heads), torch.zeros(1, 1, dtype=torch.long))
-        problem = Problem(query, key, key, head_map, 0.25, None, None, None, None)
+        assert has_kernels(GpuInputs(query, key, key, 0.25)) is fits
+        labels, first = torch.arange(num_heads)[None] % 4, torch.arange(4)[None]
+        head_map = KVHeadMap(HeadClusters(labels, first), torch.zeros_like(first), torch.zeros(1, 1, dtype=torch.long))
+        problem = Problem(query[:, :4], key, key, head_map, 0.25, None, None, None, None)
+        assert has_kernels(problem.inputs) is fits
         for run in implementations(problem.inputs).values():
             check(problem, run())
 
@@ -216,7 +217,7 @@ def test_tasks_are_written_anew() -> None:
         assert tasks.table[0, :, 2].tolist() == counts
 
 
-def test_no_value_is_read_on_the_host() -> None:
+def test_no_value_is_read_on_the_host(monkeypatch) -> None:
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             assert function.overloadpacket._qualified_op_name not in (
@@ -226,10 +227,18 @@ def test_no_value_is_read_on_the_host() -> None:
 
     with Refuse(), pytest.raises(AssertionError, match="reads a tensor"):
         bool(torch.ones(1) > 0)
+    launches = {name: Launches() for name in ("tasks._fill", "decode._decode", "decode._combine", "prefill._prefill")}
+    for name, launch in launches.items():
+        monkeypatch.setattr(f"chai.kernels.{name}", launch)
     for one_token, seed in itertools.product((True, False), (3, 5, 12)):
         problem = random_problem(seed, one_token)
         problem.query, problem.key, problem.value = (x.half() for x in (problem.query, problem.key, problem.value))
         runs = implementations(problem.inputs)
+        for launch in launches.values():
+            launch.grids.clear()
         for run in runs.values():
             with Refuse():
                 run()
+        own = [name for name in runs if name.startswith(("split-KV", "one score"))]
+        kernels = ("decode._decode", "decode._combine") if problem.query.shape[2] == 1 else ("prefill._prefill",)
+        assert all(len(launches[name].grids) == len(own) > 0 for name in kernels) and launches["tasks._fill"].grids

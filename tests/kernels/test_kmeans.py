@@ -12,6 +12,7 @@ from chai.clustering.assignment import kmeans_clusters
 from chai.clustering.features import attention_features
 from chai.heads import HeadClusters, KVHeadMap, pack_kv_heads
 from chai.kernels import kmeans as kernels
+from tests.kernels.launches import Launches
 
 READS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "_to_cpu", "masked_select"}
 
@@ -151,16 +152,6 @@ class Reads(TorchDispatchMode):
         if name in READS:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
-
-
-class Launches:
-    """Takes the place of a kernel: the interpreter reads tensors to run it, which a GPU does not."""
-
-    def __init__(self) -> None:
-        self.grids: list[tuple[int, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        return lambda *args, **kwargs: self.grids.append(grid)
 
 
 def test_no_host_read(monkeypatch):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -35,13 +37,16 @@ class ChaiOutput(ClusteredHeadAttention):
         (p E_hr + e_hr) / (p + n),
 
     the mean of p tokens of the corpus and n of the request. Without p (``prior=null``) the map is that of the corpus.
+    With ``prior=measured``, each layer has the p with which clusters from the first n tokens lost least on the rest of
+    the texts of the offline phase, if any p did better than the map (:mod:`chai.offline.evidence`).
 
     Attributes:
         clusters: k of each layer; by default those of the head profile.
         seed: Unused (nothing is random).
         profile: Folder of a head profile with ``profile.metrics=[output]``.
         tokens: Warm-up tokens, which run with all heads.
-        prior: p, the number of tokens that the corpus counts as; ``None``: no correction.
+        prior: p, the number of tokens that the corpus counts as; ``measured``: that of each layer; ``None``: no
+            correction.
         metric: Distance between heads of the static map; corrections need ``output``.
         group_aware: Choose representatives that read as few KV heads as k of them can, so that whole KV heads leave the
             cache; ``None``: as the head profile's counts were chosen.
@@ -52,7 +57,7 @@ class ChaiOutput(ClusteredHeadAttention):
     """
 
     tokens: int = 5
-    prior: float | None = None
+    prior: float | Literal["measured"] | None = None
     metric: Metric = "output"
     group_aware: bool | None = None
 
@@ -63,11 +68,12 @@ class ChaiOutput(ClusteredHeadAttention):
         self._profile.costs(self.metric)
         if self.tokens < 0:
             raise ValueError(f"tokens is {self.tokens}; valid: 0 or more")
-        if self.prior is not None:
-            if self.prior < 0:
-                raise ValueError(f"prior is {self.prior:g}; valid: 0 or more, or null")
-            if self.metric != "output" or self.tokens == 0:
-                raise ValueError("prior weighs errors of the output of first tokens; valid: metric=output, tokens >= 1")
+        if isinstance(self.prior, (int, float)) and self.prior < 0:
+            raise ValueError(f"prior is {self.prior:g}; valid: 0 or more, measured, or null")
+        if self.prior is not None and (self.metric != "output" or self.tokens == 0):
+            raise ValueError("prior weighs errors of the output of first tokens; valid: metric=output, tokens >= 1")
+        if self.prior == "measured":
+            self._profile.prior(0, 1, self.tokens)
 
     @property
     def warmup_tokens(self) -> int:
@@ -100,17 +106,40 @@ class ChaiOutput(ClusteredHeadAttention):
         """Return the map of the corpus, or its correction by the request's warm-up tokens."""
         assert self._profile is not None
         kv_heads = key.shape[2] if self._is_group_aware else None
-        if self.prior is None:
-            pairs = zip(layers, num_clusters, strict=True)
-            rows = [self._profile.clusters(layer, k, self.metric, kv_heads) for layer, k in pairs]
-            return [row.repeat(query.shape[1], query.device) for row in rows]
-        num_heads, tokens = query.shape[2:4]
-        weights = attention_features(query, repeat_kv(key, num_heads, dim=2), scaling, softcap=softcap)
-        own = head_costs("output", weights.unflatten(-1, (tokens, tokens)), outputs)  # [L, B, H, H]
-        per_token = self._profile.costs("output")[list(layers)] / self._profile.mean_tokens
+        batch_size, num_heads, tokens = query.shape[1:4]
+        pairs = list(zip(layers, num_clusters, strict=True))
+        found = [
+            self._profile.clusters(layer, k, self.metric, kv_heads).repeat(batch_size, query.device)
+            for layer, k in pairs
+        ]
+        # Layers in which the request's own tokens count.
+        corrected = [place for place, (layer, k) in enumerate(pairs) if np.isfinite(self._prior(layer, k))]
+        if corrected:
+            assert outputs is not None
+            own_query, own_key = query[corrected], repeat_kv(key[corrected], num_heads, dim=2)
+            weights = attention_features(own_query, own_key, scaling, softcap=softcap).unflatten(-1, (tokens, tokens))
+            own = head_costs("output", weights, outputs[corrected])  # [L, B, H, H]
+            cost = self._weigh([pairs[place] for place in corrected], own, tokens)
+            counts = [num_clusters[place] for place in corrected]
+            clusters = clusters_by_cost(cost, counts, "kmedoids", kv_heads=kv_heads)
+            for place, own_clusters in zip(corrected, clusters, strict=True):
+                found[place] = own_clusters
+        return found
+
+    def _weigh(self, pairs: Sequence[tuple[int, int]], own: Tensor, tokens: int) -> Tensor:
+        """Return ``(p E + e) / (p + n)`` of some layers, each given with its k; ``own [L, B, H, H]`` is e."""
+        assert self._profile is not None
+        per_token = self._profile.costs("output")[[layer for layer, _ in pairs]] / self._profile.mean_tokens
         corpus = torch.from_numpy(per_token).to(own.device)[:, None]
-        cost = (self.prior * corpus + own) / (self.prior + tokens)
-        return clusters_by_cost(cost, num_clusters, "kmedoids", kv_heads=kv_heads)
+        prior = torch.tensor([self._prior(*pair) for pair in pairs], device=own.device)[:, None, None, None]
+        return (prior * corpus + own) / (prior + tokens)
+
+    def _prior(self, layer: int, k: int) -> float:
+        """Return p of a layer; infinite: the map of the corpus."""
+        if self.prior is None:
+            return np.inf
+        assert self._profile is not None
+        return self._profile.prior(layer, k, self.tokens) if self.prior == "measured" else float(self.prior)
 
     @property
     def _is_group_aware(self) -> bool:

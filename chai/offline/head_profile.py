@@ -27,6 +27,7 @@ from chai.clustering.medoids import medoid_clusters, refine_jointly
 from chai.clustering.metrics import adjusted_rand, changed_heads
 from chai.errors import ChaiError
 from chai.heads import HeadClusters
+from chai.offline.evidence import EVIDENCE_TOKENS, choose_prior
 from chai.offline.head_statistics import HeadStatistics
 from chai.patching.model_info import num_kv_heads
 
@@ -58,6 +59,7 @@ class HeadProfile:
     about: dict[str, Any]  # content of profile.json
     arrays: dict[str, np.ndarray]  # the tensors
     _found: dict[Any, HeadClusters] = field(default_factory=dict, repr=False)  # clusters, by what was asked for
+    _priors: dict[Any, float] = field(default_factory=dict, repr=False)  # weights of the corpus, in the same way
 
     @property
     def num_clusters(self) -> list[int]:
@@ -99,6 +101,27 @@ class HeadProfile:
         """Mean number of tokens of a sample."""
         corpus = self.about["corpus"]
         return float(corpus["tokens"] / corpus["samples"])
+
+    def prior(self, layer: int, k: int, tokens: int) -> float:
+        """Return how many tokens the corpus counts as, against the first ``tokens`` of a request; infinite: it decides.
+
+        Raises:
+            ProfileError: The errors of so many first tokens were not kept.
+        """
+        if "early_output" not in self.arrays or tokens not in EVIDENCE_TOKENS:
+            raise ProfileError(
+                f"the profile of {self.about['model']['name']} has no weight for {tokens} warm-up tokens; valid: "
+                f"{', '.join(map(str, EVIDENCE_TOKENS))}, in a profile with profile.metrics=[output]"
+            )
+        asked = ("prior", layer, k, tokens)
+        if asked not in self._priors:
+            early = self.arrays["early_output"][:, layer, EVIDENCE_TOKENS.index(tokens)]
+            whole, lengths = self.arrays["whole_output"][:, layer], self.arrays["length"]
+            corpus, samples = self.arrays["cost_output"][layer], self.about["corpus"]["samples"]
+            self._priors[asked] = choose_prior(
+                early, whole, lengths, corpus * samples, self.mean_tokens * samples, k, tokens
+            )
+        return self._priors[asked]
 
     def costs(self, metric: Metric) -> np.ndarray:
         """Return the costs ``[L, H, H]`` of a metric (fp32), mean of the samples (ProfileError: not gathered)."""
@@ -230,7 +253,9 @@ def build_profile(
         mean = sums[name] / samples
         return np.sqrt(np.maximum(sums[f"{name}_square"] / samples - mean**2, 0))
 
-    series = {name: np.stack(statistics.series[name]) for name in ("maps", "sample_correlation")}
+    names = ["maps", "sample_correlation"]
+    names += [name for name in ("early_output", "whole_output", "length") if statistics.series[name]]
+    series = {name: np.stack(statistics.series[name]) for name in names}
     arrays = {
         "clusters": np.array(num_clusters),
         "assignment": assignment,

@@ -30,6 +30,7 @@ from chai.clustering.distances import Metric, head_costs, output_errors, squared
 from chai.clustering.kmeans import pairwise_distances, sweep
 from chai.clustering.metrics import within_and_between
 from chai.heads import repeat_kv
+from chai.offline.evidence import EVIDENCE_TOKENS
 
 Features = Literal["causal", "last_row"]
 BLOCK_BYTES = 1 << 24  # of attention weights at a time
@@ -72,6 +73,7 @@ class LayerSamples:
     own_token: Tensor  # [B, H], share of the attention on the token itself, mean of the rows but the first
     costs: dict[Metric, Tensor] = field(default_factory=dict)  # [B, H, H] of each further metric
     gram: Tensor | None = None  # [B, H * H, H * H], products of the errors of the output, if asked for
+    early: Tensor | None = None  # [B, len(EVIDENCE_TOKENS), H, H], errors of the output over the first tokens alone
 
 
 def gather(
@@ -112,6 +114,7 @@ def gather(
     block = min(q_len, max(1, BLOCK_BYTES // (4 * batch_size * num_heads * q_len)))
     costs = {name: torch.zeros_like(distances) for name in options.metrics if name not in BY_DISTANCE}
     gram = query.new_zeros(batch_size, num_heads**2, num_heads**2) if options.joint else None
+    early_costs = query.new_zeros(batch_size, len(EVIDENCE_TOKENS), num_heads, num_heads)
     scratch = query.new_empty(2, batch_size * num_heads * block * q_len)  # allocating it for each block is slow
     for begin in range(0, q_len, block):
         # Attention of a block of query rows.
@@ -144,6 +147,10 @@ def gather(
         if options.features == "causal":
             for name, cost in costs.items():
                 cost += head_costs(name, weights, None if outputs is None else outputs[:, :, :end])
+            for place, tokens in enumerate(EVIDENCE_TOKENS):
+                if outputs is not None and begin < tokens:
+                    first_rows = weights[:, :, : tokens - begin]
+                    early_costs[:, place] += head_costs("output", first_rows, outputs[:, :, :end])
         if gram is not None:
             assert sketch is not None
             errors = output_errors(weights, sketch[:, :, :end]).flatten(2)
@@ -163,7 +170,9 @@ def gather(
     entropy /= (entropy_rows < lengths[:, None]).sum(1, keepdim=True)
     choices = (lengths - 1)[:, None]
     first_token, own_token = (first_token - 1) / choices, (own_token - 1) / choices
-    return LayerSamples(distances, squares, steps, row, map_row, entropy, first_token, own_token, costs, gram)
+    return LayerSamples(
+        distances, squares, steps, row, map_row, entropy, first_token, own_token, costs, gram, early_costs
+    )
 
 
 def correlation(distances: np.ndarray, squares: np.ndarray, entries: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -201,7 +210,9 @@ class HeadStatistics:
             ``[L, H, H]`` of further metrics, and for ``joint`` ``gram`` ``[L, H * H, H * H]``.
         series: By name, one fp32 array per sample: ``sample_error`` ``[L, H]`` (as ``error``) of every sample; of the
             first ones ``maps`` ``[L, H, map_tokens]``, ``sample_correlation`` ``[L, H, H]``,
-            ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the samples in ``steps``).
+            ``steps`` ``[L, trace_tokens, H, H]``, ``whole`` ``[L, H, H]`` (distances of the samples in ``steps``), and
+            of the same samples, with the metric ``output``, ``early_output`` ``[L, E, H, H]`` (first tokens alone, see
+            :mod:`chai.offline.evidence`), ``whole_output`` ``[L, H, H]`` and ``length`` (tokens).
     """
 
     options: StatisticsOptions  # what is gathered
@@ -226,7 +237,16 @@ class HeadStatistics:
         if self.options.features == "last_row":
             shapes["rows"] = (layers, heads, self.options.tokens)
         self.sums = {name: np.zeros(shape) for name, shape in shapes.items()} | self.sums
-        names = ("sample_error", "maps", "sample_correlation", "steps", "whole")
+        names = (
+            "sample_error",
+            "maps",
+            "sample_correlation",
+            "steps",
+            "whole",
+            "early_output",
+            "whole_output",
+            "length",
+        )
         self.series = {name: [] for name in names} | self.series
 
     @property
@@ -276,6 +296,11 @@ class HeadStatistics:
         for sample in range(min(len(tokens), self.options.trace_samples - len(self.series["steps"]))):
             self.series["steps"].append(host("steps")[:, sample])
             self.series["whole"].append(distances[:, sample])
+            if "output" in self.options.metrics and causal:
+                self.series["early_output"].append(host("early")[:, sample])
+                output = [layer.costs["output"][sample].cpu().numpy() for layer in layers]
+                self.series["whole_output"].append(np.stack(output))
+                self.series["length"].append(np.array(lengths[sample], dtype=np.float32))
         self.samples += len(tokens)
         self.seen_tokens += int(lengths.sum())
         self.longest = max(self.longest, int(lengths.max()))

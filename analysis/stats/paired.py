@@ -201,7 +201,11 @@ def _flips(baseline: pd.DataFrame, other: pd.DataFrame, metric: str) -> np.ndarr
             raise Unpaired(f"{metric} under {name} is not 0 or 1 for every item")
 
     # Pair the items; every item must be in both runs, with the same content.
-    both = baseline[columns].merge(other[columns], on="doc_id", suffixes=("", "_other"))
+    if np.array_equal(baseline.doc_id, other.doc_id):  # as a rule: no merge is needed
+        hashes, values = other.doc_hash.to_numpy(), other[metric].to_numpy()
+        both = baseline[columns].assign(**{"doc_hash_other": hashes, f"{metric}_other": values})
+    else:
+        both = baseline[columns].merge(other[columns], on="doc_id", suffixes=("", "_other"))
     if not len(both) == len(baseline) == len(other):
         raise Unpaired(
             f"not the same items: {len(baseline)} under MHA, {len(other)} under the method, {len(both)} both"

@@ -5,9 +5,10 @@ Beyond the paper; docs/findings.md has what it is worth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -18,7 +19,9 @@ from chai.clustering.features import attention_features
 from chai.clustering.num_clusters import resolve_clusters
 from chai.errors import ChaiError
 from chai.heads import HeadClusters, repeat_kv
-from chai.methods.chai import ClusteredHeadAttention
+from chai.methods.base import Method
+from chai.methods.chai import Chai, ClusteredHeadAttention
+from chai.methods.random_heads import Random
 from chai.patching.model_info import num_kv_heads
 
 
@@ -28,17 +31,20 @@ class ChaiOutput(ClusteredHeadAttention):
 
     Offline, ``E_hr`` is the mean of ``e_hr`` per token over a corpus, and the number of clusters of each layer follows
     from the measured sensitivity of the model's next-token distribution (``profile.rule=sensitivity``). The
-    representatives and clusters of a layer are the k-medoids of E.
+    representatives and clusters of a layer are the k-medoids of E; where the profile has the products of the errors,
+    heads then join the cluster with which the error of all heads together is least
+    (:func:`chai.clustering.medoids.refine_jointly`).
 
     A request may correct this map. With the sum ``e_hr`` over its n warm-up tokens, the costs are
 
         (p E_hr + e_hr) / (p + n),
 
-    the mean of p tokens of the corpus and n of the request. Without p (``prior=null``) the map is that of the corpus.
+    the mean of p tokens of the corpus and n of the request. The request's errors of different heads count as
+    uncorrelated. Without p (``prior=null``) the map is that of the corpus.
 
     Attributes:
         clusters: k of each layer; by default those of the head profile.
-        seed: Unused (nothing is random).
+        seed: Not a setting (nothing is random).
         profile: Folder of a head profile with ``profile.metrics=[output]``.
         tokens: Warm-up tokens, which run with all heads.
         prior: p, the number of tokens that the corpus counts as; ``None``: no correction.
@@ -51,6 +57,7 @@ class ChaiOutput(ClusteredHeadAttention):
         ValueError: A value outside its choices.
     """
 
+    seed: int = field(default=0, init=False)
     tokens: int = 5
     prior: float | None = None
     metric: Metric = "output"
@@ -78,6 +85,13 @@ class ChaiOutput(ClusteredHeadAttention):
     def needs_outputs(self) -> bool:
         """Whether the request's own tokens count."""
         return self.prior is not None
+
+    def with_num_clusters(self, k: int) -> Method:
+        """Return a method that is as fast: a profile covers only the layers of its own model."""
+        if self.prior is None:
+            return Random(clusters=k)
+        group_aware = self._is_group_aware
+        return Chai(clusters=k, tokens=self.tokens, membership="kmedoids", metric="output", group_aware=group_aware)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
@@ -110,7 +124,16 @@ class ChaiOutput(ClusteredHeadAttention):
         per_token = self._profile.costs("output")[list(layers)] / self._profile.mean_tokens
         corpus = torch.from_numpy(per_token).to(own.device)[:, None]
         cost = (self.prior * corpus + own) / (self.prior + tokens)
-        return clusters_by_cost(cost, num_clusters, "kmedoids", kv_heads=kv_heads)
+        joint = self._joint_products(layers, own) if self.prior > 0 and self._profile.gram is not None else None
+        return clusters_by_cost(cost, num_clusters, "kmedoids", kv_heads=kv_heads, gram=joint)
+
+    def _joint_products(self, layers: Sequence[int], own: Tensor) -> Iterator[np.ndarray]:
+        """Yield ``[H * H, H * H]`` for each layer and row: p tokens of the corpus and the request's errors."""
+        assert self._profile is not None and self._profile.gram is not None and self.prior is not None
+        for layer, rows in zip(layers, own.cpu().numpy(), strict=True):
+            corpus = self.prior / self._profile.mean_tokens * self._profile.gram[layer]
+            for errors in rows:
+                yield corpus + np.diag(errors.ravel())
 
     @property
     def _is_group_aware(self) -> bool:

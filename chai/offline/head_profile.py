@@ -88,15 +88,22 @@ class HeadProfile:
         if metric == "attention" and kv_heads is None and k == self.num_clusters[layer]:
             assignment, representatives = self.arrays["assignment"][layer], self.arrays["representatives"][layer, :k]
         else:
-            gram = self.arrays["gram"][layer : layer + 1] if metric == "output" and "gram" in self.arrays else None
+            gram = self.gram[layer : layer + 1] if metric == "output" and self.gram is not None else None
             cost = self.costs(metric)[layer : layer + 1]
             labels, heads = static_clusters(cost, np.array([k]), metric, gram, kv_heads)
             assignment, representatives = labels[0], heads[0]
         return HeadClusters(torch.from_numpy(assignment)[None], torch.from_numpy(representatives)[None])
 
     @property
+    def gram(self) -> np.ndarray | None:
+        """Products of the errors of the output, ``[L, H * H, H * H]``, mean of the samples; ``None``: not gathered."""
+        return self.arrays.get("gram")
+
+    @property
     def mean_tokens(self) -> float:
-        """Mean number of tokens of a sample."""
+        """Mean number of query tokens of a sample that :meth:`costs` is a sum over."""
+        if self.about.get("features") == "last_row":
+            return 1.0
         corpus = self.about["corpus"]
         return float(corpus["tokens"] / corpus["samples"])
 

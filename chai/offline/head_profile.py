@@ -20,7 +20,7 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 from transformers import PreTrainedConfig
 
-from chai.clustering.distances import EUCLIDEAN, Metric
+from chai.clustering.distances import EUCLIDEAN, METRICS, Metric
 from chai.clustering.gqa import gqa_medoids
 from chai.clustering.kmeans import cluster
 from chai.clustering.medoids import medoid_clusters, refine_jointly
@@ -111,7 +111,7 @@ class HeadProfile:
         """Return the costs ``[L, H, H]`` of a metric (fp32), mean of the samples (ProfileError: not gathered)."""
         name = "distances" if metric == "attention" else f"cost_{metric}"
         if name not in self.arrays:
-            valid = ["attention", *(name.removeprefix("cost_") for name in self.arrays if name.startswith("cost_"))]
+            valid = [metric for metric in METRICS if metric == "attention" or f"cost_{metric}" in self.arrays]
             raise ProfileError(
                 f"the profile of {self.about['model']['name']} has no metric '{metric}'; valid: {', '.join(valid)}, or "
                 f"a profile with profile.metrics=[{metric}]"

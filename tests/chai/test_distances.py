@@ -19,7 +19,7 @@ H, T, D = 5, 9, 3
 
 
 def random_attention(seed: int = 0, rows: int = 2) -> torch.Tensor:
-    """Causal attention ``[rows, H, T, T]``; the first two heads are equal, and another looks at the first token alone."""
+    """Causal attention ``[rows, H, T, T]``; the first two heads are equal, another sees the first token alone."""
     generator = torch.Generator().manual_seed(seed)
     scores = 2 * torch.randn(rows, H, T, T, generator=generator, dtype=torch.float64)
     scores[:, 1] = scores[:, 0]
@@ -33,15 +33,16 @@ def entropy(row: torch.Tensor) -> float:
 
 def cost_of(metric: str, one: torch.Tensor, other: torch.Tensor, product: torch.Tensor) -> float:
     """Cost of ``one`` ``[T, S]`` (of head h, with ``V_h W_O,h`` as ``product``) at the representative ``other``."""
+    tokens, length = one.shape
     if metric == "attention":
-        return float(sum((one[t, s] - other[t, s]) ** 2 for t in range(T) for s in range(T)))
+        return float(sum((one[t, s] - other[t, s]) ** 2 for t in range(tokens) for s in range(length)))
     if metric == "cosine":
         return 1 - float((one * other).sum() / (one.norm() * other.norm()))
     if metric == "jensen_shannon":
-        return sum(entropy((one[t] + other[t]) / 2) - (entropy(one[t]) + entropy(other[t])) / 2 for t in range(T))
+        return sum(entropy((one[t] + other[t]) / 2) - (entropy(one[t]) + entropy(other[t])) / 2 for t in range(tokens))
     if metric == "sink_removed":
         total = 0.0
-        for t in range(1, T):  # the first token sees itself alone
+        for t in range(tokens):
             rest = [row[t, 1:] / max(float(row[t, 1:].sum()), 1e-6) for row in (one, other)]
             total += float((rest[0] - rest[1]).square().sum())
         return total

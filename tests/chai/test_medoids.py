@@ -24,7 +24,9 @@ def total(cost: np.ndarray, labels: np.ndarray, representatives: np.ndarray) -> 
 
 def best(cost: np.ndarray, k: int) -> float:
     heads = range(len(cost))
-    return min(sum(min(float(cost[h, r]) for r in chosen) for h in heads) for chosen in itertools.combinations(heads, k))
+    return min(
+        sum(min(float(cost[h, r]) for r in chosen) for h in heads) for chosen in itertools.combinations(heads, k)
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5, 9])

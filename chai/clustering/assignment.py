@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chai.clustering.gqa import gqa_medoids
 from chai.clustering.kmeans import cluster, pairwise_distances, represent
-from chai.clustering.medoids import cheapest_members, medoid_clusters
+from chai.clustering.medoids import cheapest_members, medoid_clusters, refine_jointly
 from chai.heads import HeadClusters
 from chai.kernels import available
 from chai.kernels.kmeans import MOST_POINTS, kmeans
@@ -76,6 +76,7 @@ def clusters_by_cost(
     representative: Representative = "nearest",
     output_cost: Tensor | None = None,
     kv_heads: int | None = None,
+    gram: Iterable[np.ndarray] | None = None,
 ) -> list[HeadClusters]:
     """Cluster the heads of each layer and row by costs ``[L, B, H, H]`` of a metric.
 
@@ -86,6 +87,8 @@ def clusters_by_cost(
         representative: Of clusters by K-means.
         output_cost: ``[L, B, H, H]``, errors of the output, for ``representative="output"``.
         kv_heads: KV heads, if representatives are to read as few of them as k can; replaces the other choices.
+        gram: For each layer and row, products of errors by which heads are reassigned at the end
+            (:func:`chai.clustering.medoids.refine_jointly`).
     """
     costs = cost.flatten(0, 1).detach().cpu().float().numpy()
     counts = np.repeat(num_clusters, cost.shape[1])
@@ -99,6 +102,8 @@ def clusters_by_cost(
             assert output_cost is not None
             errors = output_cost.flatten(0, 1).detach().cpu().float().numpy()
             labels, representatives = cheapest_members(errors, labels, counts)
+    if gram is not None:
+        labels = refine_jointly(gram, labels, representatives, counts)
     return split_layers(labels, representatives, num_clusters, cost.device)
 
 

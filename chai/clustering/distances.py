@@ -102,9 +102,10 @@ def output_factors(weight: Tensor, num_heads: int) -> Tensor:
 
     The error of the layer's output is then measured with D instead of d numbers for each token.
     """
-    blocks = weight.double().unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # W_O,h: [H, D, d]
+    exact = weight.cpu() if weight.device.type == "mps" else weight  # which has no fp64
+    blocks = exact.double().unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # W_O,h: [H, D, d]
     values, vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2))
-    return (vectors * values.clamp(min=0).sqrt()[:, None]).float()
+    return (vectors * values.clamp(min=0).sqrt()[:, None]).float().to(weight.device)
 
 
 def squared_distances(points: Tensor, *, in_place: bool = False) -> Tensor:

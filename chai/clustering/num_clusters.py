@@ -121,10 +121,10 @@ def allocate_greedily(loss: np.ndarray, cost: np.ndarray, most_cost: int) -> np.
     return current
 
 
-def check_saving(saving: float | None, num_kv_heads: int) -> None:
-    """Refuse a saving that even a single KV head in every layer does not give (ValueError)."""
-    most = (1 - 1 / num_kv_heads) / 2
-    if saving is not None and saving > most + 1e-9:
+def check_saving(saving: float, num_kv_heads: int, least: int = 1) -> None:
+    """Refuse a saving that even the least number of KV heads in every layer does not give (ValueError)."""
+    most = (1 - least / num_kv_heads) / 2
+    if saving > most + 1e-9:
         raise ValueError(f"cannot save {100 * saving:g} % of the KV cache; the maximum is {100 * most:.4g} %")
 
 

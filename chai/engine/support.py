@@ -21,7 +21,7 @@ from chai.patching.rotary import depends_on_length
 
 #: Families whose decoder layer is: RMS norm, q, k, v and o projections, rotary embedding, gated MLP.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-METHODS = ("mha", "chai", "chai_static", "static", "random", "chai_qkv")
+METHODS = ("mha", "chai", "chai_static", "static", "random", "chai_qkv", "chai_output")
 #: Activation functions of the gated MLP, by the name in a configuration.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +57,17 @@ def check_method(method: Method) -> None:
     if isinstance(method, Mha):
         return
     steps = (ClusteredHeadAttention.attend, ChaiQkv.attend), (ClusteredHeadAttention.evict, ChaiQkv.evict)
-    known = isinstance(method, ClusteringMethod) and type(method).attend in steps[0] and type(method).evict in steps[1]
-    if not known:
+    if not (
+        isinstance(method, ClusteringMethod) and type(method).attend in steps[0] and type(method).evict in steps[1]
+    ):
         raise ValueError(
             f"the engine does not run {type(method).__name__}; valid: {', '.join(METHODS)} "
+            "(others: `with method(model): model.generate(...)`)"
+        )
+    if method.needs_outputs:
+        raise ValueError(
+            f"the engine does not run {type(method).__name__} with clusters by the output of a request's tokens; "
+            "valid: chai with another metric and representative, chai_output with prior=null "
             "(others: `with method(model): model.generate(...)`)"
         )
 

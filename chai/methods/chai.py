@@ -101,9 +101,17 @@ class Chai(ClusteredHeadAttention):
         if self.membership == "kmeans" and self.metric not in EUCLIDEAN:
             raise ValueError(f"metric={self.metric} has no means; valid: membership=kmedoids, or another metric")
         if self.membership == "agglomerative" and self.metric != "attention":
-            raise ValueError("membership=agglomerative has its own metric; valid: membership=kmeans, or no metric")
-        if self.membership != "kmeans" and self.representative == "output":
-            raise ValueError(f"membership={self.membership} has its own representatives; valid: metric=output")
+            raise ValueError(
+                "membership=agglomerative has its own metric, the cosine distance; valid: metric=attention, or "
+                "membership=kmeans, kmedoids"
+            )
+        if self.membership == "kmedoids" and self.representative != "nearest":
+            raise ValueError(
+                f"membership=kmedoids chooses the representatives itself; representative is '{self.representative}', "
+                "valid: nearest"
+            )
+        if self.membership == "agglomerative" and self.representative == "output":
+            raise ValueError("representative=output is for membership=kmeans; valid: nearest, lowest")
 
     @property
     def warmup_tokens(self) -> int:
@@ -118,7 +126,7 @@ class Chai(ClusteredHeadAttention):
     @property
     def needs_outputs(self) -> bool:
         """Whether the error of the layer's output decides."""
-        return self.metric == "output" or self.representative == "output"
+        return self.metric == "output" or (self.representative == "output" and not self.group_aware)
 
     def cluster_heads(
         self,

@@ -5,8 +5,8 @@ Beyond the paper; docs/findings.md has what it is worth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,9 @@ from chai.clustering.features import attention_features
 from chai.clustering.num_clusters import resolve_clusters
 from chai.errors import ChaiError
 from chai.heads import HeadClusters, repeat_kv
-from chai.methods.chai import ClusteredHeadAttention
+from chai.methods.base import Method
+from chai.methods.chai import Chai, ClusteredHeadAttention
+from chai.methods.random_heads import Random
 from chai.patching.model_info import num_kv_heads
 
 
@@ -30,19 +32,22 @@ class ChaiOutput(ClusteredHeadAttention):
 
     Offline, ``E_hr`` is the mean of ``e_hr`` per token over a corpus, and the number of clusters of each layer follows
     from the measured sensitivity of the model's next-token distribution (``profile.rule=sensitivity``). The
-    representatives and clusters of a layer are the k-medoids of E.
+    representatives and clusters of a layer are the k-medoids of E; where the profile has the products of the errors,
+    heads then join the cluster with which the error of all heads together is least
+    (:func:`chai.clustering.medoids.refine_jointly`).
 
     A request may correct this map. With the sum ``e_hr`` over its n warm-up tokens, the costs are
 
         (p E_hr + e_hr) / (p + n),
 
-    the mean of p tokens of the corpus and n of the request. Without p (``prior=null``) the map is that of the corpus.
-    With ``prior=measured``, each layer has the p with which clusters from the first n tokens lost least on the rest of
-    the texts of the offline phase, if any p did better than the map (:mod:`chai.offline.evidence`).
+    the mean of p tokens of the corpus and n of the request. The request's errors of different heads count as
+    uncorrelated. Without p (``prior=null``) the map is that of the corpus. With ``prior=measured``, each layer has the
+    p with which clusters from the first n tokens lost least on the rest of the texts of the offline phase, if any p did
+    better than the map (:mod:`chai.offline.evidence`).
 
     Attributes:
         clusters: k of each layer; by default those of the head profile.
-        seed: Unused (nothing is random).
+        seed: Not a setting (nothing is random).
         profile: Folder of a head profile with ``profile.metrics=[output]``.
         tokens: Warm-up tokens, which run with all heads.
         prior: p, the number of tokens that the corpus counts as; ``measured``: that of each layer; ``None``: no
@@ -56,6 +61,7 @@ class ChaiOutput(ClusteredHeadAttention):
         ValueError: A value outside its choices.
     """
 
+    seed: int = field(default=0, init=False)
     tokens: int = 5
     prior: float | Literal["measured"] | None = None
     metric: Metric = "output"
@@ -84,6 +90,13 @@ class ChaiOutput(ClusteredHeadAttention):
     def needs_outputs(self) -> bool:
         """Whether the request's own tokens count."""
         return self.prior is not None
+
+    def with_num_clusters(self, k: int) -> Method:
+        """Return a method that is as fast: a profile covers only the layers of its own model."""
+        if self.prior is None:
+            return Random(clusters=k)
+        group_aware = self._is_group_aware
+        return Chai(clusters=k, tokens=self.tokens, membership="kmedoids", metric="output", group_aware=group_aware)
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
@@ -119,9 +132,10 @@ class ChaiOutput(ClusteredHeadAttention):
             own_query, own_key = query[corrected], repeat_kv(key[corrected], num_heads, dim=2)
             weights = attention_features(own_query, own_key, scaling, softcap=softcap).unflatten(-1, (tokens, tokens))
             own = head_costs("output", weights, outputs[corrected])  # [L, B, H, H]
-            cost = self._weigh([pairs[place] for place in corrected], own, tokens)
-            counts = [num_clusters[place] for place in corrected]
-            clusters = clusters_by_cost(cost, counts, "kmedoids", kv_heads=kv_heads)
+            chosen = [pairs[place] for place in corrected]
+            cost, joint = self._weigh(chosen, own, tokens), self._joint_products(chosen, own)
+            counts = [k for _, k in chosen]
+            clusters = clusters_by_cost(cost, counts, "kmedoids", kv_heads=kv_heads, gram=joint)
             for place, own_clusters in zip(corrected, clusters, strict=True):
                 found[place] = own_clusters
         return found
@@ -133,6 +147,18 @@ class ChaiOutput(ClusteredHeadAttention):
         corpus = torch.from_numpy(per_token).to(own.device)[:, None]
         prior = torch.tensor([self._prior(*pair) for pair in pairs], device=own.device)[:, None, None, None]
         return (prior * corpus + own) / (prior + tokens)
+
+    def _joint_products(self, pairs: Sequence[tuple[int, int]], own: Tensor) -> Iterator[np.ndarray] | None:
+        """Yield ``[H * H, H * H]`` for each layer and row: p tokens of the corpus and the request's errors."""
+        assert self._profile is not None
+        gram, priors = self._profile.gram, [self._prior(*pair) for pair in pairs]
+        if gram is None or not all(priors):
+            return None
+        return (
+            prior / self._profile.mean_tokens * gram[layer] + np.diag(errors.ravel())
+            for (layer, _), prior, rows in zip(pairs, priors, own.cpu().numpy(), strict=True)
+            for errors in rows
+        )
 
     def _prior(self, layer: int, k: int) -> float:
         """Return p of a layer; infinite: the map of the corpus."""

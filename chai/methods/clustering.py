@@ -149,4 +149,5 @@ class ClusteringMethod(ClusteringSteps, Method):
         query = torch.randn(len(layers), batch_size, shape.num_heads, *sizes, device=model.device)
         key = torch.randn(len(layers), batch_size, shape.num_kv_heads, *sizes, device=model.device)
         num_clusters = [counts[index] for index in layers]
-        return lambda: self.cluster_heads(layers, num_clusters, query, key, shape.head_dim**-0.5)
+        outputs = torch.randn_like(query) if self.needs_outputs else None
+        return lambda: self.cluster_heads(layers, num_clusters, query, key, shape.head_dim**-0.5, outputs=outputs)

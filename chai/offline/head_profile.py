@@ -20,7 +20,7 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 from transformers import PreTrainedConfig
 
-from chai.clustering.distances import EUCLIDEAN, Metric
+from chai.clustering.distances import EUCLIDEAN, METRICS, Metric
 from chai.clustering.gqa import gqa_medoids
 from chai.clustering.kmeans import cluster
 from chai.clustering.medoids import medoid_clusters, refine_jointly
@@ -90,15 +90,22 @@ class HeadProfile:
         if metric == "attention" and kv_heads is None and k == self.num_clusters[layer]:
             assignment, representatives = self.arrays["assignment"][layer], self.arrays["representatives"][layer, :k]
         else:
-            gram = self.arrays["gram"][layer : layer + 1] if metric == "output" and "gram" in self.arrays else None
+            gram = self.gram[layer : layer + 1] if metric == "output" and self.gram is not None else None
             cost = self.costs(metric)[layer : layer + 1]
             labels, heads = static_clusters(cost, np.array([k]), metric, gram, kv_heads)
             assignment, representatives = labels[0], heads[0]
         return HeadClusters(torch.from_numpy(assignment)[None], torch.from_numpy(representatives)[None])
 
     @property
+    def gram(self) -> np.ndarray | None:
+        """Products of the errors of the output, ``[L, H * H, H * H]``, mean of the samples; ``None``: not gathered."""
+        return self.arrays.get("gram")
+
+    @property
     def mean_tokens(self) -> float:
-        """Mean number of tokens of a sample."""
+        """Mean number of query tokens of a sample that :meth:`costs` is a sum over."""
+        if self.about.get("features") == "last_row":
+            return 1.0
         corpus = self.about["corpus"]
         return float(corpus["tokens"] / corpus["samples"])
 
@@ -127,7 +134,7 @@ class HeadProfile:
         """Return the costs ``[L, H, H]`` of a metric (fp32), mean of the samples (ProfileError: not gathered)."""
         name = "distances" if metric == "attention" else f"cost_{metric}"
         if name not in self.arrays:
-            valid = ["attention", *(name.removeprefix("cost_") for name in self.arrays if name.startswith("cost_"))]
+            valid = [metric for metric in METRICS if metric == "attention" or f"cost_{metric}" in self.arrays]
             raise ProfileError(
                 f"the profile of {self.about['model']['name']} has no metric '{metric}'; valid: {', '.join(valid)}, or "
                 f"a profile with profile.metrics=[{metric}]"

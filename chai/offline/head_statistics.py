@@ -151,17 +151,15 @@ def gather(
                 if outputs is not None and begin < tokens:
                     first_rows = weights[:, :, : tokens - begin]
                     early_costs[:, place] += head_costs("output", first_rows, outputs[:, :, :end])
-        if gram is not None:
-            assert sketch is not None
-            errors = output_errors(weights, sketch[:, :, :end]).flatten(2)
-            gram += errors @ errors.transpose(1, 2)
-        if options.features == "causal":
+            if gram is not None:
+                gram += _error_products(weights, sketch)
             flat = weights.flatten(2)
             squares += torch.linalg.vector_norm(flat, dim=2).square()
             distances += squared_distances(flat, in_place=True)
     if options.features == "last_row":
         distances, squares = squared_distances(row), row.square().sum(2)
         costs = {name: head_costs(name, row[:, :, None], outputs) for name in costs}
+        gram = None if gram is None else _error_products(row[:, :, None], sketch)
     if "cosine" in options.metrics:  # of the whole vectors, which blocks do not add up to
         norms = squares.sqrt().clamp(min=1e-12)
         products = (squares[:, :, None] + squares[:, None] - distances) / 2
@@ -173,6 +171,13 @@ def gather(
     return LayerSamples(
         distances, squares, steps, row, map_row, entropy, first_token, own_token, costs, gram, early_costs
     )
+
+
+def _error_products(weights: Tensor, sketch: Tensor | None) -> Tensor:
+    """Return the products of the errors of the output, ``[B, H * H, H * H]``, from attention ``[B, H, T, S]``."""
+    assert sketch is not None
+    errors = output_errors(weights, sketch[:, :, : weights.shape[-1]]).flatten(2)
+    return errors @ errors.transpose(1, 2)
 
 
 def correlation(distances: np.ndarray, squares: np.ndarray, entries: np.ndarray, total: np.ndarray) -> np.ndarray:

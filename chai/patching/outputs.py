@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,27 @@ from chai.patching.model_info import find_blocks
 SKETCH_WIDTH = 128
 
 
-def output_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Return W_O of each layer, ``[d, H * D]``.
+def output_projections(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the output projection of each layer.
 
     Raises:
         ValueError: It is quantized, or replaced by another module (adapters).
     """
-    weights = []
-    for block in find_blocks(model):
-        if not (type(block.output) is nn.Linear or isinstance(block.output, Conv1D)):
+    modules = [block.output for block in find_blocks(model)]
+    for module in modules:
+        weight = module.weight.data if isinstance(module, (nn.Linear, Conv1D)) else None
+        if type(weight) is not Tensor or not weight.is_floating_point():
             raise ValueError(
-                f"the output projection is a {type(block.output).__name__}; valid: a linear layer that is not quantized"
+                f"the output projection is a {type(module).__name__}; valid: a linear layer that is not quantized"
             )
-        with loaded(block.output):
-            weight = block.output.weight.detach()
-            weights.append((weight.t() if isinstance(block.output, Conv1D) else weight).clone())
-    return weights
+    return modules
+
+
+def output_weight(module: nn.Module) -> Tensor:
+    """Return W_O, ``[d, H * D]``, of an output projection; offloaded weights are loaded."""
+    with loaded(module):
+        weight = cast(Tensor, module.weight).detach()
+        return (weight.t() if isinstance(module, Conv1D) else weight).clone()
 
 
 class HeadOutputs:
@@ -41,27 +47,31 @@ class HeadOutputs:
 
     ``__call__`` gives ``V_h F_h``, of the same length as ``V_h W_O,h`` (:func:`chai.clustering.distances.output`);
     :meth:`sketch` gives ``V_h W_O,h S``, in which the errors of several heads can be added.
+
+    Raises:
+        ValueError: An output projection is quantized, or replaced by another module.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._num_heads = model.config.num_attention_heads
-        self._weights = output_weights(model)
-        self._factors = [output_factors(weight, self._num_heads) for weight in self._weights]
-        self._generator = torch.Generator().manual_seed(0)
+        self._num_heads = model.config.get_text_config().num_attention_heads
+        self._projections = output_projections(model)
+        self._factors = [output_factors(output_weight(module), self._num_heads) for module in self._projections]
 
     def __call__(self, layers: Sequence[int], values: Tensor) -> Tensor:
         """Return ``[L, B, H, T, D]`` (fp32) from the values ``[L, B, H_kv, T, D]`` of some layers."""
         factors = torch.stack([self._factors[layer].to(values.device) for layer in layers])
         return repeat_kv(values.float(), self._num_heads, dim=2) @ factors[:, None]
 
-    def sketch(self, layer: int, values: Tensor) -> Tensor:
+    def sketch(self, layer: int, values: Tensor, seed: int) -> Tensor:
         """Return ``[B, H, T, width]`` (fp32) from the values ``[B, H_kv, T, D]`` of a layer.
 
-        S is another random matrix at each call, of independent normal entries with variance 1 / width, which keeps
-        products in the mean: ``E[<x S, y S>] = <x, y>``. A narrow W_O is multiplied as it is.
+        S is a random matrix of independent normal entries with variance 1 / width, another one for each layer and seed.
+        It keeps products in the mean: ``E[<x S, y S>] = <x, y>``. A narrow W_O is multiplied as it is.
         """
-        blocks = self._weights[layer].float().unflatten(1, (self._num_heads, -1)).permute(1, 2, 0)  # [H, D, d]
+        weight = output_weight(self._projections[layer]).to(values.device).float()
+        blocks = weight.unflatten(1, (self._num_heads, -1)).permute(1, 2, 0)  # [H, D, d]
         if blocks.shape[2] > SKETCH_WIDTH:
-            projection = torch.randn(blocks.shape[2], SKETCH_WIDTH, generator=self._generator) / SKETCH_WIDTH**0.5
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            projection = torch.randn(blocks.shape[2], SKETCH_WIDTH, generator=generator) / SKETCH_WIDTH**0.5
             blocks = blocks @ projection.to(blocks.device)
         return repeat_kv(values.float(), self._num_heads) @ blocks

@@ -40,6 +40,9 @@ PASSKEY_KEYS = ("key", "filler", "text", "lengths", "depths", "items_per_cell", 
 #: Dictionaries with arbitrary keys: the model's own configuration, options of sbatch.
 OPEN = ("model.architecture", "task.overrides", "hydra.launcher.additional_parameters")
 
+#: Methods that do not run without a head profile.
+NEED_PROFILE = ("chai_output",)
+
 T = TypeVar("T")
 
 
@@ -243,6 +246,8 @@ def check_clusters(config: DictConfig) -> None:
     if config.experiment.name == "train_dejavu":  # its runs do not depend on the method
         return
     sources = (config.method.get("clusters"), config.method.get("profile"), config.profile)
+    if config.method.name in NEED_PROFILE:  # which says so itself
+        return
     if "clusters" in config.method and all(source is None for source in sources):
         raise ConfigError(
             f"model '{config.model.name}' defines no default cluster counts; set method.clusters to a list with one "

@@ -229,7 +229,8 @@ def _gather_statistics(run: Run[Options], statistics: HeadStatistics, note: dict
         bar = progress.add_task("", total=options.samples, completed=statistics.samples, scalars="")
         samples = itertools.islice(_samples(run, statistics, tokenizer), options.samples - statistics.samples)
         while batch := list(itertools.islice(samples, config.batch_size)):
-            layers = look(model, [ids for _, ids in batch], statistics.options, head_outputs)
+            texts = [ids for _, ids in batch]
+            layers = look(model, texts, statistics.options, head_outputs, statistics.samples)
             statistics.add(layers, [tokenizer.convert_ids_to_tokens(ids) for _, ids in batch])
             statistics.read = batch[-1][0]
             peak = max(peak, process.memory_info().rss)
@@ -265,9 +266,16 @@ def _samples(
 
 @torch.inference_mode()
 def look(
-    model: PreTrainedModel, batch: list[list[int]], wanted: StatisticsOptions, head_outputs: HeadOutputs | None = None
+    model: PreTrainedModel,
+    batch: list[list[int]],
+    wanted: StatisticsOptions,
+    head_outputs: HeadOutputs | None = None,
+    seed: int = 0,
 ) -> list[LayerSamples]:
-    """Return each layer's attention statistics of a batch of texts, padded on the right, where no real token looks."""
+    """Return each layer's attention statistics of a batch of texts, padded on the right, where no real token looks.
+
+    The seed is that of the random projections of this batch (:meth:`chai.patching.outputs.HeadOutputs.sketch`).
+    """
     lengths = torch.tensor([len(row) for row in batch], device=input_device(model))
     ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(lengths.device)
     layers: list[LayerSamples] = []
@@ -276,7 +284,7 @@ def look(
         outputs = sketch = None
         if head_outputs is not None:
             outputs = head_outputs([inputs.layer_idx], inputs.value[None])[0]
-            sketch = head_outputs.sketch(inputs.layer_idx, inputs.value) if wanted.joint else None
+            sketch = head_outputs.sketch(inputs.layer_idx, inputs.value, seed) if wanted.joint else None
         layers.append(head_statistics.gather(
             inputs.query, inputs.key, inputs.scaling, inputs.mask, lengths.to(inputs.query.device), wanted,
             inputs.softcap, outputs, sketch,

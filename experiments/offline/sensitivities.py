@@ -90,23 +90,35 @@ class Sensitivity:
 def check_budget(options: Options, architecture: PreTrainedConfig) -> None:
     """Refuse a budget that the model cannot meet (ValueError)."""
     heads = architecture.num_attention_heads
+    kv_heads = num_kv_heads(architecture)
+    least = (_counts(options, heads, kv_heads) or [heads])[0]
     if options.budget == "kv_bytes":
-        check_saving(options.saving, num_kv_heads(architecture))
-    least = measured_counts(heads)[0]
+        check_saving(options.saving, kv_heads, -(-least * kv_heads // heads))
     if options.budget == "heads" and options.heads is not None and not least <= options.heads <= heads:
         raise ValueError(f"heads is {options.heads:g}; valid: {least} to {heads}, the mean of the layers")
+
+
+def _is_group_aware(options: Options, heads: int, kv_heads: int) -> bool:
+    """Whether representatives are to read as few KV heads as they can: else grouped queries save no bytes."""
+    return options.budget == "kv_bytes" and kv_heads < heads
+
+
+def _counts(options: Options, heads: int, kv_heads: int) -> list[int]:
+    """Return the numbers of clusters to measure; none for a single head, or a single KV head that all read."""
+    group = heads // kv_heads
+    return list(range(group, heads, group)) if _is_group_aware(options, heads, kv_heads) else measured_counts(heads)
 
 
 def measured_sensitivity(run: Run[Options], statistics: HeadStatistics) -> Sensitivity:
     """Return the sensitivities, from a run that differs in its budget alone, or measured now; resumes what it saved."""
     options, architecture = run.options, run.architecture
     heads, kv_heads = architecture.num_attention_heads, num_kv_heads(architecture)
-    group_aware = options.budget == "kv_bytes" and kv_heads < heads
-    counts = list(range(heads // kv_heads, heads, heads // kv_heads)) if group_aware else measured_counts(heads)
+    group_aware = _is_group_aware(options, heads, kv_heads)
+    counts = _counts(options, heads, kv_heads)
     assert options.sensitivity_texts is not None
     shape = (options.sensitivity_texts, architecture.num_hidden_layers, len(counts))
     empty = Sensitivity(np.full(shape, np.nan, np.float32), counts, heads, kv_heads, group_aware)
-    if not counts:  # a single head, or a single KV head that all read
+    if not counts:
         return empty
     identity = run_identity(run.config)
     kept = {key: value for key, value in identity["profile"].items() if key not in (*RULE_OPTIONS, "metrics")}
@@ -136,7 +148,10 @@ def _measure(run: Run[Options], statistics: HeadStatistics, sensitivity: Sensiti
     texts = long_texts(corpus, seed, statistics.read, tokenizer, tokens)
     rows = [ids[:tokens] for _, ids in itertools.islice(texts, len(sensitivity.kl))]
     if not rows:
-        raise RunError(f"corpus {corpus.name} has no further text of {tokens} tokens (profile.sensitivity_tokens)")
+        raise RunError(
+            f"corpus {corpus.name} has no further text of {tokens} tokens after the {statistics.read} texts of the "
+            "statistics; set a smaller profile.sensitivity_tokens or profile.samples"
+        )
     if len(rows) < len(sensitivity.kl):
         log_info(f"only {len(rows)} further texts of {tokens} tokens (profile.sensitivity_tokens)")
         sensitivity.kl = sensitivity.kl[: len(rows)]
@@ -153,6 +168,8 @@ def _measure(run: Run[Options], statistics: HeadStatistics, sensitivity: Sensiti
         for number, begin in enumerate(batches):
             part = slice(begin, begin + size)
             done = ~np.isnan(kl[part]).any((0, 2))
+            if done.all():
+                continue
             found = measure_sensitivity(
                 model, torch.tensor(rows[part]), maps, WARMUP_TOKENS, skip=lambda layer, done=done: bool(done[layer])
             )

@@ -13,12 +13,14 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 import chai.offline.head_statistics
+from chai.clustering.distances import METRICS
 from chai.clustering.kmeans import sweep
 from chai.clustering.metrics import adjusted_rand, changed_heads, within_and_between
 from chai.offline.head_profile import track_clusters
 from chai.offline.head_statistics import HeadStatistics, StatisticsError, StatisticsOptions, correlation, gather
 from chai.patching.apply import capture
 from tests.chai.kmeans_points import kmeans
+from tests.chai.test_distances import cost_of
 from tests.models import HEADS, LAYERS, make_batch, make_model
 
 WANTED = StatisticsOptions(layers=1, heads=4, tokens=16, saved_samples=2, map_tokens=6, trace_tokens=5, trace_samples=3)
@@ -76,6 +78,50 @@ def test_gathering_against_a_loop(block, features, seed, key_heads, window):
         )
         seen = weights[:, torch.ones(length, length).tril().bool()] if features == "causal" else weights[:, -1]
         np.testing.assert_allclose(alike[0], np.corrcoef(seen.numpy()), atol=2e-4)
+
+
+@pytest.mark.parametrize("block", [1, 3, 1000])
+@pytest.mark.parametrize("features", ["causal", "last_row"])
+def test_costs_and_joint_products_against_a_loop(block, features):
+    """Right padding counts nothing; of ``last_row`` the last real token alone counts, for the products as well."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([11, 7, 5])
+    query, key = torch.randn(3, 4, 11, 8, generator=generator), torch.randn(3, 2, 11, 8, generator=generator)
+    outputs, sketch = torch.randn(3, 4, 11, 6, generator=generator), torch.randn(3, 4, 11, 5, generator=generator)
+    wanted = StatisticsOptions(**{**vars(WANTED), "features": features, "metrics": METRICS, "joint": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chai.offline.head_statistics, "BLOCK_BYTES", block * 4 * 3 * 4 * 11)
+        found = gather(query, key, 0.6, None, lengths, wanted, None, outputs, sketch)
+    assert {*found.costs} == {*METRICS} - {"attention"}
+    for row, length in enumerate(lengths.tolist()):
+        weights = attention(query[row], key[row], 0.6, None, length)
+        weights = weights[:, -1:] if features == "last_row" else weights
+        for (metric, costs), h, r in itertools.product(found.costs.items(), range(4), range(4)):
+            expected = cost_of(metric, weights[h], weights[r], outputs[row, h, :length].double())
+            assert float(costs[row, h, r]) == pytest.approx(expected, rel=1e-3, abs=1e-5), (metric, h, r)
+        errors = [
+            ((weights[r] - weights[h]) @ sketch[row, h, :length].double()).flatten()
+            for h, r in itertools.product(range(4), range(4))
+        ]
+        close(found.gram[row], torch.stack([torch.stack([one @ other for other in errors]) for one in errors]))
+
+
+def test_sums_of_costs_and_products_are_those_of_the_samples(tmp_path):
+    """Also after they were saved and read."""
+    wanted = StatisticsOptions(**{**vars(WANTED), "metrics": ("cosine", "output"), "joint": True})
+    parts, whole = [], HeadStatistics(wanted)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        query, key = (torch.randn(2, 4, 9, 8, generator=generator) for _ in range(2))
+        values = torch.randn(2, 4, 9, 5, generator=generator)
+        parts.append(gather(query, key, 0.6, None, torch.tensor([9, 6]), wanted, None, values, values))
+        whole.add(parts[-1:], [["a"] * 9, ["b"] * 6])
+        whole.save(tmp_path / "part", {})
+        whole = HeadStatistics.load(tmp_path / "part", wanted, {})
+    for name in ("cosine", "output"):
+        close(torch.from_numpy(whole.sums[f"cost_{name}"][0]), sum(part.costs[name].sum(0) for part in parts))
+    close(torch.from_numpy(whole.sums["gram"][0]), sum(part.gram.sum(0) for part in parts))
+    assert "cost_attention" not in whole.sums
 
 
 def close(actual, expected):

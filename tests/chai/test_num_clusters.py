@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from math import ceil
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from chai.clustering.kmeans import sweep
-from chai.clustering.num_clusters import budget, check_saving, knee, plateau
+from chai.clustering.num_clusters import allocate, allocate_greedily, check_saving, knee, plateau
 
 PLANTED = np.array([[100, 60, 30, 1, 0.9, 0.5, 0.2, 0], [50, 1, 0.9, 0.8, 0.7, 0.6, 0.3, 0]])
 
@@ -59,56 +58,87 @@ def test_further_copies_of_heads_move_the_knee_and_not_the_plateau():
     assert found == sorted(found) and found[0] < found[-1]
 
 
-def falling(layers: int, heads: int, seed: int) -> np.ndarray:
-    """Errors that fall to zero, not convex in general."""
-    steps = np.random.default_rng(seed).dirichlet(np.ones(heads - 1) * 0.5, layers) * [[1.0], [5.0], [0.3]][:layers]
-    return np.concatenate([steps[:, ::-1].cumsum(1)[:, ::-1], np.zeros((layers, 1))], 1)
+def schedules(cost: np.ndarray, loss: np.ndarray) -> list[tuple[int, float, tuple[int, ...]]]:
+    """Cost and loss of every choice of options, with the options."""
+    layers = range(len(cost))
+    return [
+        (
+            sum(int(cost[layer, own[layer]]) for layer in layers),
+            sum(float(loss[layer, own[layer]]) for layer in layers),
+            own,
+        )
+        for own in itertools.product(range(cost.shape[1]), repeat=len(cost))
+    ]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=some.integers(0, 10_000),
-    key_heads=some.sampled_from([1, 2, 4]),
-    saving=some.sampled_from([0.05, 0.1, 0.2, 0.3]),
-    share=some.sampled_from([0.02, 0.1, 0.3]),
-)
-def test_a_budget_is_spent_as_well_as_can_be(seed, key_heads, saving, share):
-    """Against all schedules of three layers of four heads."""
-    error = falling(3, 4, seed)
-    every = []
-    for counts in itertools.product(range(1, 5), repeat=3):
-        cost = sum(ceil(k * key_heads / 4) for k in counts)
-        every.append((cost, sum(error[layer, k - 1] for layer, k in enumerate(counts)), counts))
-
-    def both(counts):
-        return next((cost, total) for cost, total, own in every if own == tuple(counts))
-
-    cost, total = both(budget(error, key_heads, share=share))
-    bound = share * error[:, 0].sum()
-    assert total <= bound + 1e-9
-    assert cost == min(c for c, t, _ in every if t <= bound + 1e-12)
-    most = 3 * key_heads * (1 - 2 * saving) + 1e-9
-    if most < 3:
-        with pytest.raises(ValueError, match=r"cannot save .* the maximum is"):
-            budget(error, key_heads, saving=0.5 if key_heads == 1 else saving + 0.2)
-        return
-    cost, total = both(budget(error, key_heads, saving=saving))
-    assert cost <= most
-    assert total == pytest.approx(min(t for c, t, _ in every if c <= most))
+def random_problem(seed: int, layers: int = 4, options: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Losses that fall with the cost in tendency alone, and costs that differ between layers."""
+    generator = np.random.default_rng(seed)
+    cost = generator.integers(0, 7, (layers, options))
+    return generator.gamma(0.8, size=(layers, options)) / (1 + cost), cost
 
 
-@pytest.mark.parametrize("budgeted", [{"saving": 0.2}, {"share": 0.2}])
+@settings(max_examples=60, deadline=None)
+@given(seed=some.integers(0, 10_000), budget=some.integers(-1, 30), share=some.floats(0.01, 1.5))
+def test_a_budget_is_spent_as_well_as_can_be(seed, budget, share):
+    """Against all schedules, for a budget of the costs and one of the losses."""
+    loss, cost = random_problem(seed)
+    every = schedules(cost, loss)
+    layers = np.arange(4)
+    affordable = [total for price, total, _ in every if price <= budget]
+    if affordable:
+        found = allocate(loss, cost, most_cost=budget)
+        assert cost[layers, found].sum() <= budget
+        assert loss[layers, found].sum() == pytest.approx(min(affordable))
+        greedy = allocate_greedily(loss, cost, budget)
+        assert cost[layers, greedy].sum() <= budget
+        assert loss[layers, greedy].sum() >= loss[layers, found].sum() - 1e-9
+    else:
+        least = int(cost.min(1).sum())
+        for give in (lambda: allocate(loss, cost, most_cost=budget), lambda: allocate_greedily(loss, cost, budget)):
+            with pytest.raises(ValueError, match=f"the cost is at least {least}; the budget is {budget}"):
+                give()
+    bound = share * float(loss.min(1).sum())
+    within = [price for price, total, _ in every if total <= bound]
+    if within:
+        found = allocate(loss, cost, most_loss=bound)
+        assert loss[layers, found].sum() <= bound + 1e-9
+        assert cost[layers, found].sum() <= min(within)
+    else:
+        with pytest.raises(ValueError, match="the loss is at least .*; the budget is"):
+            allocate(loss, cost, most_loss=bound)
+
+
+@pytest.mark.parametrize("budgeted", [{"most_cost": 12}, {"most_loss": 1.2}])
 def test_many_problems_at_once_are_each_by_itself(budgeted):
-    errors = np.stack([falling(3, 4, seed) for seed in range(6)])
-    alone = [budget(error, 4, **budgeted).tolist() for error in errors]
-    assert budget(errors.reshape(2, 3, 3, 4), 4, **budgeted).reshape(6, 3).tolist() == alone
+    cost = np.array([[1, 2, 4, 8], [0, 2, 3, 4], [1, 3, 5, 7]])
+    losses = np.random.default_rng(0).dirichlet(np.ones(4), (6, 3))[..., ::-1].cumsum(-1)[..., ::-1]
+    alone = [allocate(own, cost, **budgeted).tolist() for own in losses]
+    assert allocate(losses.reshape(2, 3, 3, 4), cost, **budgeted).reshape(6, 3).tolist() == alone
     assert len(set(map(tuple, alone))) > 1
 
 
+def test_one_of_many_problems_that_cannot_meet_the_budget_is_refused():
+    cost = np.array([[1, 2], [1, 2]])
+    losses = np.array([[[0.1, 0], [0.1, 0]], [[2.0, 1.0], [2.0, 1.0]]])
+    with pytest.raises(ValueError, match="the loss is at least 2; the budget is 1"):
+        allocate(losses, cost, most_loss=1.0)
+
+
+def test_a_long_step_of_the_hull_is_taken_at_once():
+    """The middle option is above the hull: the greedy walk skips it, the exact one takes it if the budget needs it."""
+    cost = np.array([[2, 1, 0], [2, 1, 0]])
+    loss = np.array([[0, 0.9, 1.0], [0, 5.0, 9.0]])
+    assert allocate_greedily(loss, cost, 3).tolist() == [2, 0] and allocate(loss, cost, most_cost=3).tolist() == [1, 0]
+    assert allocate_greedily(loss, cost, 2).tolist() == allocate(loss, cost, most_cost=2).tolist() == [2, 0]
+
+
 def test_bad_budgets_are_refused():
-    check_saving(None, 4)
     check_saving(0.375, 4)
     with pytest.raises(ValueError, match=r"cannot save 40 % .* maximum is 37.5 %"):
         check_saving(0.4, 4)
-    with pytest.raises(ValueError, match="either a saving or a share"):
-        budget(PLANTED, 8)
+    with pytest.raises(ValueError, match=r"cannot save 48 % .* maximum is 46.88 %"):
+        check_saving(0.48, 32, least=2)
+    for budgets in ({}, {"most_cost": 3, "most_loss": 0.1}):
+        with pytest.raises(ValueError, match="either a budget of the cost or of the loss"):
+            allocate(np.zeros((1, 2)), np.ones((1, 2)), **budgets)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chai.clustering.num_clusters import budget, knee, plateau
+from chai.clustering.num_clusters import allocate, knee, plateau
 from chai.offline import stability
 from chai.offline.stability import bootstrap_counts, interval, measure_stability, split_half_counts
 
 RULES = {
     "plateau": lambda error: plateau(error, 0.05),
     "knee": knee,
-    "saving": lambda error: budget(error, 6, saving=0.2),
-    "error": lambda error: budget(error, 6, share=0.1),
+    "cost": lambda error: allocate(error, np.tile(np.arange(1, 7), (3, 1)), most_cost=11) + 1,
+    "loss": lambda error: allocate(error, np.tile(np.arange(1, 7), (3, 1)), most_loss=1e3) + 1,
 }
 PLANTED = [5, 2, 3]
 

@@ -5,7 +5,7 @@ Beyond the paper; docs/findings.md has what it is worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +23,7 @@ from chai.heads import HeadClusters, repeat_kv
 from chai.methods.base import Method
 from chai.methods.chai import Chai, ClusteredHeadAttention
 from chai.methods.random_heads import Random
+from chai.offline.refit import load_fitted
 from chai.patching.model_info import num_kv_heads
 
 
@@ -53,6 +54,8 @@ class ChaiOutput(ClusteredHeadAttention):
         prior: p, the number of tokens that the corpus counts as; ``measured``: that of each layer; ``None``: no
             correction.
         metric: Distance between heads of the static map; corrections need ``output``.
+        refit: Use the output projections that the profile has fitted to its clusters (:mod:`chai.offline.refit`), a
+            copy of W_O of each clustered layer in memory.
         group_aware: Choose representatives that read as few KV heads as k of them can, so that whole KV heads leave the
             cache; ``None``: as the head profile's counts were chosen.
 
@@ -65,6 +68,7 @@ class ChaiOutput(ClusteredHeadAttention):
     tokens: int = 5
     prior: float | Literal["measured"] | None = None
     metric: Metric = "output"
+    refit: bool = False
     group_aware: bool | None = None
 
     def __post_init__(self) -> None:
@@ -78,8 +82,28 @@ class ChaiOutput(ClusteredHeadAttention):
             raise ValueError(f"prior is {self.prior:g}; valid: 0 or more, measured, or null")
         if self.prior is not None and (self.metric != "output" or self.tokens == 0):
             raise ValueError("prior weighs errors of the output of first tokens; valid: metric=output, tokens >= 1")
+        if self.refit:
+            self._check_refit()
         if self.prior == "measured":
             self._profile.prior(0, 1, self.tokens)
+
+    def _check_refit(self) -> None:
+        """Refuse clusters other than those that the output projections are fitted to."""
+        assert self._profile is not None and self.profile is not None
+        fit = self._profile.about.get("refit")
+        if fit is None:
+            raise ValueError("refit needs a profile with fitted output projections (profile.refit_texts=N)")
+        used = {"clusters": self.clusters, "prior": self.prior, "metric": self.metric, "tokens": self.tokens}
+        fitted = {"clusters": None, "prior": None, "metric": fit["metric"], "tokens": fit["exact_tokens"]}
+        for name, value in used.items():
+            if value != fitted[name]:
+                raise ValueError(f"{name} is {value}; valid with refit: {fitted[name]}, to which the profile is fitted")
+        self._fitted = load_fitted(self.profile, fit["sha256"])
+
+    @property
+    def fitted_outputs(self) -> Mapping[int, Tensor]:
+        """Output projections of the profile, for tokens after the warm-up."""
+        return self._fitted if self.refit else {}
 
     @property
     def warmup_tokens(self) -> int:

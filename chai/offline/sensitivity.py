@@ -89,19 +89,27 @@ class OneLayerClustered(ForwardPass):
         """Compute one layer's attention, ``[B, T, H, D]``."""
         if inputs.layer_idx != self.layer or self.clusters is None:
             return inputs.stock()
-        query, key, value, first = inputs.query, inputs.key, inputs.value, self.exact_tokens
-        clusters = self.clusters.repeat(len(query), query.device)
-        head_map = KVHeadMap.only_read(clusters, key.shape[1])
-        # The first tokens.
-        early_query, early_key, early_value = (tensor[:, :, :first] for tensor in (query, key, value))
-        early_mask = None if inputs.mask is None else inputs.mask[:, :, :first, :first]
-        exact = mha_attention(early_query, early_key, early_value, inputs.scaling, early_mask, softcap=inputs.softcap)
-        # The other tokens.
-        query = take_heads(query[:, :, first:], clusters.representatives)
-        mask = None if inputs.mask is None else inputs.mask[:, :, first:]
-        stored = take_heads(key, head_map.stored)
-        rest = clustered_attention(query, stored, value, head_map, inputs.scaling, mask, inputs.softcap)
-        return torch.cat([exact, rest.transpose(1, 2)], 1)
+        return clustered_layer(inputs, self.clusters, self.exact_tokens)
+
+
+def clustered_layer(inputs: AttentionInputs, clusters: HeadClusters, exact_tokens: int) -> Tensor:
+    """Compute one layer's attention ``[B, T, H, D]`` on the representatives, the first tokens with all heads.
+
+    Clusters are of one row, the same for every text.
+    """
+    query, key, value, first = inputs.query, inputs.key, inputs.value, exact_tokens
+    clusters = clusters.repeat(len(query), query.device)
+    head_map = KVHeadMap.only_read(clusters, key.shape[1])
+    # The first tokens.
+    early_query, early_key, early_value = (tensor[:, :, :first] for tensor in (query, key, value))
+    early_mask = None if inputs.mask is None else inputs.mask[:, :, :first, :first]
+    exact = mha_attention(early_query, early_key, early_value, inputs.scaling, early_mask, softcap=inputs.softcap)
+    # The other tokens.
+    query = take_heads(query[:, :, first:], clusters.representatives)
+    mask = None if inputs.mask is None else inputs.mask[:, :, first:]
+    stored = take_heads(key, head_map.stored)
+    rest = clustered_attention(query, stored, value, head_map, inputs.scaling, mask, inputs.softcap)
+    return torch.cat([exact, rest.transpose(1, 2)], 1)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ pass in which each layer clusters its heads after the warm-up tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -34,7 +34,7 @@ from chai.patching.apply import (
 )
 from chai.patching.devices import layer_devices
 from chai.patching.model_info import check_family, layer_shape, num_kv_heads, sliding_windows
-from chai.patching.outputs import HeadOutputs
+from chai.patching.outputs import HeadOutputs, replaced_outputs
 from chai.patching.projections import sliced_projections
 from chai.patching.rotary import part_of_positions, whole_call_frequencies
 
@@ -60,6 +60,14 @@ class ClusteringSteps(ABC):
     def needs_outputs(self) -> bool:
         """Whether :meth:`cluster_heads` looks at the error of the layer's output."""
         return False
+
+    @property
+    def fitted_outputs(self) -> Mapping[int, Tensor]:
+        """Output projections ``[d, H * D]`` of layers, for tokens that run on representatives in place of W_O.
+
+        As long as a row of the batch is in its warm-up, all rows have W_O.
+        """
+        return {}
 
     def clusters_on(self, device: torch.device, num_heads: int) -> bool:
         """Whether :meth:`cluster_heads` runs on a device without a read of the host."""
@@ -116,7 +124,11 @@ def clustered(
     """
     check_family(model.config)
     requests = _Requests(steps, num_clusters, model)
-    with patched(model, requests.forward), sliced_projections(model, _cache_layer), whole_call_frequencies(model):
+    with ExitStack() as stack:
+        stack.enter_context(replaced_outputs(model, steps.fitted_outputs, _is_clustered))
+        stack.enter_context(patched(model, requests.forward))
+        stack.enter_context(sliced_projections(model, _cache_layer))
+        stack.enter_context(whole_call_frequencies(model))
         yield model
 
 
@@ -200,6 +212,8 @@ class _Requests:
         if it clusters the heads itself: else every layer would wait for it.
         """
         rest = call.q_len - self.steps.warmup_tokens
+        if self.steps.fitted_outputs:  # which are not those of the warm-up tokens
+            return False
         if rest <= 0 or not (self.on_cpu or self.clusters_on_device):
             return False
         all_heads = self.shape.weights(self.shape.num_heads)
@@ -322,3 +336,9 @@ class ClusteredPass(ForwardPass):
 def _cache_layer(index: int) -> PrunedLayer | None:
     forward_pass = current_pass()
     return forward_pass.cache.pruned_layers[index] if isinstance(forward_pass, ClusteredPass) else None
+
+
+def _is_clustered(index: int) -> bool:
+    """Whether all tokens of the running call run on the representatives in a layer."""
+    layer = _cache_layer(index)
+    return isinstance(layer, ClusteredLayer) and isinstance(layer.phase, Clustered)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chai.clustering.distances import output_factors
 from chai.heads import repeat_kv
-from chai.patching.devices import loaded
+from chai.patching.devices import loaded, replaced_forward
 from chai.patching.model_info import find_blocks
 
 #: Width of a random projection of the errors of the output, which keeps their products.
@@ -40,6 +42,35 @@ def output_weight(module: nn.Module) -> Tensor:
     with loaded(module):
         weight = cast(Tensor, module.weight).detach()
         return (weight.t() if isinstance(module, Conv1D) else weight).clone()
+
+
+@contextmanager
+def replaced_outputs(
+    model: PreTrainedModel, weights: Mapping[int, Tensor], applies: Callable[[int], bool]
+) -> Iterator[None]:
+    """Multiply by other output projections ``[d, H * D]`` inside the block, while they apply to a layer.
+
+    Raises:
+        ValueError: An output projection is quantized, or replaced by another module.
+    """
+    with ExitStack() as stack:
+        for index, module in enumerate(output_projections(model) if weights else ()):
+            if index in weights:
+                forward = _choose_weight(index, module, weights[index], applies)
+                stack.enter_context(replaced_forward(module, forward, inside=True))
+        yield
+
+
+def _choose_weight(
+    index: int, module: nn.Module, weight: Tensor, applies: Callable[[int], bool]
+) -> Callable[[Tensor], Tensor]:
+    own, bias = module.forward, cast("Tensor | None", module.bias)
+    weight = weight.to(output_weight(module))
+
+    def forward(hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, weight.to(hidden.device), bias) if applies(index) else own(hidden)
+
+    return forward
 
 
 class HeadOutputs:

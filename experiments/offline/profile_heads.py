@@ -28,6 +28,7 @@ from chai.patching.outputs import HeadOutputs
 from experiments.config.schema import ConfigError
 from experiments.offline.corpus import describe_source, is_shuffled, long_texts
 from experiments.offline.profile_options import RULE_OPTIONS, WARMUP_TOKENS, Options
+from experiments.offline.refits import fit_to_profile
 from experiments.offline.sensitivities import SENSITIVITIES, Sensitivity, check_budget, measured_sensitivity
 from experiments.offline.training_loop import progress_bar
 from experiments.runs.code import versions
@@ -104,6 +105,8 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     num_clusters = about["rules"][options.rule]
     further = {} if sensitivity is None else {"sensitivity": sensitivity.kl}
     profile = build_profile(statistics, num_clusters, about, WARMUP_TOKENS, further)
+    if options.refit_texts is not None:
+        profile.about["refit"] = fit_to_profile(run, profile)
     profile.save(run.folder.path, lambda path, content: write_atomically(path, lambda part: part.write_bytes(content)))
     error = profile.arrays["error"]
     remaining = sum(error[layer, k - 1] for layer, k in enumerate(profile.num_clusters))

@@ -16,7 +16,7 @@ Budget = Literal["heads", "kv_bytes", "kl"]
 #: Options that are applied to the statistics: changing them needs no other pass over the corpus.
 RULE_OPTIONS = (
     "combine", "rule", "tolerance", "saving", "error", "budget", "heads", "kl", "metric", "sensitivity_texts",
-    "sensitivity_tokens",
+    "sensitivity_tokens", "refit_texts",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ class Options:
     metric: Metric
     sensitivity_texts: int | None
     sensitivity_tokens: int
+    refit_texts: int | None
     kept: int
     map_tokens: int
     history: int
@@ -59,6 +60,8 @@ class Options:
             if self.budget == "heads" and self.heads is None:
                 raise ValueError("budget=heads needs the mean number of heads to compute: profile.heads=N")
         require_minimum(self, sensitivity_texts=0, sensitivity_tokens=WARMUP_TOKENS + 1)
+        if self.refit_texts is not None:
+            require_minimum(self, refit_texts=1)
         wrong = [name for name in self.metrics or () if name not in METRICS]
         if wrong:
             raise ValueError(f"metrics has '{wrong[0]}'; valid: {', '.join(METRICS)}")
@@ -68,5 +71,6 @@ class Options:
     @property
     def gathered(self) -> tuple[Metric, ...]:
         """Metrics to gather besides the attention's distances, in a fixed order."""
-        asked = {*(self.metrics or ()), *([self.metric] if self.sensitivity_texts else ())}
+        needed = self.sensitivity_texts or self.refit_texts
+        asked = {*(self.metrics or ()), *([self.metric] if needed else ())}
         return tuple(metric for metric in METRICS if metric in asked and metric != "attention")

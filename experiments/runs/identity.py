@@ -36,6 +36,7 @@ ADDED = (
 ADDED_DEFAULTS = {
     "method.metric": "attention", "profile.metrics": None, "profile.budget": "heads", "profile.heads": None,
     "profile.kl": 0.1, "profile.metric": "output", "profile.sensitivity_texts": None, "profile.sensitivity_tokens": 256,
+    "profile.refit_texts": None, "method.refit": False,
 }  # fmt: skip
 #: A key that earlier versions had, with the value that all runs of it share now.
 REMOVED = {"profile.error": 0.1}

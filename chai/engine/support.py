@@ -70,6 +70,11 @@ def check_method(method: Method) -> None:
             "valid: chai with another metric and representative, chai_output with prior=null "
             "(others: `with method(model): model.generate(...)`)"
         )
+    if method.fitted_outputs:
+        raise ValueError(
+            f"the engine does not run {type(method).__name__} with refit=true, whose output projections are not the "
+            "model's; valid: refit=false (else: `with method(model): model.generate(...)`)"
+        )
 
 
 def check_model(model: PreTrainedModel, max_length: int) -> None:

@@ -97,7 +97,8 @@ class ChaiOutput(ClusteredHeadAttention):
         fitted = {"clusters": None, "prior": None, "metric": fit["metric"], "tokens": fit["exact_tokens"]}
         for name, value in used.items():
             if value != fitted[name]:
-                raise ValueError(f"{name} is {value}; valid with refit: {fitted[name]}, to which the profile is fitted")
+                valid = "null" if fitted[name] is None else fitted[name]
+                raise ValueError(f"{name} is {value}; valid with refit: {valid}, to which the profile is fitted")
         self._fitted = load_fitted(self.profile, fit["sha256"])
 
     @property

@@ -6,7 +6,7 @@ the rest of the samples, each sample left out of the corpus' mean in its turn:
 
     cost_i(p) = (p E_-i + e_i[:n]) / (p + n),     loss(p) = mean_i sum_h e_i[n:]_h,r(h; p)
 
-An infinite p is the map of the corpus alone. It stays unless another p is better by a standard error.
+An infinite p is the map of the corpus alone. It stays unless another p is better by two standard errors of the mean.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def choose_prior(
         labels, representatives = medoid_clusters(cost.astype(np.float32), np.full(len(cost), k))
         chosen = np.take_along_axis(representatives, labels, 1)
         losses.append(rest[np.arange(len(rest))[:, None], heads, chosen].sum(1))
-    # The map of the corpus, unless another one is better by a standard error.
+    # The map of the corpus, unless another one is clearly better.
     gains = losses[-1] - np.array(losses[:-1])
     means, errors = gains.mean(1), gains.std(1, ddof=1) / np.sqrt(gains.shape[1])
     best = int(means.argmax())
-    return PRIORS[best] if means[best] > errors[best] else np.inf
+    return PRIORS[best] if means[best] > 2 * errors[best] else np.inf

@@ -65,7 +65,7 @@ def show_head_profile(folder: Path) -> None:
         texts = about["sensitivity"]["texts"]
         spread += (
             "\nMillinats: sensitivity, the KL divergence of the next-token distribution when this layer alone runs\n"
-            f"on its clusters, per token, and its standard error over the {texts} texts; -: not measured at this number."
+            f"on its clusters, per token, and its standard error over the {texts} texts; -: not measured."
         )
     legend = (
         f"{spread}\n"

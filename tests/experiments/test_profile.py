@@ -478,7 +478,8 @@ def test_further_texts_that_are_too_short_or_too_few(tmp_path, capfd, monkeypatc
     assert start(tmp_path / "long", *quick) == 1
     said = " ".join(capfd.readouterr().err.split())
     assert "corpus micro has no further text of 256 tokens after the" in said and "profile.sensitivity_tokens" in said
-    texts = [" ".join(text for text, _ in document(random.Random(number), phase=1)) for number in range(18)]
+    documents = (" ".join(text for text, _ in document(random.Random(seed), phase=1)) for seed in itertools.count())
+    texts = list(itertools.islice((text for text in documents if len(text.split()) >= 30), 18))
     (tmp_path / "few.txt").write_text("\n".join(text.replace("\n", " ") for text in texts))
     file = f"corpus.path={tmp_path / 'few.txt'}"
     assert start(tmp_path / "few", *QUICK, "profile.heads=6", "profile.sensitivity_texts=4", file) == 0

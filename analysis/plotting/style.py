@@ -34,6 +34,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "chai": {"color": "#D55E00", "marker": "D", "markersize": 4.5},
     "chai_static": {"color": "#D55E00", "marker": "D", "markersize": 4.5, "markerfacecolor": "white"},
     "chai_qkv": {"color": "#D55E00", "marker": "X", "markersize": 6},
+    "chai_output": {"color": "#D55E00", "marker": "P", "markersize": 6},
     "static": {"color": "#CC79A7", "marker": "v"},
     "random": {"color": "#777777", "marker": "s", "markersize": 4.5},
     "dejavu": {"color": "#009E73", "marker": "^"},

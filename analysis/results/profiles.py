@@ -67,7 +67,10 @@ class Profile:
 
     @property
     def rule(self) -> str:
-        """Name of the rule that chose the numbers of clusters: ``plateau``, ``knee``, ``saving`` or ``error``."""
+        """Name of the rule that chose the numbers of clusters: ``plateau``, ``knee`` or ``sensitivity``.
+
+        Earlier versions had ``saving`` and ``error``, both with the name ``budget`` in their file.
+        """
         rule = self.about["rule"]
         return next((name for name in ("saving", "error") if name in rule), str(rule["name"]))
 

@@ -14,6 +14,7 @@ from analysis.tables.specs import REPOSITORY, Spec
 
 METHODS = {
     "mha": "MHA", "chai": "CHAI", "chai_static": "CHAI-static", "chai_qkv": "CHAI-QKV",
+    "chai_output": "CHAI-output",
     "static": "static", "random": "random", "dejavu": "DejaVu", "spatten": "SpAtten",
 }  # fmt: skip
 COUNTS = "COUNTS"  # placeholder for cluster counts that the user must choose

@@ -20,6 +20,8 @@ from experiments.runs.jsonl import read_jsonl, read_lines
 
 #: Texts of a hub stream from which the next one is drawn, if the order is random.
 SHUFFLE_BUFFER = 10_000
+#: So many texts in a row that are too short end a search for longer ones.
+MOST_SHORT = 10_000
 #: Batch number ``index`` as token ids ``[batch_size, length]``.
 Batches = Callable[[int], Tensor]
 
@@ -45,11 +47,18 @@ def read_texts(corpus: CorpusConfig, seed: int, skip: int = 0) -> Iterator[str]:
 def long_texts(
     corpus: CorpusConfig, seed: int, skip: int, tokenizer: PreTrainedTokenizerBase, least: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the number of texts read so far and the token ids of each text of ``least`` tokens or more."""
+    """Yield the number of texts read so far and the token ids of each text of ``least`` tokens or more.
+
+    It ends with the corpus, or after :data:`MOST_SHORT` shorter texts in a row: the embedded generator has no end.
+    """
+    short = 0
     for read, text in enumerate(read_texts(corpus, seed, skip), skip + 1):
         ids = tokenizer(text)["input_ids"]
         if len(ids) >= least:
+            short = 0
             yield read, ids
+        elif (short := short + 1) == MOST_SHORT:
+            return
 
 
 def is_shuffled(corpus: CorpusConfig, seed: int) -> bool:

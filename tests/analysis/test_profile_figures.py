@@ -660,3 +660,25 @@ def test_an_unknown_file_is_named_when_loaded(small):
     (run.folder / "profile.json").write_text("[]")
     with pytest.raises(SkippedRun, match="profile.json is corrupt"):
         load_profile(run)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ({"name": "sensitivity", "budget": "heads", "amount": 6.5, "metric": "output"}, "sensitivity"),
+        ({"name": "budget", "saving": 0.2, "combine": "per_sample"}, "saving"),  # of earlier versions
+        ({"name": "budget", "error": 0.1, "combine": "per_sample"}, "error"),
+    ],
+)
+def test_the_rule_that_chose_is_named(rule, name, tmp_path):
+    """In the elbow plots, beside the other rules; the footer of Figure 8 has its parameters."""
+    counts = SMALL[0]["clusters"].tolist()
+    folder = save_stable(tmp_path, SMALL, "a", **TINY)
+    rules = with_stability(SMALL)[1]["rules"]
+    describe(folder, rule=rule, rules={"knee": rules["knee"], "plateau": rules["knee"], name: counts})
+    assert best_profile(Results(tmp_path)).rule == name
+    figure, _, _ = drawn(fig8_elbow, tmp_path)
+    lower = next(axes for axes in figure.axes if axes.get_xlabel() == "layer")
+    assert {line.get_label() for line in lower.lines} == {f"chosen by {name}", "knee", "plateau"}
+    figure, _, _ = drawn(fig8, tmp_path)
+    assert rule["name"] in footer(figure)

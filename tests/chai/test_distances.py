@@ -28,7 +28,7 @@ def random_attention(seed: int = 0, rows: int = 2) -> torch.Tensor:
 
 
 def entropy(row: torch.Tensor) -> float:
-    return -sum(float(p) * math.log(float(p)) for p in row if p > 0)
+    return -sum(p * math.log(p) for p in row.tolist() if p > 0)
 
 
 def cost_of(metric: str, one: torch.Tensor, other: torch.Tensor, product: torch.Tensor) -> float:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai.methods import Chai, ChaiQkv, ChaiStatic, Random
+from chai.methods import Chai, ChaiOutput, ChaiQkv, ChaiStatic, Random
 from chai.methods.base import Method
 from chai.offline.head_profile import FORMAT, HeadProfile, model_shape
 from chai.patching.model_info import find_blocks
 from tests.chai.planted import PLANTED, planted_model
 from tests.models import FAMILIES, HEADS, LAYERS, make_batch, relative_error
 
-METHODS = ("chai", "chai_static", "chai_qkv", "random")
+METHODS = ("chai", "chai_static", "chai_output", "chai_qkv", "random")
 #: Relative difference of logits that rounding explains.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 #: Calls: the lengths of the sequences (different ones are padded on the left), and options of ``generate``.
@@ -40,16 +40,21 @@ GENERATED = {torch.float32: tuple(GENERATE), torch.bfloat16: ("generate",), torc
 
 def build(name: str, model: PreTrainedModel, folder: Path) -> Method:
     """The method with one cluster for the planted heads and one for every other head."""
-    if name != "chai_static":
+    if name not in ("chai_static", "chai_output"):
         return {"chai": Chai, "chai_qkv": ChaiQkv, "random": Random}[name](clusters=HEADS - 1)
     representatives = np.full((LAYERS, HEADS), -1)
     representatives[:, : HEADS - 1] = torch.cat([clusters.representatives for clusters in PLANTED]).numpy()
+    assignment = torch.cat([clusters.assignment for clusters in PLANTED]).numpy()
     arrays = {
         "clusters": np.full(LAYERS, HEADS - 1),
-        "assignment": torch.cat([clusters.assignment for clusters in PLANTED]).numpy(),
+        "assignment": assignment,
         "representatives": representatives,
+        "cost_output": (assignment[:, :, None] != assignment[:, None]).astype(np.float32),
     }
-    HeadProfile({"format": FORMAT, "model": {"name": "planted", **model_shape(model.config)}}, arrays).save(folder)
+    about = {"model": {"name": "planted", **model_shape(model.config)}, "corpus": {"samples": 1, "tokens": 1}}
+    HeadProfile({"format": FORMAT, **about}, arrays).save(folder)
+    if name == "chai_output":  # with the errors of the request's own tokens
+        return ChaiOutput(profile=str(folder), prior=1.0)
     return ChaiStatic(profile=str(folder))
 
 

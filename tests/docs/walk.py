@@ -41,7 +41,13 @@ SIZES = {
     "latency": ["experiment.lengths=[16]", "experiment.rounds=1"],
     "memory": ["experiment.lengths=[16]", "experiment.steps=2"],
     "perplexity": ["experiment.window=16", "experiment.stride=8", "experiment.tokens=40"],
-    "profile": ["profile.samples=3", "profile.tokens=24", "profile.history=6", "profile.history_samples=2"],
+    "profile": [
+        "profile.samples=3",
+        "profile.tokens=24",
+        "profile.history=6",
+        "profile.history_samples=2",
+        "profile.sensitivity_tokens=8",
+    ],
     "train_dejavu": ["experiment.steps=2", "experiment.held_out=1", "experiment.checkpoint_every=1"],
     "pretrain_tiny": ["experiment.steps=3", "experiment.sequence_length=32", "experiment.first_phase=1"],
 }

@@ -7,7 +7,8 @@ import torch
 
 import chai
 from chai.engine.engine import bucket
-from chai.methods import Chai, ChaiQkv, ChaiStatic, Mha, Random, Static
+from chai.methods import Chai, ChaiOutput, ChaiQkv, ChaiStatic, Mha, Random, Static
+from tests.chai.test_output_clusters import profile_of
 from tests.chai.test_static import make_profile
 from tests.engine.requests import COUNTS, FAMILIES, METHODS, expected, same_start
 from tests.models import HEADS, make_batch, make_model
@@ -63,6 +64,31 @@ def test_static_clusters_of_a_head_profile(tmp_path):
     profile = make_profile(model, tmp_path / "profile")
     for method in (ChaiStatic(profile=profile), Static(profile=profile, clusters=2)):
         assert torch.equal(generated(model, method, BATCHES["padded"]), expected(model, method, BATCHES["padded"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_clusters_by_the_error_of_the_output(family, tokens, tmp_path):
+    """The map of the corpus, whose first tokens run with all heads, also with whole KV heads left out."""
+    model = make_model(family)
+    profile = profile_of(model, tmp_path / "profile")
+    for group_aware in (False, True):
+        method = ChaiOutput(profile=profile, tokens=tokens, group_aware=group_aware)
+        for name in ("padded", "mixed"):
+            assert torch.equal(generated(model, method, BATCHES[name]), expected(model, method, BATCHES[name])), name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Chai(clusters=COUNTS, metric="cosine"),
+        Chai(clusters=COUNTS, metric="jensen_shannon", membership="kmedoids"),
+        Chai(clusters=COUNTS, metric="sink_removed", group_aware=True),
+    ],
+)
+def test_other_distances(method):
+    model, batch = make_model("qwen2"), BATCHES["padded"]
+    assert torch.equal(generated(model, method, batch), expected(model, method, batch))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 import chai
 from chai.engine.attention import _refuse_capture
 from chai.engine.stopping import Stopping
-from chai.methods import Chai, Dejavu, Spatten
+from chai.methods import Chai, ChaiOutput, Dejavu, Spatten
 from chai.methods.chai import ClusteredHeadAttention
+from tests.chai.test_output_clusters import profile_of
 from tests.engine.requests import METHODS
 from tests.models import SHAPE, make_model
 
@@ -38,8 +39,22 @@ class OtherAttention(Chai):
 @pytest.mark.parametrize("method", [Spatten(), Dejavu(predictor="oracle"), OtherAttention(clusters=2)])
 def test_methods(method):
     refused(
-        f"does not run {type(method).__name__}; valid: mha, chai, chai_static, static, random, chai_qkv", None, method
+        f"does not run {type(method).__name__}; valid: mha, chai, chai_static, static, random, chai_qkv, chai_output",
+        None,
+        method,
     )
+
+
+@pytest.mark.parametrize("name", ["metric", "representative", "prior"])
+def test_clusters_by_the_output_of_a_request(name, tmp_path):
+    """The engine's warm-up has no errors of the output: refused before the first request."""
+    if name == "prior":
+        method = ChaiOutput(profile=profile_of(make_model("llama"), tmp_path), prior=1.0)
+    elif name == "metric":
+        method = Chai(clusters=2, metric="output", membership="kmedoids")
+    else:
+        method = Chai(clusters=2, representative="output")
+    refused(f"does not run {type(method).__name__} with clusters by the output of a request's tokens", None, method)
 
 
 def test_counts_that_do_not_fit():

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from chai.loading import load_config
 from chai.methods import load_method, method_names
+from chai.offline.head_profile import HeadProfile
 from experiments.cli import help_text, main
 from experiments.config import compose
 from experiments.config.compose import choices, combinations, compose_config, task_members
@@ -51,10 +52,13 @@ def test_every_yaml_composes(group, name):
 
 
 @pytest.mark.parametrize("name", choices("method"))
-def test_every_method_yaml_is_its_dataclass(name):
+def test_every_method_yaml_is_its_dataclass(name, tmp_path):
     """The YAML lists all hyper-parameters with the defaults that the library has, and nothing else."""
     cls = load_method(name)
-    config = compose_config([f"method={name}", "model.clusters=null"])
+    profile = HeadProfile.load(REPOSITORY / "experiments" / "microworld" / "profile")
+    profile.arrays["cost_output"] = profile.arrays["distances"]  # for the method that needs it
+    profile.save(tmp_path)
+    config = compose_config([f"method={name}", "model.clusters=null", f"model.profile={tmp_path}"])
     method = to_dataclass(cls, config.method, "method")
     fields = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
     assert set(fields) == set(config.method) - {"name"}
@@ -91,7 +95,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["method=chia"], "unknown method 'chia' (did you mean 'chai'?); valid: chai, chai_qkv"),
+        (["method=chia"], "unknown method 'chia' (did you mean 'chai'?); valid: chai, chai_output, chai_qkv"),
         (["-m", "method=mha,chia"], "unknown method 'chia'"),
         (["modle=tiny"], "unknown key 'modle' (did you mean 'model'?); valid: batch_size"),
         (["method.tokns=3"], "unknown key 'method.tokns' (did you mean 'method.tokens'?); valid in method: clusters"),
@@ -134,7 +138,7 @@ def test_every_task_yaml_leads_to_single_tasks(name):
         (["experiment=perplexity", "limit=0.5"], "limit is 0.5; valid: 1 or more, or null"),
         (["batch_size=many"], "batch_size is many; valid: 1 or more, or auto"),
         (["experiment=memory", "batch_size=auto"], "batch_size is auto; valid: 1 or more"),
-        (["method.name=chia"], "method.name is what method=... sets; valid: chai, chai_qkv"),
+        (["method.name=chia"], "method.name is what method=... sets; valid: chai, chai_output, chai_qkv"),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(arguments, expected):
@@ -229,7 +233,7 @@ def test_ill_typed_hyper_parameters_are_refused(value, message):
 
 def test_choice_hyper_parameters_name_their_choices():
     config = compose_config(["method=chai", "method.membership=spectral"])
-    with pytest.raises(ConfigError, match="membership is 'spectral'; valid: kmeans, agglomerative"):
+    with pytest.raises(ConfigError, match="membership is 'spectral'; valid: kmeans, kmedoids, agglomerative"):
         to_dataclass(load_method("chai"), config.method, "method")
 
 
@@ -288,7 +292,7 @@ def test_choices_are_known_from_the_types_of_a_method():
     config = compose_config(["method=chai", "method.membership=kmean"])
     with pytest.raises(ConfigError) as error:
         to_dataclass(load_method("chai"), config.method, "method")
-    assert str(error.value) == "method.membership is 'kmean'; valid: kmeans, agglomerative"
+    assert str(error.value) == "method.membership is 'kmean'; valid: kmeans, kmedoids, agglomerative"
 
 
 def test_combinations_are_those_of_hydras_sweeper():

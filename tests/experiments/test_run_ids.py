@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from experiments.config.compose import choices, compose_config
 from experiments.execute import run_config
@@ -72,3 +74,40 @@ def test_a_result_of_an_earlier_version_is_shown_and_not_redone(tmp_path, capsys
     output = capsys.readouterr().out
     assert f"{folder}" in output.replace("\n", "") and "62.5" in output
     assert {path: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_settings_of_later_versions_have_ids_of_their_own():
+    """Written out, their defaults are the runs of earlier versions; any other value is another run."""
+    profile, chai = ["experiment=profile", "model=tiny"], ["method=chai", "model=tiny", "task=micro_piqa"]
+    output = ["method=chai_output", "model=tiny", "task=micro_piqa", "method.profile=null"]
+    for command, defaults, changes in (
+        (
+            profile,
+            ["profile.metrics=null", "profile.budget=heads", "profile.kl=0.1", "profile.sensitivity_tokens=256"],
+            [
+                "profile.metrics=[cosine]", "profile.metrics=[output]", "profile.budget=kl", "profile.heads=6",
+                "profile.kl=0.2", "profile.metric=cosine", "profile.sensitivity_texts=4",
+                "profile.sensitivity_tokens=64", "profile.rule=sensitivity", "profile.saving=0.3",
+            ],
+        ),
+        (
+            chai,
+            ["method.metric=attention"],
+            ["method.metric=cosine", "method.membership=kmedoids", "method.representative=output"],
+        ),
+        (
+            output,
+            ["method.metric=output", "method.prior=null"],
+            ["method.prior=5", "method.metric=attention", "method.metric=cosine", "method.group_aware=true"],
+        ),
+    ):  # fmt: skip
+        config = compose_config(command)
+
+        def own_id(setting, config=config):
+            changed, (key, _, value) = config.copy(), setting.partition("=")
+            OmegaConf.update(changed, key, yaml.safe_load(value), force_add=False)
+            return run_id(changed)
+
+        first = run_id(config)
+        assert all(own_id(setting) == first for setting in defaults)
+        assert len({first, *map(own_id, changes)}) == len(changes) + 1

@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from datasets import IterableDataset
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from sklearn.metrics import adjusted_rand_score
+from transformers import LlamaConfig
 
 import experiments.offline.corpus
 import experiments.offline.profile_heads
@@ -32,6 +34,7 @@ from experiments.config.schema import REPOSITORY, CorpusConfig
 from experiments.execute import run_config
 from experiments.microworld.documents import document
 from experiments.offline.corpus import long_texts, read_texts
+from experiments.offline.sensitivities import check_budget
 from experiments.runs.files import read_json
 from experiments.runs.folder import RunError
 from experiments.runs.model import model_source
@@ -530,3 +533,20 @@ def test_local_texts_are_named_by_their_file(tmp_path, shared):
     # The folder's own shape, which is not the configuration's (16 heads in 4 layers).
     loaded = read_json(folder / "result.json")["architecture"]
     assert (loaded["num_hidden_layers"], loaded["num_attention_heads"], loaded["num_key_value_heads"]) == (5, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "budget", "message"),
+    [
+        (32, 32, {"budget": "kv_bytes", "saving": 0.48}, "the maximum is 46.88 %"),  # 2 of 32 heads at the least
+        (9, 3, {"budget": "kv_bytes", "saving": 0.34}, "the maximum is 33.33 %"),
+        (8, 1, {"budget": "kv_bytes", "saving": 0.1}, "the maximum is 0 %"),
+        (32, 32, {"budget": "heads", "heads": 1.5}, "heads is 1.5; valid: 2 to 32"),
+        (9, 3, {"budget": "heads", "heads": 9.5}, "heads is 9.5; valid: 1 to 9"),
+    ],
+)
+def test_budgets_below_what_is_measured_are_refused_before_the_work(heads, key_heads, budget, message):
+    architecture = LlamaConfig(num_attention_heads=heads, num_key_value_heads=key_heads, hidden_size=8 * heads)
+    with pytest.raises(ValueError, match=message):
+        check_budget(SimpleNamespace(**budget), architecture)
+    check_budget(SimpleNamespace(budget="heads", heads=4.0), architecture)

@@ -76,7 +76,7 @@ def clusters_by_cost(
     representative: Representative = "nearest",
     output_cost: Tensor | None = None,
     kv_heads: int | None = None,
-    gram: Iterable[np.ndarray] | None = None,
+    gram: Iterable[np.ndarray | None] | None = None,
 ) -> list[HeadClusters]:
     """Cluster the heads of each layer and row by costs ``[L, B, H, H]`` of a metric.
 

@@ -1,8 +1,7 @@
 """How much two heads differ: what it costs that head r stands for head h.
 
 Each metric takes attention ``weights [..., H, T, S]`` and returns ``cost [..., H, H]`` in fp32, of head h with
-representative r at ``[h, r]``, summed over the T query tokens (:func:`cosine` apart, sums of blocks of tokens are those
-of all tokens). With ``A_h`` the attention of a head:
+representative r at ``[h, r]``, summed over the T query tokens. With ``A_h`` the attention of a head:
 
     attention       |A_r - A_h|^2                                   the paper's, Section 3.3
     cosine          1 - <A_r, A_h> / |A_r| |A_h|                    the authors' release

@@ -18,7 +18,7 @@ EXHAUSTIVE = 5000
 
 
 def medoid_clusters(cost: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose k representatives, and assign each head to the one at which it costs least.
+    """Choose k representatives, and assign each head to the representative of least cost.
 
     All sets of representatives are tried; where there are more than 5,000, a greedy choice is improved by swaps.
 
@@ -133,7 +133,11 @@ def swap_medoids(reach: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def refine_jointly(
-    gram: Iterable[np.ndarray], labels: np.ndarray, representatives: np.ndarray, counts: np.ndarray, sweeps: int = 20
+    gram: Iterable[np.ndarray | None],
+    labels: np.ndarray,
+    representatives: np.ndarray,
+    counts: np.ndarray,
+    sweeps: int = 20,
 ) -> np.ndarray:
     """Reassign heads, one at a time, while that lowers the error of all heads together.
 
@@ -143,7 +147,8 @@ def refine_jointly(
         |sum_h e_h,r(h)|^2 = sum_h,g <e_h,r(h), e_g,r(g)>
 
     Args:
-        gram: N times ``[H * H, H * H]``, the products ``<e_hr, e_gs>`` at ``[h * H + r, g * H + s]``.
+        gram: N times ``[H * H, H * H]``, the products ``<e_hr, e_gs>`` at ``[h * H + r, g * H + s]``; ``None``: the
+            heads of this problem stay.
         labels: ``[N, H]``, the clusters to begin with.
         representatives: ``[N, k_max]``; they stay.
         counts: ``[N]``, k of each problem.
@@ -155,6 +160,8 @@ def refine_jointly(
     labels = labels.copy()
     heads = np.arange(labels.shape[1])
     for products, row, own, k in zip(gram, labels, representatives, counts, strict=True):
+        if products is None:
+            continue
         chosen = own[:k]
         members = np.setdiff1d(heads, chosen)
         for _ in range(sweeps):

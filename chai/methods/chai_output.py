@@ -5,6 +5,7 @@ Beyond the paper; docs/findings.md has what it is worth.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from chai.clustering.assignment import clusters_by_cost
-from chai.clustering.distances import Metric, head_costs
+from chai.clustering.distances import METRICS, Metric, head_costs
 from chai.clustering.features import attention_features
 from chai.clustering.num_clusters import resolve_clusters
 from chai.errors import ChaiError
@@ -75,11 +76,13 @@ class ChaiOutput(ClusteredHeadAttention):
         super().__post_init__()
         if self._profile is None:
             raise ChaiError("a head profile of this model is needed", remedy="make_output_profile")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric is '{self.metric}'; valid: {', '.join(METRICS)}")
         self._profile.costs(self.metric)
         if self.tokens < 0:
             raise ValueError(f"tokens is {self.tokens}; valid: 0 or more")
-        if isinstance(self.prior, (int, float)) and self.prior < 0:
-            raise ValueError(f"prior is {self.prior:g}; valid: 0 or more, measured, or null")
+        if self.prior not in (None, "measured") and not (isinstance(self.prior, (int, float)) and self.prior >= 0):
+            raise ValueError(f"prior is {self.prior}; valid: 0 or more, measured, or null")
         if self.prior is not None and (self.metric != "output" or self.tokens == 0):
             raise ValueError("prior weighs errors of the output of first tokens; valid: metric=output, tokens >= 1")
         if self.refit:
@@ -93,8 +96,14 @@ class ChaiOutput(ClusteredHeadAttention):
         fit = self._profile.about.get("refit")
         if fit is None:
             raise ValueError("refit needs a profile with fitted output projections (profile.refit_texts=N)")
-        used = {"clusters": self.clusters, "prior": self.prior, "metric": self.metric, "tokens": self.tokens}
-        fitted = {"clusters": None, "prior": None, "metric": fit["metric"], "tokens": fit["exact_tokens"]}
+        used = {
+            "clusters": self.clusters, "prior": self.prior, "metric": self.metric, "tokens": self.tokens,
+            "group_aware": self._is_group_aware,
+        }  # fmt: skip
+        fitted = {
+            "clusters": None, "prior": None, "metric": fit["metric"], "tokens": fit["exact_tokens"],
+            "group_aware": fit["group_aware"],
+        }  # fmt: skip
         for name, value in used.items():
             if value != fitted[name]:
                 valid = "null" if fitted[name] is None else fitted[name]
@@ -117,11 +126,12 @@ class ChaiOutput(ClusteredHeadAttention):
         return self.prior is not None
 
     def with_num_clusters(self, k: int) -> Method:
-        """Return a method that is as fast: a profile covers only the layers of its own model."""
-        if self.prior is None:
+        """Return a method with as many tokens and heads: a profile covers only the layers of its own model."""
+        if self.tokens == 0:
             return Random(clusters=k)
-        group_aware = self._is_group_aware
-        return Chai(clusters=k, tokens=self.tokens, membership="kmedoids", metric="output", group_aware=group_aware)
+        group_aware, by_output = self._is_group_aware, self.prior is not None
+        stand_in = Chai(clusters=k, tokens=self.tokens, group_aware=group_aware)
+        return dataclasses.replace(stand_in, metric="output", membership="kmedoids") if by_output else stand_in
 
     def heads_kept(self, config: PreTrainedConfig) -> list[int]:
         """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
@@ -173,14 +183,17 @@ class ChaiOutput(ClusteredHeadAttention):
         prior = torch.tensor([self._prior(*pair) for pair in pairs], device=own.device)[:, None, None, None]
         return (prior * corpus + own) / (prior + tokens)
 
-    def _joint_products(self, pairs: Sequence[tuple[int, int]], own: Tensor) -> Iterator[np.ndarray] | None:
-        """Yield ``[H * H, H * H]`` for each layer and row: p tokens of the corpus and the request's errors."""
+    def _joint_products(self, pairs: Sequence[tuple[int, int]], own: Tensor) -> Iterator[np.ndarray | None] | None:
+        """Yield ``[H * H, H * H]`` for each layer and row: p tokens of the corpus and the request's errors.
+
+        ``None`` where p is 0: the request's own errors of different heads count as uncorrelated.
+        """
         assert self._profile is not None
         gram, priors = self._profile.gram, [self._prior(*pair) for pair in pairs]
-        if gram is None or not all(priors):
+        if gram is None:
             return None
         return (
-            prior / self._profile.mean_tokens * gram[layer] + np.diag(errors.ravel())
+            prior / self._profile.mean_tokens * gram[layer] + np.diag(errors.ravel()) if prior else None
             for (layer, _), prior, rows in zip(pairs, priors, own.cpu().numpy(), strict=True)
             for errors in rows
         )

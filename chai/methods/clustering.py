@@ -21,6 +21,7 @@ from chai.methods.base import Method, Saving
 from chai.offline.head_profile import HeadProfile
 from chai.patching.clustered import ClusteringSteps, clustered, new_clustered_cache
 from chai.patching.model_info import check_family, layer_shape, logit_weights
+from chai.patching.outputs import output_projections
 
 
 @dataclass
@@ -74,6 +75,11 @@ class ClusteringMethod(ClusteringSteps, Method):
         """Refuse a family that is not supported, and counts that do not fit."""
         check_family(config)
         self.heads_kept(config)
+
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Refuse output projections that cannot be read, where the method needs them (ValueError)."""
+        if self.needs_outputs or self.fitted_outputs:
+            output_projections(model)
 
     # Operations and bytes.
 

@@ -59,7 +59,7 @@ class HeadProfile:
     about: dict[str, Any]  # content of profile.json
     arrays: dict[str, np.ndarray]  # the tensors
     _found: dict[Any, HeadClusters] = field(default_factory=dict, repr=False)  # clusters, by what was asked for
-    _priors: dict[Any, float] = field(default_factory=dict, repr=False)  # weights of the corpus, in the same way
+    _priors: dict[Any, float] = field(default_factory=dict, repr=False)  # weights of the corpus, by layer, k and tokens
 
     @property
     def num_clusters(self) -> list[int]:
@@ -110,15 +110,18 @@ class HeadProfile:
         return float(corpus["tokens"] / corpus["samples"])
 
     def prior(self, layer: int, k: int, tokens: int) -> float:
-        """Return how many tokens the corpus counts as, against the first ``tokens`` of a request; infinite: it decides.
+        """Return how many tokens the corpus counts as, against the first ``tokens`` of a request.
+
+        Infinite: the clusters are those of the corpus.
 
         Raises:
             ProfileError: The errors of so many first tokens were not kept.
         """
         if "early_output" not in self.arrays or tokens not in EVIDENCE_TOKENS:
             raise ProfileError(
-                f"the profile of {self.about['model']['name']} has no weight for {tokens} warm-up tokens; valid: "
-                f"{', '.join(map(str, EVIDENCE_TOKENS))}, in a profile with profile.metrics=[output]"
+                f"the profile of {self.about['model']['name']} cannot weigh {tokens} warm-up tokens; valid: "
+                f"{', '.join(map(str, EVIDENCE_TOKENS))}, in a profile with profile.features=causal and "
+                "profile.metrics=[output]"
             )
         asked = ("prior", layer, k, tokens)
         if asked not in self._priors:

@@ -75,6 +75,8 @@ def fit_outputs(
         for ids in batches:
             model.get_decoder()(ids.to(input_device(model)), use_cache=False)
             progress(done := done + len(ids))
+    if fitted and not done:
+        raise ValueError("there is no text to fit to")
     return {index: _solve(output_weight(modules[index]), *sums.layers[index], ridge) for index in fitted}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
@@ -30,7 +31,7 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module]:
     modules = [block.output for block in find_blocks(model)]
     for module in modules:
         weight = module.weight.data if isinstance(module, (nn.Linear, Conv1D)) else None
-        if type(weight) is not Tensor or not weight.is_floating_point():
+        if type(weight) is not Tensor or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
                 f"the output projection is a {type(module).__name__}; valid: a linear layer that is not quantized"
             )
@@ -65,10 +66,16 @@ def _choose_weight(
     index: int, module: nn.Module, weight: Tensor, applies: Callable[[int], bool]
 ) -> Callable[[Tensor], Tensor]:
     own, bias = module.forward, cast("Tensor | None", module.bias)
-    weight = weight.to(output_weight(module))
 
     def forward(hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, weight.to(hidden.device), bias) if applies(index) else own(hidden)
+        return functional.linear(hidden, fitted(hidden), bias) if applies(index) else own(hidden)
+
+    @functools.lru_cache(maxsize=1)
+    def moved(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return weight.to(device, dtype)
+
+    def fitted(hidden: Tensor) -> Tensor:
+        return moved(hidden.device, hidden.dtype)
 
     return forward
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from experiments.system.console import log_info
 
 def fit_to_profile(run: Run[Options], profile: HeadProfile) -> dict[str, Any]:
     """Fit the output projections, save them; return what ``profile.json`` says about them."""
-    began, options, config = time.perf_counter(), run.options, run.config
+    options, config = run.options, run.config
     model, tokenizer = load_model(run.source), load_tokenizer(run.source)
     tokens = min(options.sensitivity_tokens, model.config.max_position_embeddings)
     aware = (profile.about.get("sensitivity") or {}).get("group_aware")
@@ -46,14 +45,15 @@ def fit_to_profile(run: Run[Options], profile: HeadProfile) -> dict[str, Any]:
         try:
             weights = fit_outputs(model, _batches(run, tokenizer, tokens), clusters, WARMUP_TOKENS, progress=advance)
         except ValueError as error:
+            if not seen:
+                name = config.corpus.name
+                raise RunError(f"corpus {name} has no text of {tokens} tokens (profile.sensitivity_tokens)") from None
             raise ConfigError(f"profile.refit_texts: {error}") from None
-    if not seen:
-        raise RunError(f"corpus {config.corpus.name} has no text of {tokens} tokens (profile.sensitivity_tokens)")
     digests: list[str] = []
     write_atomically(run.folder.path / FITTED, lambda path: digests.append(save_fitted(path, weights)))
     return {
         "texts": seen, "tokens": tokens, "ridge": RIDGE, "exact_tokens": WARMUP_TOKENS, "metric": options.metric,
-        "sha256": digests[0], "seconds": round(time.perf_counter() - began, 1),
+        "group_aware": bool(aware), "sha256": digests[0],
     }  # fmt: skip
 
 

@@ -83,7 +83,6 @@ class Sensitivity:
         texts = len(self.kl)
         return {
             "counts": self.counts, "texts": texts, "exact_tokens": WARMUP_TOKENS, "group_aware": self.group_aware,
-            "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
 
@@ -117,9 +116,9 @@ def measured_sensitivity(run: Run[Options], statistics: HeadStatistics) -> Sensi
     counts = _counts(options, heads, kv_heads)
     assert options.sensitivity_texts is not None
     shape = (options.sensitivity_texts, architecture.num_hidden_layers, len(counts))
-    empty = Sensitivity(np.full(shape, np.nan, np.float32), counts, heads, kv_heads, group_aware)
+    sensitivity = Sensitivity(np.full(shape, np.nan, np.float32), counts, heads, kv_heads, group_aware)
     if not counts:
-        return empty
+        return sensitivity
     identity = run_identity(run.config)
     kept = {key: value for key, value in identity["profile"].items() if key not in (*RULE_OPTIONS, "metrics")}
     measured = {name: getattr(options, name) for name in MEASURED}
@@ -128,14 +127,17 @@ def measured_sensitivity(run: Run[Options], statistics: HeadStatistics) -> Sensi
     candidates = [] if run.config.force else [path, *sorted(run.folder.path.parent.glob(f"*/{SENSITIVITIES}"))]
     for candidate in candidates:
         with suppress(OSError, SafetensorError, KeyError, ValueError):
-            found = _load(candidate, note, empty)
+            found = _load(candidate, note, sensitivity)
             if candidate == path or not np.isnan(found.kl).any():
-                empty = found
+                sensitivity = found
                 break
-    if np.isnan(empty.kl).any():
-        _measure(run, statistics, empty, note)
-    _save(path, empty, note)
-    return empty
+    if np.isnan(sensitivity.kl).any():
+        _measure(run, statistics, sensitivity, note)
+    if (wrong := np.isnan(sensitivity.kl).any((0, 2))).any():
+        layer = int(wrong.argmax())
+        raise RunError(f"the sensitivity of layer {layer} is not a number; try model.dtype=bfloat16 or float32")
+    _save(path, sensitivity, note)
+    return sensitivity
 
 
 def _measure(run: Run[Options], statistics: HeadStatistics, sensitivity: Sensitivity, note: str) -> None:

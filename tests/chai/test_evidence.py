@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from chai.methods.chai_output import ChaiOutput
 from chai.offline.evidence import EVIDENCE_TOKENS, PRIORS, choose_prior
 from chai.offline.head_profile import HeadProfile, ProfileError
+from chai.patching.clustered import _Requests
 from tests.chai.test_output_clusters import clusters_after, output_model, profile_of
 from tests.models import make_batch
 
@@ -64,8 +66,23 @@ def test_a_method_takes_the_weight_of_each_layer_from_the_profile(tmp_path, monk
         assert all(map(np.array_equal, found[layer], expected[layer]))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_layers_with_different_weights_do_not_depend_on_how_the_prompt_is_cut(family, tmp_path, monkeypatch):
+    """In one pass each layer is clustered by itself, else all layers together."""
+    model, ids = output_model(family), make_batch([16, 16])["input_ids"]
+    method = ChaiOutput(profile=profile_of(model, tmp_path, joint=True), prior="measured")
+    monkeypatch.setattr(HeadProfile, "prior", lambda self, layer, k, tokens: 0.0 if layer == 2 else 4.0)
+    found = []
+    for one_pass in (True, False):
+        monkeypatch.setattr(_Requests, "in_one_pass", lambda *_, own=one_pass: own)
+        found.append(clusters_after(model, method, {"input_ids": ids}))
+    for one, other in zip(*(clusters[1:] for clusters in found), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
 def test_a_number_of_tokens_that_was_not_kept_is_one_line(tmp_path):
     folder = profile_of(output_model("llama"), tmp_path)
-    with pytest.raises(ProfileError, match=r"has no weight for 7 warm-up tokens; valid: 5, 16, 32, 64") as error:
+    with pytest.raises(ProfileError, match=r"cannot weigh 7 warm-up tokens; valid: 5, 16, 32, 64") as error:
         ChaiOutput(profile=folder, prior="measured", tokens=7)
     assert "\n" not in str(error.value)

@@ -406,7 +406,8 @@ def test_what_is_missing_is_one_line(tmp_path):
 
 def test_benchmarks_of_other_counts_need_no_profile(tmp_path):
     folder = profile_of(output_model("llama"), tmp_path)
-    assert ChaiOutput(profile=folder).with_num_clusters(3) == Random(clusters=3)
+    assert ChaiOutput(profile=folder, tokens=0).with_num_clusters(3) == Random(clusters=3)
+    assert ChaiOutput(profile=folder).with_num_clusters(3) == Chai(clusters=3, tokens=5)
     corrected = ChaiOutput(profile=folder, prior=2.0, tokens=7)
     other = corrected.with_num_clusters(3)
     assert isinstance(other, Chai) and (other.clusters, other.tokens, other.needs_outputs) == (3, 7, True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
+from chai.engine import Engine
 from chai.errors import ChaiError
 from chai.methods.chai_output import ChaiOutput
 from chai.offline.head_profile import HeadProfile
@@ -34,7 +34,7 @@ def fitted_profile(model, folder, ridge: float = 0.1) -> str:
     clusters = [profile.clusters(layer, k, "output") for layer, k in enumerate(COUNTS)]
     digest = save_fitted(folder / FITTED, fit_outputs(model, batches(), clusters, EXACT, ridge))
     about = json.loads((folder / "profile.json").read_text())
-    about["refit"] = {"metric": "output", "exact_tokens": EXACT, "sha256": digest}
+    about["refit"] = {"metric": "output", "exact_tokens": EXACT, "group_aware": False, "sha256": digest}
     (folder / "profile.json").write_text(json.dumps(about))
     return path
 
@@ -117,6 +117,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         ({"tokens": 5}, "tokens is 5; valid with refit: 3"),
         ({"tokens": EXACT, "clusters": 2}, "clusters is 2; valid with refit: null"),
         ({"tokens": EXACT, "prior": 4.0}, "prior is 4.0; valid with refit: null"),
+        ({"tokens": EXACT, "group_aware": True}, "group_aware is True; valid with refit: False"),
     ):
         with pytest.raises(ValueError, match=message):
             ChaiOutput(profile=path, refit=True, **settings)
@@ -130,11 +131,8 @@ def test_what_does_not_fit_is_one_line(tmp_path):
 
 
 def test_the_engine_refuses_it(tmp_path):
-    import chai
-
     model = output_model("llama")
     method = ChaiOutput(profile=fitted_profile(model, tmp_path), tokens=EXACT, refit=True)
-    with pytest.raises(ValueError, match="refit") as error:
-        chai.Engine(model, method)
+    with pytest.raises(ValueError, match=r"does not run ChaiOutput with refit=true, .*; valid: refit=false") as error:
+        Engine(model, method)
     assert "\n" not in str(error.value)
-    assert np.isfinite(method.prefill_flops(model, 8))

@@ -12,7 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from sklearn.metrics import adjusted_rand_score
 
-from chai.offline.head_profile import HeadProfile
+from chai.loading import ModelSource, load_model
+from chai.methods.chai_output import ChaiOutput
+from chai.offline.head_profile import HeadProfile, build_profile, model_shape
+from chai.offline.head_statistics import HeadStatistics, StatisticsOptions
+from chai.patching.outputs import HeadOutputs
 from experiments.config.compose import compose_config
 from experiments.config.schema import ConfigError
 from experiments.microworld import training, world
@@ -20,7 +24,9 @@ from experiments.microworld.documents import BINDINGS, PHASES, document, script
 from experiments.microworld.items import EVENTS, EXAMPLES, FIRST_CUT, PEOPLE, TASKS, make_items
 from experiments.microworld.tokenizer import build_tokenizer, vocabulary
 from experiments.offline import pretrain_tiny
+from experiments.offline.profile_heads import look
 from experiments.runs.identity import resolve_fingerprints
+from tests.models import clusters_of
 
 STATEMENT = re.compile(rf"(\w+) ({'|'.join(BINDINGS)}) (\w+) \.")
 
@@ -177,7 +183,6 @@ def test_embedded_profile_is_of_the_embedded_model():
 @torch.no_grad()
 def test_planted_groups_are_in_the_embedded_model(topic):
     """K-means on the attention of texts of a topic gives back the groups that the recipe says were planted for it."""
-    from chai.loading import ModelSource, load_model
     from tests.chai.kmeans_points import kmeans
 
     folder = pretrain_tiny.MODEL_DIR
@@ -194,6 +199,45 @@ def test_planted_groups_are_in_the_embedded_model(topic):
     for layer, groups in enumerate(recipe["planted_groups"][topic]):
         features = attentions[layer].transpose(0, 1).flatten(1)[None]
         assert adjusted_rand_score(groups, kmeans(features, max(groups) + 1)[0][0]) >= 0.9
+
+
+@torch.no_grad()
+def test_the_error_of_the_output_finds_the_planted_groups_of_each_request(tmp_path):
+    """A map of the corpus has the groups of the more frequent topic alone; the request's first tokens correct it."""
+    folder, tokenizer, rng = pretrain_tiny.MODEL_DIR, build_tokenizer(), random.Random(0)
+    planted = json.loads((folder / "recipe.json").read_text())["planted_groups"]
+    counts = [max(groups) + 1 for groups in planted["facts"]]
+    model = load_model(ModelSource("tiny", path=str(folder), device="cpu", dtype="float32"))
+    texts, requests = [], {topic: [] for topic in planted}
+    while len(texts) < 24 or min(map(len, requests.values())) < 8:
+        text = text_of(document(rng, phase=1))
+        ids = tokenizer(text).input_ids[:40]
+        if len(ids) >= 24:
+            texts.append(ids)
+            requests[topic_of(text)].append(ids[:24])
+    texts = texts[:24]
+    wanted = StatisticsOptions(
+        4, 16, tokens=40, saved_samples=1, map_tokens=4, trace_tokens=6, trace_samples=24, metrics=("output",)
+    )
+    statistics = HeadStatistics(wanted)
+    statistics.add(look(model, texts, wanted, HeadOutputs(model)), [list(map(str, ids)) for ids in texts])
+    corpus = {"samples": len(texts), "tokens": sum(map(len, texts))}
+    about = {"model": {"name": "tiny", **model_shape(model.config)}, "corpus": corpus, "features": "causal"}
+    build_profile(statistics, counts, about).save(tmp_path)
+    agreement = {}
+    for prior in (None, "measured"):
+        method = ChaiOutput(profile=str(tmp_path), prior=prior, tokens=16)
+        for topic, rows in requests.items():
+            with method(model):
+                cache = method.new_cache(model)
+                model(torch.tensor(rows[:8]), past_key_values=cache)
+            agreement[prior, topic] = min(
+                adjusted_rand_score(groups, row)
+                for (assignment, _), groups in zip(clusters_of(cache, 4), planted[topic], strict=True)
+                for row in assignment.tolist()
+            )
+    assert agreement["measured", "facts"] == agreement["measured", "days"] == 1
+    assert agreement[None, "days"] < 0.3 < 0.5 < agreement[None, "facts"]
 
 
 def test_plant_groups_has_every_group():

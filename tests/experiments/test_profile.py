@@ -550,3 +550,20 @@ def test_budgets_below_what_is_measured_are_refused_before_the_work(heads, key_h
     with pytest.raises(ValueError, match=message):
         check_budget(SimpleNamespace(**budget), architecture)
     check_budget(SimpleNamespace(budget="heads", heads=4.0), architecture)
+
+
+def test_output_projections_are_fitted_and_used(tmp_path, capfd):
+    texts = itertools.islice(read_texts(compose_config(["experiment=profile"]).corpus, seed=0), 24)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    fitted = [f"corpus.path={tmp_path / 'texts.txt'}", "profile.samples=4", "profile.refit_texts=4"]
+    assert start(tmp_path, *fitted) == 1
+    assert "no text of 256 tokens (profile.sensitivity_tokens)" in capfd.readouterr().err
+    assert start(tmp_path, *fitted, "profile.sensitivity_tokens=24") == 0
+    (folder,) = (path.parent for path in tmp_path.rglob("refit.safetensors"))
+    about = read_json(folder / "profile.json")
+    assert about["refit"]["texts"] == 4 and about["refit"]["tokens"] == 24 and about["refit"]["metric"] == "output"
+    command = ["method=chai_output", "task=micro_piqa", "limit=4", f"results_dir={tmp_path}"]
+    command.append(f"method.profile={folder}")
+    assert run_config(compose_config([*command, "method.refit=true"])) == 0
+    assert run_config(compose_config([*command, "method.refit=true", "method.tokens=3"])) == 2
+    assert "tokens is 3; valid with refit: 5" in capfd.readouterr().err

@@ -115,6 +115,7 @@ def _work(run: Run[Options]) -> dict[str, Any]:
     config, options = run.config, run.options
     model, tokenizer = load_model(run.source), load_tokenizer(run.source)
     further = further_corpora(options.domains, options.other_text)
+    further.pop(config.corpus.name, None)
     scope = Scope(
         paper=Setting(_clusters(run)), num_heads=model.config.num_attention_heads, first_scored=options.first_scored,
         samples=options.samples, corpora=(config.corpus.name, *further),

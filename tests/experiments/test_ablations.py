@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,15 +19,19 @@ from experiments.ablations.costs import output_costs
 from experiments.ablations.counts import by_error, by_gap, by_silhouette
 from experiments.ablations.mapped import MappedPass, Segment, rounded, shared_value_errors
 from experiments.ablations.measure import Reference, by_position, logits_of
+from experiments.ablations.observed import ObservedPass
 from experiments.ablations.questions import QUESTIONS, Scope
 from experiments.ablations.saved import FILE, Saved
 from experiments.ablations.settings import Passes, Setting
 from experiments.ablations.stability import agreements
+from experiments.ablations.texts import measured_texts, offline_texts
 from experiments.cli import main
 from experiments.config.compose import compose_config
+from experiments.config.schema import CorpusConfig
 from experiments.execute import run_config
+from experiments.microworld.tokenizer import build_tokenizer
 from experiments.runs.files import read_json
-from tests.models import HEADS, LAYERS, VOCABULARY, make_model, relative_error
+from tests.models import HEADS, LAYERS, VOCABULARY, clusters_of, make_model, relative_error
 
 FAMILIES = ("llama", "mistral", "mistral_sliding", "gemma2", "gpt2")
 K = 3
@@ -246,6 +252,42 @@ def reference_cost(model, row) -> np.ndarray:
     with capture(model, look), torch.no_grad():
         model(torch.tensor([row]))
     return np.stack(found)
+
+
+def test_what_is_observed_is_multi_head_attention_and_the_methods_clusters():
+    model, ids = make_model("llama"), make_ids()
+    observed = ObservedPass(K)
+    assert relative_error(logits_of(model, observed, ids), model(ids).logits) < 1e-5
+    model.set_attn_implementation("eager")
+    maps = model(ids, output_attentions=True).attentions
+    first, entropy = (torch.stack(values).detach() for values in (observed.first_token, observed.entropy))
+    assert torch.allclose(first, torch.stack([weights[:, :, 1:, 0].mean((1, 2)) for weights in maps]), atol=1e-5)
+    uniform = torch.arange(2, ids.shape[1] + 1).log()
+    expected = [(torch.special.entr(weights).sum(-1)[:, :, 1:] / uniform).mean((1, 2)) for weights in maps]
+    assert torch.allclose(entropy, torch.stack(expected), atol=1e-4)
+    model.set_attn_implementation("sdpa")
+    cache = Chai(clusters=K).new_cache(model)
+    with Chai(clusters=K)(model):
+        model(ids, past_key_values=cache, use_cache=True)
+    assert (observed.labels[0] == clusters_of(cache)[0][0].numpy()).all()  # later layers' inputs differ
+    (one, two) = observed.summary(torch.tensor([[1.0, 3], [2, 2]]), ["12, a", ""], torch.tensor([[4, 4], [4, 5]]))
+    assert [one[name] for name in ("loss_mha", "digits", "punctuation", "distinct")] == [2.0, 0.4, 0.2, 0.5]
+    assert two["distinct"] == 1.0 and two["digits"] == 0.0 and np.shape(two["labels"]) == (LAYERS, HEADS)
+
+
+def test_texts_are_the_first_that_are_long_enough_or_windows_of_one_document(tmp_path):
+    tokenizer = build_tokenizer()
+    words = [" ".join(["the"] * count) for count in (9, 3, 12, 8)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    corpus = CorpusConfig(name="texts", path=str(tmp_path / "texts.jsonl"))
+    texts, read = measured_texts(corpus, 0, tokenizer, 8, 2)
+    assert [text.name for text in texts] == ["texts 0", "texts 2"] and read == 3
+    assert {len(text.ids) for text in texts} == {8}
+    assert [len(ids) for ids in offline_texts(corpus, 0, tokenizer, 5, read)] == [5]
+    (tmp_path / "long.txt").write_text(" ".join(["the"] * 20))
+    windows, _ = measured_texts(CorpusConfig(name="long", path=str(tmp_path / "long.txt")), 0, tokenizer, 8, 4)
+    whole = tokenizer(" ".join(["the"] * 20)).input_ids
+    assert [list(text.ids) for text in windows] == [whole[:8], whole[8:16]]
 
 
 # Numbers of clusters of a request.

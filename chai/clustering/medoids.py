@@ -7,6 +7,7 @@ at candidates take it as ``reach [N, A, H]``, with a candidate in each row.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from math import ceil, comb
 
@@ -39,7 +40,10 @@ def medoid_clusters(cost: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
     for k in set(counts.tolist()):
         (problems,) = (counts == k).nonzero()
         reach = cost[problems].swapaxes(1, 2)
-        chosen = medoid_sets(reach, k)[:, 0]
+        sets = medoid_sets(reach, k)
+        rows = np.arange(len(sets))
+        costs = reach[rows[:, None, None], sets].min(2).sum(-1)
+        chosen = sets[rows, first_least(costs)]
         labels[problems], representatives[problems, :k] = assign(reach, chosen), chosen
     return labels, representatives
 
@@ -83,7 +87,9 @@ def first_least(cost: np.ndarray) -> np.ndarray:
 
 
 def medoid_sets(reach: np.ndarray, size: int) -> np.ndarray:
-    """Return the best few sets of candidates ``[N, sets, size]``, ascending; a single set where not all can be tried.
+    """Return the best few sets of candidates, ``[N, sets, size]``; a single set where not all can be tried.
+
+    The sets of a problem are in lexicographic order, not in that of their costs; the members of a set are ascending.
 
     ``reach [N, A, H]``: see the module.
     """
@@ -127,7 +133,7 @@ def swap_medoids(reach: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def refine_jointly(
-    gram: np.ndarray, labels: np.ndarray, representatives: np.ndarray, counts: np.ndarray, sweeps: int = 20
+    gram: Iterable[np.ndarray], labels: np.ndarray, representatives: np.ndarray, counts: np.ndarray, sweeps: int = 20
 ) -> np.ndarray:
     """Reassign heads, one at a time, while that lowers the error of all heads together.
 
@@ -137,7 +143,7 @@ def refine_jointly(
         |sum_h e_h,r(h)|^2 = sum_h,g <e_h,r(h), e_g,r(g)>
 
     Args:
-        gram: ``[N, H * H, H * H]``, the products ``<e_hr, e_gs>`` at ``[h * H + r, g * H + s]``.
+        gram: N times ``[H * H, H * H]``, the products ``<e_hr, e_gs>`` at ``[h * H + r, g * H + s]``.
         labels: ``[N, H]``, the clusters to begin with.
         representatives: ``[N, k_max]``; they stay.
         counts: ``[N]``, k of each problem.

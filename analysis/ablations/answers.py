@@ -17,7 +17,18 @@ from analysis.stats.intervals import LEVEL, Interval, quantile
 
 RUNS = RunQuery(
     "ablations",
-    fields=("questions", "n", "tokens", "clusters", "heads", "corpus", "further", "first_scored", "dtype"),
+    fields=(
+        "questions",
+        "n",
+        "tokens",
+        "clusters",
+        "heads",
+        "corpus",
+        "further",
+        "first_scored",
+        "sample_tokens",
+        "dtype",
+    ),
     command="python run.py experiment=ablations model=smollm2_135m corpus=c4",
     small_command="python run.py experiment=ablations experiment.clusters=6 experiment.first_scored=32",
 )

@@ -83,16 +83,15 @@ def length_table(sources: Sources) -> str:
         sources.ablations, "length", lambda run: (run.result["tokens"], run.result["n"], run.updated)
     )
     ranges = [name for name in dict.fromkeys(answers.rows.measure) if name.startswith("kl ")]
-    rows = [
-        [
-            choice,
-            *(_text(answers.mean(choice, name)) for name in ("kl", *ranges)),
-            str(len(answers.values(choice, "kl"))),
-        ]
-        for choice in answers.choices
-    ]
-    head = ["KL from MHA, positions:", "all", *(name.removeprefix("kl ") for name in ranges), "n"]
-    return _table(head, rows) + _legend(answers, None)
+    base = answers.choices[0]
+    rows = []
+    for choice in answers.choices:
+        means = [_text(answers.mean(choice, name)) for name in ("kl", *ranges)]
+        against = "" if choice == base else _signed(answers.difference(choice, base, "kl"))
+        name = f"{choice} (base)" if choice == base else choice
+        rows.append([name, *means, str(len(answers.values(choice, "kl"))), against])
+    head = ["KL from MHA, positions:", "all", *(name.removeprefix("kl ") for name in ranges), "n", "Against the base"]
+    return _table(head, rows) + _legend(answers, base)
 
 
 def stability_table(sources: Sources) -> str:
@@ -204,7 +203,7 @@ def _largest(sources: Sources, question: str) -> Answers:
 
 
 def _legend(answers: Answers, base: str | None, *, all_corpora: bool = False) -> str:
-    """Return what was measured, below a table."""
+    """Return what was measured, below a table, between empty lines."""
     result = answers.run.result
     sources = [result["corpus"], *(result["further"].values() if all_corpora else ())]
     counted = f"positions from {result['first_scored']} on"
@@ -212,6 +211,8 @@ def _legend(answers: Answers, base: str | None, *, all_corpora: bool = False) ->
         f"{answers.run.model}, {result['dtype']}, k = {result['clusters']} of {result['heads']} heads in every layer; "
         f"texts of {result['tokens']:,} tokens of {', '.join(sources)}, {counted}."
     )
+    if any("static" in choice for choice in answers.choices):
+        text += f" Static maps are of other texts, {result['sample_tokens']} tokens each."
     if base is not None:
         text += " The last column is the difference of the KL divergence to the base, on the same texts."
     return f"\n{text} In brackets: 95 % intervals over the n texts.\n"

@@ -11,8 +11,8 @@ from experiments.ablations.settings import PAPER_TOKENS, Setting
 #: More warm-up tokens than in the paper, at which some questions are asked again.
 MORE_TOKENS = 32
 SAMPLES = (8, 32, 128, 512, 1024)
-#: Texts of an offline pass where domains are compared.
-DOMAIN_SAMPLES = 128
+#: Texts of an offline pass where domains are compared: as many as each of them has.
+DOMAIN_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def samples(scope: Scope) -> Choices:
 def domain(scope: Scope) -> Choices:
     """Return static maps from texts of each corpus."""
     count = min(DOMAIN_SAMPLES, scope.samples)
-    return {f"static, {name}": replace(scope.paper, static=(name, count)) for name in scope.corpora}
+    return {f"static, {count} texts of {name}": replace(scope.paper, static=(name, count)) for name in scope.corpora}
 
 
 def counts(scope: Scope) -> Choices:

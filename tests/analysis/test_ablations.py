@@ -26,7 +26,7 @@ def save(root, run_id="one", rows=None, updated=1.0, **fields):
     frame = pd.DataFrame(rows, columns=["question", "choice", "corpus", "text", "measure", "value"])
     result = {
         "model": MODEL, "method": "none", "run_id": run_id, "questions": sorted(set(frame.question)), "n": 3,
-        "tokens": 512, "first_scored": 128, "clusters": 6, "heads": 9, "corpus": "texts.jsonl", "dtype": "float32",
+        "tokens": 512, "sample_tokens": 64, "first_scored": 128, "clusters": 6, "heads": 9, "corpus": "texts.jsonl", "dtype": "float32",
         "further": {"code": "Python, code"}, "properties": {"entropy": "entropy of the attention"},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | fields))
@@ -100,7 +100,7 @@ def test_each_kind_of_table(tmp_path, capsys):
             rows += [("counts", name, "c4", text, measure, value)
                      for measure, value in (("kl", kl), ("loss", 0.1), ("heads", heads))]  # fmt: skip
         for name, value in (("kl", 0.5), ("kl 128-256", 0.25), ("kl 256-512", 0.75), ("heads", 6.0)):
-            rows.append(("length", "first 5 tokens", "c4", text, name, value))
+            rows += [("length", choice, "c4", text, name, value) for choice in ("first 5 tokens", "again")]
         rows.append(("stability", "two requests", "c4", text, "agreement", 0.5))
         for corpus, shift in (("c4", 0), ("code", 10)):
             kl = shift + generator.random()
@@ -111,7 +111,10 @@ def test_each_kind_of_table(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| by request: gap | 5.0 | 0.700 [0.700, 0.700] | 1.11 [1.11, 1.11] | 5 | +0.100 [+0.100, +0.100] |" in said
     assert "| by request: silhouette | 2.0 | 0.700 [0.700, 0.700] | 1.11 [1.11, 1.11] | 5 | no such k |" in said
-    assert "| KL from MHA, positions: | all | 128-256 | 256-512 | n |" in said
+    assert "| KL from MHA, positions: | all | 128-256 | 256-512 | n | Against the base |" in said
+    ranges = "0.500 [0.500, 0.500] | 0.250 [0.250, 0.250] | 0.750 [0.750, 0.750]"
+    assert f"| first 5 tokens (base) | {ranges} | 5 |  |" in said
+    assert f"| again | {ranges} | 5 | +0.000 [+0.000, +0.000] |" in said
     assert "| two requests | 0.500 [0.500, 0.500] | 5 |" in said
     assert "| entropy of the attention | -1.00 [-1.00, -1.00] | -1.00 [-1.00, -1.00] | 10 |" in said
     assert "The worst quarter of the texts: 2 of code." in said

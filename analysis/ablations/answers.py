@@ -18,20 +18,13 @@ from analysis.stats.intervals import LEVEL, Interval, quantile
 RUNS = RunQuery(
     "ablations",
     fields=(
-        "questions",
-        "n",
-        "tokens",
-        "clusters",
-        "heads",
-        "corpus",
-        "further",
-        "first_scored",
-        "sample_tokens",
-        "dtype",
+        "questions", "n", "tokens", "clusters", "heads", "corpus", "further", "first_scored", "sample_tokens", "dtype",
+        "task",
     ),
     command="python run.py experiment=ablations model=smollm2_135m corpus=c4",
-    small_command="python run.py experiment=ablations experiment.clusters=6 experiment.first_scored=32",
-)
+    small_command="python run.py experiment=ablations experiment.clusters=6 experiment.tokens=64 "
+    "experiment.first_scored=16",
+)  # fmt: skip
 COLUMNS = ("question", "choice", "corpus", "text", "measure", "value")
 
 
@@ -40,10 +33,12 @@ class Answers:
     """The run that answers a question, and its rows.
 
     Attributes:
+        question: Its name.
         run: The run.
         rows: Columns ``choice``, ``corpus``, ``text``, ``measure``, ``value``.
     """
 
+    question: str
     run: Run
     rows: pd.DataFrame
 
@@ -78,7 +73,7 @@ def find_answers(results: Results, question: str, rank: Callable[[Run], tuple[fl
         table = results.attempt(run.folder, read_table, run.folder / "samples.parquet", COLUMNS)
         if table is not None:
             rows = table[table.question == question].astype({"choice": str, "corpus": str, "measure": str})
-            return Answers(run, rows.drop(columns="question"))
+            return Answers(question, run, rows.drop(columns="question"))
     raise MissingRun(
         f"no finished run of experiment=ablations in {results.root} has the question '{question}'; make one with: "
         f"{RUNS.command_for(results.model)}"

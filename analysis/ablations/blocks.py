@@ -16,6 +16,8 @@ from analysis.stats.intervals import Interval
 
 #: What a latency run of these settings shows: one decoder layer.
 PART, PHASE = "layer", "decode"
+#: The default of experiment.sample_tokens.
+SAMPLE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,11 @@ def _legend(answers: Answers, base: str | None, *, all_corpora: bool = False) ->
         text += f" Static maps are of other texts, {result['sample_tokens']} tokens each."
     if base is not None:
         text += " The last column is the difference of the KL divergence to the base, on the same texts."
-    return f"\n{text} In brackets: 95 % intervals over the n texts.\n"
+    settings = {"questions": f"'[{answers.question}]'", "texts": result["n"], "tokens": result["tokens"]}
+    if result["sample_tokens"] != SAMPLE_TOKENS:
+        settings["sample_tokens"] = result["sample_tokens"]
+    words = [f"corpus={result['task']}", *(f"experiment.{name}={value}" for name, value in settings.items())]
+    return f"\n{text} In brackets: 95 % intervals over the n texts. Settings: `{' '.join(words)}`.\n"
 
 
 def _text(found: Interval, digits: int = 3) -> str:

@@ -26,7 +26,8 @@ def save(root, run_id="one", rows=None, updated=1.0, **fields):
     frame = pd.DataFrame(rows, columns=["question", "choice", "corpus", "text", "measure", "value"])
     result = {
         "model": MODEL, "method": "none", "run_id": run_id, "questions": sorted(set(frame.question)), "n": 3,
-        "tokens": 512, "sample_tokens": 64, "first_scored": 128, "clusters": 6, "heads": 9, "corpus": "texts.jsonl", "dtype": "float32",
+        "tokens": 512, "sample_tokens": 64, "first_scored": 128, "task": "c4",
+        "clusters": 6, "heads": 9, "corpus": "texts.jsonl", "dtype": "float32",
         "further": {"code": "Python, code"}, "properties": {"entropy": "entropy of the attention"},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result | fields))
@@ -60,6 +61,8 @@ def test_a_table_is_written_and_a_stale_page_is_reported(tmp_path, page, capsys)
     text = page.read_text()
     assert text.startswith("Before.\n\n<!-- ablations:warmup -->\n| Choice") and "old" not in text
     assert text.endswith("<!-- end -->\n\nAfter.\n")
+    settings = "questions='[warmup]' experiment.texts=3 experiment.tokens=512 experiment.sample_tokens=64"
+    assert f"Settings: `corpus=c4 experiment.{settings}`." in text
     assert main([*command, "--check"]) == 0
     page.write_text(text.replace("0.600", "0.500", 1))
     assert main([*command, "--check"]) == 1

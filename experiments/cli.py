@@ -47,8 +47,8 @@ Settings (key=value; `python run.py --cfg job` prints all of them, those of the 
   task.K=V        data_dir, num_fewshot, apply_chat_template; of task=lm_eval: name, metric, include_path, overrides
   profile.K=V     of experiment=profile: samples, tokens, rule, tolerance, saving ... (docs/profile.md)
   logger.K=V      of logger=wandb: project, entity, group, mode, timeout (docs/tracking.md)
-  corpus.K=V      of experiment=profile and perplexity: path (.jsonl, or one text per line), hub_id, subset, split,
-                  column, python (docs or code); of perplexity alone: joined
+  corpus.K=V      of experiment=profile, perplexity, ablations: path (.jsonl, or one text per line), hub_id, subset,
+                  split, column, python (docs or code); not of profile: joined
   hydra.launcher.K=V    of slurm: timeout_min, gpus_per_node, mem_gb, partition, array_parallelism ...; of local: jobs
   Aliases: {aliases}
 

@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "latency": "benchmarks.latency",
     "memory": "benchmarks.memory",
     "profile": "offline.profile_heads",
+    "ablations": "ablations.ablations",
     "train_dejavu": "offline.train_dejavu",
     "pretrain_tiny": "offline.pretrain_tiny",
 }

@@ -25,7 +25,12 @@ MACHINE_ONLY = (
     "task.fewshot_file", "task.text", "experiment.install", "experiment.checkpoint_every", "corpus.path",
 )  # fmt: skip
 #: Paths that count by the contents of their files: all files of a folder, or the one named here.
-BY_CONTENT = {"method.predictor": None, "experiment.corpus": None, "method.profile": "profile.json"}
+BY_CONTENT = {
+    "method.predictor": None,
+    "experiment.corpus": None,
+    "experiment.other_text": None,
+    "method.profile": "profile.json",
+}
 #: Keys that earlier versions did not have: null or empty, a run is the one that it was without them.
 ADDED = (
     "method.dense_layers", "method.dense_mlp_layers", "corpus.python", "corpus.joined", "task.registered",

@@ -11,7 +11,7 @@ from experiments.runs.identity import resolve_fingerprints
 from experiments.runs.registry import registered_members
 
 #: Experiments that do not depend on the chosen method, and the name in place of it in their folders.
-METHOD = {"profile": "none", "train_dejavu": "dejavu"}
+METHOD = {"profile": "none", "ablations": "none", "train_dejavu": "dejavu"}
 
 
 def resolve_runs(config: DictConfig) -> list[DictConfig]:
@@ -30,7 +30,7 @@ def resolve_runs(config: DictConfig) -> list[DictConfig]:
     if name in METHOD:
         config.method = OmegaConf.create({"name": METHOD[name]})
     resolve_fingerprints(config)
-    if name in ("profile", "perplexity"):
+    if name in ("profile", "perplexity", "ablations"):
         config.task.name = config.corpus.name
     return [config]
 

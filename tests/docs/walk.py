@@ -32,7 +32,7 @@ import yaml
 from tests.docs.coverage import elsewhere
 from tests.docs.pages import REPOSITORY, blocks, commands, split
 
-PARTS = ("chai", "conf", "experiments", "analysis", "results/paper", "examples", "docs", "run.py")
+PARTS = ("chai", "conf", "experiments", "analysis", "results/paper", "results/published", "examples", "docs", "run.py")
 TIMEOUT_S = 870  # much more than the walk takes, for a machine that is busy with other things
 MICROWORLD = "experiments/microworld"
 #: Settings of each experiment that make it small; those of the command itself come after them.
@@ -48,6 +48,7 @@ SIZES = {
         "profile.history_samples=2",
         "profile.sensitivity_tokens=8",
     ],
+    "ablations": ["experiment.samples=8", "experiment.sample_tokens=8", "experiment.domains=[docs]"],
     "train_dejavu": ["experiment.steps=2", "experiment.held_out=1", "experiment.checkpoint_every=1"],
     "pretrain_tiny": ["experiment.steps=3", "experiment.sequence_length=32", "experiment.first_phase=1"],
 }
@@ -61,6 +62,7 @@ FORCED = {
         "experiment.bottleneck=16",
     ],
     "pretrain_tiny": ["experiment.batch_size=2"],
+    "ablations": ["experiment.texts=1", "experiment.tokens=24", "experiment.first_scored=8"],
 }
 
 

@@ -1,0 +1,1 @@
+"""The tables of docs/ablations.md, from saved results of ``experiment=ablations``."""

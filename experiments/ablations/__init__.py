@@ -1,0 +1,1 @@
+"""Choices that the paper leaves open, each measured on the same texts against multi-head attention."""

@@ -22,7 +22,7 @@ from chai.heads import repeat_kv
 from chai.methods.chai import Chai
 from chai.offline.head_profile import static_clusters
 from chai.patching.apply import AttentionInputs
-from chai.patching.outputs import HeadOutputs, output_weights
+from chai.patching.outputs import HeadOutputs, output_projections, output_weight
 from experiments.ablations.counts import COUNTS
 from experiments.ablations.mapped import Choose, MappedPass, Segment, head_of, shared_value_errors
 
@@ -95,9 +95,8 @@ class Passes:
     @cached_property
     def _factors(self) -> list[Tensor]:
         """Factors of the output projection of each layer, ``[H, D, D]``."""
-        return [
-            output_factors(weight, self._model.config.num_attention_heads) for weight in output_weights(self._model)
-        ]
+        heads = self._model.config.num_attention_heads
+        return [output_factors(output_weight(module), heads) for module in output_projections(self._model)]
 
     def build(self, setting: Setting) -> MappedPass:
         """Return a new pass."""

@@ -106,6 +106,7 @@ def reader_file(path: str) -> Path:
     """Return what stands for a path below ``/data``, which the pages use for files of the reader."""
     makers = {
         "/data/my-llama": own_llama,
+        "/data/stories260K": own_llama,
         "/data/llama-7b": functools.partial(model, "llama7b"),
         "/data/tasks": tasks,
         "/data/c4.jsonl": corpus,

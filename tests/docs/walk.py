@@ -41,19 +41,14 @@ SIZES = {
     "latency": ["experiment.lengths=[16]", "experiment.rounds=1"],
     "memory": ["experiment.lengths=[16]", "experiment.steps=2"],
     "perplexity": ["experiment.window=16", "experiment.stride=8", "experiment.tokens=40"],
-    "profile": [
-        "profile.samples=3",
-        "profile.tokens=24",
-        "profile.history=6",
-        "profile.history_samples=2",
-        "profile.sensitivity_tokens=8",
-    ],
+    "profile": ["profile.history=6", "profile.history_samples=2"],
     "ablations": ["experiment.samples=8", "experiment.sample_tokens=8", "experiment.domains=[docs]"],
     "train_dejavu": ["experiment.steps=2", "experiment.held_out=1", "experiment.checkpoint_every=1"],
     "pretrain_tiny": ["experiment.steps=3", "experiment.sequence_length=32", "experiment.first_phase=1"],
 }
 #: Settings that replace those of the command.
 FORCED = {
+    "profile": ["profile.samples=3", "profile.tokens=24", "profile.sensitivity_tokens=8"],
     "accuracy": ["limit=2", "batch_size=4"],
     "train_dejavu": [
         "experiment.batch_size=2",
@@ -310,7 +305,9 @@ def fill(word: str, words: list[str]) -> str:
     key, equals, value = word.partition("=")
     model = model_of([other for other in words if "=" in other])
     if "<run id>" in value:
-        value = str(newest(value.replace("<run id>", "*")))
+        by_output = "sensitivity.safetensors" if "method=chai_output" in words else "result.json"
+        file = "refit.safetensors" if "method.refit=true" in words else by_output
+        value = str(newest(value.replace("<run id>", "*"), file))
     elif value == "PROFILE":
         value = str(newest(f"results/profile/{model}/none/*/*"))
     elif value == "PREDICTOR":
@@ -324,9 +321,9 @@ def fill(word: str, words: list[str]) -> str:
     return key + equals + value
 
 
-def newest(pattern: str) -> Path:
-    """Return the run folder of a pattern that was completed last."""
-    found = list(Path().glob(f"{pattern}/result.json"))
+def newest(pattern: str, file: str = "result.json") -> Path:
+    """Return the run folder of a pattern that was completed last, of those that have a file."""
+    found = list(Path().glob(f"{pattern}/{file}"))
     assert found, f"no command of the pages makes {pattern}"
     return max(found, key=lambda path: path.stat().st_mtime).parent
 

@@ -14,7 +14,7 @@ from chai.clustering.distances import head_costs
 from chai.heads import repeat_kv
 from chai.methods.chai import Chai
 from chai.patching.apply import capture
-from chai.patching.outputs import HeadOutputs, output_weights
+from chai.patching.outputs import HeadOutputs, output_projections, output_weight
 from experiments.ablations.costs import output_costs
 from experiments.ablations.counts import by_error, by_gap, by_silhouette
 from experiments.ablations.mapped import MappedPass, Segment, rounded, shared_value_errors
@@ -111,7 +111,7 @@ def test_shared_values_are_those_of_the_representative():
 
 def reference_errors(model, inputs, heads, tokens) -> torch.Tensor:
     """``|A_r (V_r - V_h) W_O,h|^2`` in fp64."""
-    weight = output_weights(model)[inputs.layer_idx].double()  # [d, H * D]
+    weight = output_weight(output_projections(model)[inputs.layer_idx]).double()  # [d, H * D]
     query, key, value = (
         repeat_kv(part[:, :, :tokens].double(), HEADS) for part in (inputs.query, inputs.key, inputs.value)
     )

@@ -24,7 +24,7 @@ CHOSEN = {"color": style.LOOKS["chai"]["color"], "marker": "o", "markeredgecolor
 RULES: dict[str, dict[str, Any]] = {
     "plateau": {"color": style.LOOKS["mha"]["color"], "marker": "s"},
     "knee": {"color": style.EXTRA[0]["color"], "marker": "^"},
-    "sensitivity": {"color": style.EXTRA[0]["color"], "marker": "v"},
+    "sensitivity": {"color": style.EXTRA[2]["color"], "marker": "v"},
     "saving": {"color": style.EXTRA[1]["color"], "marker": "<"},  # of earlier versions, as the next one
     "error": {"color": style.EXTRA[2]["color"], "marker": ">"},
 }

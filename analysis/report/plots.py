@@ -20,6 +20,7 @@ from analysis.results.scores import Score
 
 SYMBOLS = {
     "o": "circle", "s": "square", "v": "triangle-down", "D": "diamond", "X": "x", "^": "triangle-up", "p": "pentagon",
+    "P": "cross",
 }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def allocate_greedily(loss: np.ndarray, cost: np.ndarray, most_cost: int) -> np.
     """Choose an option for each layer by walking down the lower hulls: each step loses least for what it saves.
 
     It is what :func:`allocate` is compared with. Losses ``[L, C]``, costs and result as there; each layer begins with
-    its option of the highest cost, and no step exceeds the budget's need by more than one layer's choice.
+    its option of the highest cost.
     """
     layers = np.arange(len(loss))
     current = cost.argmax(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 from chai.clustering.assignment import clusters_by_cost
 from chai.clustering.distances import METRICS, Metric, head_costs
 from chai.clustering.features import attention_features
-from chai.clustering.num_clusters import resolve_clusters
 from chai.errors import ChaiError
 from chai.heads import HeadClusters, repeat_kv
 from chai.methods.base import Method
@@ -64,6 +63,8 @@ class ChaiOutput(ClusteredHeadAttention):
         ChaiError: The head profile is missing, or does not have the metric.
         ValueError: A value outside its choices.
     """
+
+    given_counts_first: ClassVar[bool] = True
 
     seed: int = field(default=0, init=False)
     tokens: int = 5
@@ -132,14 +133,6 @@ class ChaiOutput(ClusteredHeadAttention):
         group_aware, by_output = self._is_group_aware, self.prior is not None
         stand_in = Chai(clusters=k, tokens=self.tokens, group_aware=group_aware)
         return dataclasses.replace(stand_in, metric="output", membership="kmedoids") if by_output else stand_in
-
-    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
-        assert self._profile is not None
-        self._profile.check(config)
-        if self.clusters is None:
-            return self._profile.num_clusters
-        return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
 
     def cluster_heads(
         self,

@@ -46,6 +46,8 @@ class ClusteringMethod(ClusteringSteps, Method):
     profile: str | None = None
 
     saving: ClassVar[Saving] = "real"
+    #: Given counts come before those of the head profile, whose clusters the method uses anyway.
+    given_counts_first: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._profile = None if self.profile is None else HeadProfile.load(self.profile)
@@ -66,7 +68,8 @@ class ClusteringMethod(ClusteringSteps, Method):
         """Return k of each layer (ValueError: counts or a head profile that do not fit the model, or neither)."""
         if self._profile is not None:
             self._profile.check(config)
-            return self._profile.num_clusters
+            if self.clusters is None or not self.given_counts_first:
+                return self._profile.num_clusters
         if self.clusters is None:
             raise ValueError("neither clusters nor a profile is given")
         return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)

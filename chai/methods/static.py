@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from chai.clustering.num_clusters import resolve_clusters
 from chai.errors import ChaiError
 from chai.heads import HeadClusters
 from chai.methods.base import Method
@@ -33,6 +32,8 @@ class Static(ClusteredHeadAttention):
         ValueError: The head profile is missing, or of a model of another shape.
     """
 
+    given_counts_first: ClassVar[bool] = True
+
     clusters: list[int] | int | str | None = 4
     seed: int = field(default=0, init=False)
 
@@ -44,14 +45,6 @@ class Static(ClusteredHeadAttention):
     def with_num_clusters(self, k: int) -> Method:
         """Return random clusters, which are as fast: a profile covers only the layers of its own model."""
         return Random(clusters=k)
-
-    def heads_kept(self, config: PreTrainedConfig) -> list[int]:
-        """Return k of each layer (ValueError: counts or a head profile that do not fit the model)."""
-        assert self._profile is not None
-        self._profile.check(config)
-        if self.clusters is None:
-            return self._profile.num_clusters
-        return resolve_clusters(self.clusters, config.num_hidden_layers, config.num_attention_heads)
 
     def cluster_heads(
         self,

@@ -215,3 +215,8 @@ def test_runs_that_count_no_operations_are_none(tmp_path):
         fig1.draw(results)
     assert set(results.skipped.values()) == {"result.json has no flops (rerun with force=true)"}
     assert len(fig14.draw(Results(tmp_path))[1]) == 2
+
+
+def test_every_method_has_a_symbol_on_the_page():
+    """Plotly's name of the marker that the figures have."""
+    assert {style.LOOKS[name]["marker"] for name in style.METHODS} <= set(plots.SYMBOLS)

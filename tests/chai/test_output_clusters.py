@@ -390,7 +390,7 @@ def test_what_is_missing_is_one_line(tmp_path):
     for settings in ({"metric": "cosine", "prior": 1.0}, {"tokens": 0, "prior": 1.0}):
         with pytest.raises(ValueError, match="valid: metric=output, tokens >= 1"):
             ChaiOutput(profile=folder, **settings)
-    with pytest.raises(ValueError, match="prior is -1; valid: 0 or more, measured, or null"):
+    with pytest.raises(ValueError, match=r"prior is -1.0; valid: 0 or more, measured, or null"):
         ChaiOutput(profile=folder, prior=-1.0)
     with pytest.raises(ValueError, match="tokens is -1; valid: 0 or more"):
         ChaiOutput(profile=folder, tokens=-1)

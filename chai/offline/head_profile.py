@@ -115,7 +115,7 @@ class HeadProfile:
         Infinite: the clusters are those of the corpus.
 
         Raises:
-            ProfileError: The errors of so many first tokens were not kept.
+            ProfileError: The profile lacks the errors of this number of first tokens.
         """
         if "early_output" not in self.arrays or tokens not in EVIDENCE_TOKENS:
             raise ProfileError(

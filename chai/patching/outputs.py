@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
@@ -15,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chai.clustering.distances import output_factors
 from chai.heads import repeat_kv
-from chai.patching.devices import loaded, replaced_forward
+from chai.patching.devices import execution_device, loaded, replaced_forward
 from chai.patching.model_info import find_blocks
 
 #: Width of a random projection of the errors of the output, which keeps their products.
@@ -65,17 +64,13 @@ def replaced_outputs(
 def _choose_weight(
     index: int, module: nn.Module, weight: Tensor, applies: Callable[[int], bool]
 ) -> Callable[[Tensor], Tensor]:
-    own, bias = module.forward, cast("Tensor | None", module.bias)
+    """Build the forward of an output projection that has another weight while this applies to its layer."""
+    weight = weight.to(execution_device(module), cast(Tensor, module.weight).dtype)
 
     def forward(hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, fitted(hidden), bias) if applies(index) else own(hidden)
-
-    @functools.lru_cache(maxsize=1)
-    def moved(device: torch.device, dtype: torch.dtype) -> Tensor:
-        return weight.to(device, dtype)
-
-    def fitted(hidden: Tensor) -> Tensor:
-        return moved(hidden.device, hidden.dtype)
+        if not applies(index):
+            return cast(Tensor, type(module).forward(module, hidden))  # not module.forward, which may lead back here
+        return functional.linear(hidden, weight, cast("Tensor | None", module.bias))
 
     return forward
 

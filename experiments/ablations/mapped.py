@@ -39,7 +39,7 @@ class MappedPass(ForwardPass):
     Attributes:
         choose: The maps of a layer.
         exact_tokens: First tokens, which run with their own heads.
-        bits: Keys and values are rounded to so many bits (:func:`rounded`); ``None``: they are not.
+        bits: Bits of keys and values (:func:`rounded`); ``None``: those of the model.
         kept: Of each layer that ran, the number of heads whose attention is computed, ``[B]``, of the last segment.
     """
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
 from chai.engine import Engine
 from chai.errors import ChaiError
@@ -105,6 +106,22 @@ def test_a_prompt_in_parts_and_padding_give_the_same(tmp_path):
     torch.testing.assert_close(left, whole, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any("forward" in block.output.__dict__ for block in find_blocks(model))
+
+
+@torch.no_grad()
+def test_it_works_inside_the_wrapper_of_accelerate(tmp_path):
+    model, ids = output_model("llama"), batches()[0]
+    method = ChaiOutput(profile=fitted_profile(model, tmp_path), tokens=EXACT, refit=True)
+    with method(model):
+        expected = model(ids).logits
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu"), append=True)
+    for block in find_blocks(model):
+        add_hook_to_module(block.output, AlignDevicesHook(execution_device="cpu"))
+    try:
+        with method(model):
+            torch.testing.assert_close(model(ids).logits, expected)
+    finally:
+        remove_hook_from_module(model, recurse=True)
 
 
 def test_what_does_not_fit_is_one_line(tmp_path):

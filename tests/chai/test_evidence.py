@@ -53,7 +53,7 @@ def test_a_method_takes_the_weight_of_each_layer_from_the_profile(tmp_path, monk
     model, batch = output_model("llama"), make_batch([11, 14, 7])
     folder = profile_of(model, tmp_path)
     profile = HeadProfile.load(folder)
-    assert all(profile.prior(layer, 3, TOKENS) in PRIORS for layer in range(3))
+    assert all(np.isinf(profile.prior(layer, 3, TOKENS)) for layer in range(3))  # of a single text
     kept = profile.arrays["early_output"]
     assert kept.shape[1:3] == (3, len(EVIDENCE_TOKENS))
     np.testing.assert_allclose(kept[:, :, -1], profile.arrays["whole_output"], rtol=1e-4, atol=1e-6)  # shorter texts

@@ -83,11 +83,16 @@ def test_settings_of_later_versions_have_ids_of_their_own():
     for command, defaults, changes in (
         (
             profile,
-            ["profile.metrics=null", "profile.budget=heads", "profile.kl=0.1", "profile.sensitivity_tokens=256"],
+            [
+                "profile.metrics=null", "profile.budget=heads", "profile.kl=0.1", "profile.sensitivity_tokens=256",
+                "profile.metric=output", "profile.heads=null", "profile.sensitivity_texts=null",
+                "profile.refit_texts=null",
+            ],
             [
                 "profile.metrics=[cosine]", "profile.metrics=[output]", "profile.budget=kl", "profile.heads=6",
                 "profile.kl=0.2", "profile.metric=cosine", "profile.sensitivity_texts=4",
                 "profile.sensitivity_tokens=64", "profile.rule=sensitivity", "profile.saving=0.3",
+                "profile.refit_texts=8",
             ],
         ),
         (
@@ -97,8 +102,11 @@ def test_settings_of_later_versions_have_ids_of_their_own():
         ),
         (
             output,
-            ["method.metric=output", "method.prior=null"],
-            ["method.prior=5", "method.metric=attention", "method.metric=cosine", "method.group_aware=true"],
+            ["method.metric=output", "method.prior=null", "method.refit=false"],
+            [
+                "method.prior=5", "method.prior=measured", "method.refit=true", "method.metric=attention",
+                "method.metric=cosine", "method.group_aware=true",
+            ],
         ),
     ):  # fmt: skip
         config = compose_config(command)

@@ -1,7 +1,8 @@
-"""How much two heads differ: what it costs that head r stands for head h.
+"""Distances between heads: the cost of using the attention of head r in place of that of head h.
 
-Each metric takes attention ``weights [..., H, T, S]`` and returns ``cost [..., H, H]`` in fp32, of head h with
-representative r at ``[h, r]``, summed over the T query tokens. With ``A_h`` the attention of a head:
+Each metric takes attention ``weights [..., H, T, S]`` and returns ``cost [..., H, H]`` in fp32, with the cost of head h
+with representative r at ``[h, r]``, summed over the T query tokens. Costs of blocks of query tokens add up to those of
+all tokens, except for ``cosine``. With ``A_h`` the attention of a head:
 
     attention       |A_r - A_h|^2                                   the paper's, Section 3.3
     cosine          1 - <A_r, A_h> / |A_r| |A_h|                    the authors' release
@@ -9,9 +10,9 @@ representative r at ``[h, r]``, summed over the T query tokens. With ``A_h`` the
     sink_removed    |B_r - B_h|^2, B_h: A_h without its first column, rows scaled to a sum of 1
     output          |(A_r - A_h) V_h W_O,h|^2                       error of the layer's output
 
-The first token takes half of the attention in many models (an attention sink), whatever the head attends to otherwise,
-and what a head attends to matters as far as its values do. All but ``output`` are symmetric, and squared distances of
-points, so that K-means applies to them; ``output`` is neither.
+In many models the first token takes half of the attention (an attention sink), whatever else the head attends to, and
+errors of the attention matter only as far as they change the output. All metrics but ``output`` are symmetric and are
+squared distances of points, so that K-means applies to them; ``output`` is neither.
 """
 
 from __future__ import annotations
